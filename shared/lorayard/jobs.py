@@ -1,0 +1,126 @@
+"""What a job is: as a producer writes it (`JobSpec`), as the ledger keeps it (`Job`), and what its life can be (`Status`)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgspec
+
+from lorayard.errors import BadRequest
+from lorayard.settings import NAME_PATTERN
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+Priority = Literal["high", "normal", "low"]
+Route = Literal["local", "groq", "auto"]
+
+ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,99}$")
+_NAME = re.compile(NAME_PATTERN)
+_KEY_MAX = 256
+
+
+class Status(StrEnum):
+    """`queued → claimed → running → terminal`; `delayed` waits for a time, `submitted` lies at a hosted batch service."""
+
+    QUEUED = "queued"
+    DELAYED = "delayed"
+    CLAIMED = "claimed"
+    RUNNING = "running"
+    SUBMITTED = "submitted"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self in TERMINAL
+
+
+TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED})
+
+
+class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One job object of `POST /v1/jobs`, a line of a JSONL file, or the kwargs of the Celery task `lorayard.infer`."""
+
+    request: dict[str, Any]
+    adapter: str | None = None
+    endpoint: Endpoint = "/v1/chat/completions"
+    id: str | None = None
+    idempotency_key: str | None = None
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+    not_before_s: float | None = None
+    route: Route = "local"
+    pool: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise `BadRequest`, naming the field, where a value of the right type is still not acceptable."""
+        if self.id is not None and not ID_PATTERN.match(self.id):
+            raise BadRequest("id: use 1 to 100 of A-Z a-z 0-9 . _ : -, beginning with a letter or digit", param="id")
+        if self.pool is not None and not _NAME.match(self.pool):
+            raise BadRequest(f"pool: {self.pool!r} is not a pool's name", param="pool")
+        key = self.idempotency_key
+        if key is not None and not (0 < len(key) <= _KEY_MAX and key.isprintable()):
+            raise BadRequest(f"idempotency_key: use 1 to {_KEY_MAX} printable characters", param="idempotency_key")
+        for name in ("deadline_s", "not_before_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 366 * 24 * 3600:
+                raise BadRequest(f"{name}: must be more than 0 and less than a year, in seconds from now", param=name)
+        if "model" in self.request:
+            raise BadRequest("request.model: leave it out; the job's adapter and pool say what answers", param="request.model")
+        if self.request.get("stream"):
+            raise BadRequest("request.stream: a queued job has no stream; poll its result or wait for it", param="request.stream")
+
+    def body_hash(self) -> str:
+        """Digest of what the same idempotency key must carry again: everything but the id and the key."""
+        when = (self.priority, self.deadline_s, self.not_before_s)
+        body = (self.adapter, self.endpoint, self.request, when, self.route, self.pool, self.metadata)
+        return hashlib.blake2b(msgspec.json.encode(body, order="sorted"), digest_size=12).hexdigest()
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The immutable request as the ledger keeps it, JSON behind a header line that the function library reads."""
+
+    id: str
+    tenant: str
+    adapter: str | None
+    digest: str  # content digest of the adapter, pinned when it was enqueued; "base" for the base model
+    endpoint: Endpoint
+    request: msgspec.Raw
+    priority: Priority = "normal"
+    metadata: dict[str, Any] | None = None
+
+
+BASE_DIGEST = "base"
+
+
+def new_id(pool: str) -> str:
+    """A fresh job id, which carries its pool."""
+    return f"{pool}-{secrets.token_hex(10)}"
+
+
+def parse_spec(data: bytes | str) -> JobSpec:
+    """Decode one JSON job object. Raises `BadRequest` that names the field at fault."""
+    try:
+        spec = msgspec.json.decode(data, type=JobSpec)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"not a job: {error}") from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"not valid JSON: {error}", code="invalid_json") from None
+    spec.check()
+    return spec
+
+
+def convert_spec(data: Any) -> JobSpec:
+    """As `parse_spec`, from an object decoded already."""
+    try:
+        spec = msgspec.convert(data, type=JobSpec)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"not a job: {error}") from None
+    spec.check()
+    return spec

@@ -1,0 +1,111 @@
+"""All settings of all roles, read from the environment (`LORAYARD_*`) once, at each process's entry point."""
+
+from __future__ import annotations
+
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lorayard.errors import SetupError
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Names of pools, tenants, adapters and workers: they become parts of Redis keys, file names and queue names."""
+
+
+class Settings(BaseSettings):
+    """Frozen. Sizes are in the unit their name ends with; times in seconds (`_s`) or milliseconds (`_ms`)."""
+
+    model_config = SettingsConfigDict(env_prefix="LORAYARD_", frozen=True, extra="ignore")
+
+    # Where things are
+    state_dir: Path = Path(".lorayard")
+    redis_url: str | None = None  # None: the embedded server of state_dir
+    broker_url: str | None = None  # None: the same server as the ledger
+    artifacts_url: str | None = None  # None: a folder in state_dir; s3://, gs://, az:// through obstore
+    fsync: Literal["always", "everysec"] = "always"  # of the embedded server
+
+    # What is served
+    pool: str = Field("main", pattern=NAME_PATTERN)
+    model: Path | None = None  # None: the demo model
+    model_names: Annotated[tuple[str, ...], NoDecode] = ()  # base names that adapters trained on the model may carry
+    hosted_model: str | None = None  # the same base at Groq; None: hosted routes are refused
+
+    # HTTP
+    api_host: str = "127.0.0.1"
+    api_port: int = Field(8080, ge=1, le=65535)
+    api_url: str | None = None  # what clients talk to; None: api_host and api_port of this machine
+    api_key: str | None = None  # what clients send; None: the file state_dir/api_key
+    flower_host: str = "127.0.0.1"
+    flower_port: int = Field(5555, ge=1, le=65535)
+    flower_basic_auth: str | None = None
+    max_body_bytes: int = Field(200 * 1024 * 1024, ge=1024)
+    max_jobs_per_request: int = Field(50_000, ge=1)
+    max_job_bytes: int = Field(1024 * 1024, ge=256)
+
+    # Ledger
+    max_queued: int = Field(2_000_000, ge=1)
+    result_ttl_s: int = Field(7 * 24 * 3600, ge=1)
+    max_attempts: int = Field(3, ge=1)
+    lease_ms: int = Field(5_000, ge=200)
+    delivery_ms: int = Field(5_000, ge=200)  # claimed and not taken after this: queued again, no attempt used
+    wait_target_high_s: float = Field(10.0, gt=0)
+    wait_target_normal_s: float = Field(120.0, gt=0)
+    wait_target_low_s: float = Field(3_600.0, gt=0)
+    celery_tenant: str = Field("default", pattern=NAME_PATTERN)  # whose jobs arrive as the Celery task lorayard.infer
+
+    # Scheduler
+    leader_ttl_ms: int = Field(3_000, ge=500)
+    quantum_s: float = Field(6.0, gt=0)  # longest stay on one adapter while others wait
+    batch_rows_per_width: float = Field(2.0, gt=0)  # jobs in a batch, as a multiple of the worker's decode width
+
+    # Worker
+    worker_name: str | None = Field(None, pattern=NAME_PATTERN)
+    heartbeat_ms: int = Field(1_000, ge=50)
+    hang_s: float = Field(60.0, gt=0)  # no decode step, load or result for so long while there is work: the child is killed
+
+    # llama.cpp
+    n_ctx: int = Field(8_192, ge=256)  # KV cells of one context, shared by its sequences
+    max_prompt_tokens: int | None = Field(None, ge=1)  # None: n_ctx, or what the model was trained for, whichever is less
+    width: int = Field(16, ge=1, le=256)  # sequences decoded at once
+    contexts: int = Field(2, ge=1)
+    adapters_loaded: int = Field(16, ge=1)
+    prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
+    threads: int | None = Field(None, ge=1)  # None: all cores
+    n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
+    repack: bool = True  # ggml's repacked CPU kernels (use_extra_bufts); switched off by the worker where they crash
+
+    @field_validator("model_names", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("model_names", mode="after")
+    @classmethod
+    def _tuple(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(value)
+
+    @classmethod
+    def load(cls) -> Settings:
+        """Read the environment. Raises `SetupError` that names the variable at fault."""
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = "LORAYARD_" + "_".join(str(part) for part in first["loc"]).upper()
+            raise SetupError(f"{name}: {first['msg']} (got {first.get('input')!r})") from None
+
+    @cached_property
+    def worker(self) -> str:
+        """This worker's name: also its queue's."""
+        return self.worker_name or f"llama-{socket.gethostname().split('.')[0]}"[:64]
+
+    def wait_target_ms(self, priority: str) -> int:
+        return round(1000 * {"high": self.wait_target_high_s, "low": self.wait_target_low_s}.get(priority, self.wait_target_normal_s))
+
+    @property
+    def client_url(self) -> str:
+        return (self.api_url or f"http://{self.api_host}:{self.api_port}").rstrip("/")

@@ -1,0 +1,111 @@
+"""What every backend is: takes batches of jobs of one adapter, and tells of each job what became of it.
+
+The control process (`control.py`) owns leases, attempts and commits; a runner only computes. Everything here also crosses the pipe to the
+llama child, so it is plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+
+class WorkItem(msgspec.Struct, frozen=True, array_like=True):
+    """One job for a runner. `solo`: its last attempt ended with a dead process, so it must run with nothing beside it."""
+
+    ref: str  # tenant/id: unique in the pool
+    endpoint: str
+    request: msgspec.Raw  # JSON of an OpenAI request body without `model`
+    solo: bool = False
+
+
+class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter as a local file that the backend can load."""
+
+    digest: str
+    path: str
+
+
+class Work(msgspec.Struct, frozen=True, tag="work"):
+    """A batch: all of one adapter; None is the base model."""
+
+    batch: str
+    adapter: AdapterFile | None
+    items: list[WorkItem]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop these jobs within one decode step, or drop them if they have not begun; nothing is emitted for them."""
+
+    refs: list[str]
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """Jobs whose computing began now: from here on an attempt counts."""
+
+    batch: str
+    refs: list[str]
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
+    """One job's end. `response` is an OpenAI response without `id` and `model`; or `error` is OpenAI's error object.
+
+    `timings_ms` has `adapter_load`, `adapter_switch`, `prefill`, `decode` (each ≥ 0) and `on_deck` (from receiving the work to its start).
+    `retryable`: the same job may succeed another time. `temperature`: hot, loaded or disk, what its adapter was when it began.
+    """
+
+    batch: str
+    ref: str
+    response: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    retryable: bool = False
+    timings_ms: dict[str, float] = {}
+    temperature: str = ""
+    width: int = 1  # sequences that were decoded beside it, itself included, when it began
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Sign of life while there is work: at most a few a second. `hot` and `loaded` are adapter digests, most recent first."""
+
+    steps: int
+    hot: list[str]
+    loaded: list[str]
+    counters: dict[str, float]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The backend can take work. `base` describes the model for checks at submit (`lorayard.adapters.BaseModel` as a dict)."""
+
+    base: dict[str, Any]
+    width: int
+    max_prompt_tokens: int
+    max_token_bytes: int
+    pid: int
+
+
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    """The backend's process is gone; `running` had begun, `waiting` had not. It is being replaced: `Ready` follows."""
+
+    reason: str
+    running: list[str]
+    waiting: list[str]
+
+
+Event = Started | Outcome | Progress | Ready | Died
+
+
+class Runner(Protocol):
+    """A backend. `emit` is called from the runner's own thread, in the order things happened."""
+
+    def start(self, emit: Callable[[Event], None]) -> None: ...
+
+    def submit(self, work: Work) -> None: ...
+
+    def cancel(self, refs: Sequence[str]) -> None: ...
+
+    def kill(self, reason: str) -> None:
+        """Put an end to a computation that makes no progress; `Died` follows."""
+
+    def close(self) -> None: ...
