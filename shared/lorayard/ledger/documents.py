@@ -1,0 +1,104 @@
+"""How a job looks to whoever polls it: the one document that HTTP, the CLI and Celery's result backend give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lorayard.jobs import Status
+
+
+def document(job_id: str, reply: list[Any]) -> dict[str, Any] | None:
+    """The document from a reply of `ly_show`; None where there is no such job.
+
+    `latencies_ms` of an ended job that ran: queued, dispatched, on_deck, adapter_load, adapter_switch, prefill, decode, stored, total; they
+    add up: `stored` is what remains of `total` (enqueued to committed, by the ledger's clock) after the stages before it.
+    """
+    if not reply:
+        return None
+    return _ended(job_id, reply[0]) if len(reply) == 1 else _living(job_id, reply)
+
+
+def _base(job_id: str, status: Status, meta: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": job_id,
+        "object": "job",
+        "status": status.value,
+        "pool": meta.get("pool"),
+        "adapter": meta.get("adapter"),
+        "adapter_digest": meta.get("digest"),
+        "endpoint": meta.get("endpoint"),
+        "priority": meta.get("priority"),
+        "metadata": meta.get("metadata"),
+        "response": None,
+        "error": None,
+        "latencies_ms": {},
+        "attempts": 0,
+        "worker": None,
+        "batch": None,
+        "batch_size": None,
+        "why": None,
+    }
+
+
+def _living(job_id: str, reply: list[Any]) -> dict[str, Any]:
+    value, batch, attempts, started, delayed, worker, size, why = reply
+    header, meta, _ = value.split(b"\n", 2)
+    due, enqueued = header.split(b"\t")[:2]
+    status = Status.QUEUED
+    if batch:
+        status = Status.RUNNING if started else Status.CLAIMED
+    elif delayed:
+        status = Status.DELAYED
+    doc = _base(job_id, status, msgspec.json.decode(meta))
+    doc |= {"attempts": attempts, "enqueued_ms": int(enqueued), "due_ms": int(due)}
+    if batch:
+        doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
+    if delayed:
+        doc["not_before_ms"] = int(float(delayed))
+    return doc
+
+
+def _ended(job_id: str, value: bytes) -> dict[str, Any]:
+    header, meta_line, outcome_line = value.split(b"\n", 2)
+    fields = [field.decode() for field in header.split(b"\t")]
+    status, _, ended, enqueued, claimed, taken, attempts, worker, batch, size, _, why = fields
+    outcome = msgspec.json.decode(outcome_line)
+    doc = _base(job_id, Status(status), msgspec.json.decode(meta_line))
+    times = {name: int(v) for name, v in (("enqueued_ms", enqueued), ("claimed_ms", claimed), ("taken_ms", taken), ("ended_ms", ended))}
+    doc |= {
+        "attempts": int(attempts),
+        "enqueued_ms": times["enqueued_ms"],
+        "ended_ms": times["ended_ms"],
+        "worker": worker or None,
+        "batch": batch or None,
+        "batch_size": int(size) or None,
+        "why": why or None,
+        "error": outcome.get("error"),
+        "latencies_ms": _latencies(times, outcome.get("timings_ms")),
+        "adapter_temperature": outcome.get("temperature") or None,
+        "width": outcome.get("width"),
+    }
+    response = outcome.get("response")
+    if response is not None:
+        doc["response"] = {"id": job_id, **response, "created": times["ended_ms"] // 1000, "model": doc["adapter"] or doc["pool"]}
+    return doc
+
+
+def _latencies(times: dict[str, int], timings: dict[str, float] | None) -> dict[str, float]:
+    total = float(times["ended_ms"] - times["enqueued_ms"])
+    if not times["taken_ms"]:
+        return {"total": total}
+    stages = {
+        "queued": float(times["claimed_ms"] - times["enqueued_ms"]),
+        "dispatched": float(times["taken_ms"] - times["claimed_ms"]),
+        "on_deck": 0.0,
+        "adapter_load": 0.0,
+        "adapter_switch": 0.0,
+        "prefill": 0.0,
+        "decode": 0.0,
+    }
+    stages |= {name: value for name, value in (timings or {}).items() if name in stages}
+    stored = max(0.0, total - sum(stages.values()))
+    return {name: round(value, 3) for name, value in stages.items()} | {"stored": round(stored, 3), "total": total}

@@ -1,0 +1,326 @@
+"""The record of every job: the only truth. Each method is one call into `functions.lua`, which alone writes it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import redis
+
+from lorayard.errors import Unavailable
+from lorayard.ledger import documents, keys
+
+LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
+
+EndStatus = Literal["succeeded", "failed", "retry", "later"]
+EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full"]
+_ENQUEUE: dict[str, EnqueueStatus] = {"q": "queued", "d": "delayed", "e": "exists", "c": "conflict", "f": "full"}
+
+
+class Entry(NamedTuple):
+    """A job about to be enqueued, all checks done. Times are milliseconds from now; 0 means none.
+
+    `meta` and `request` are one line of JSON each: what stays public of a job, and the OpenAI body. With an idempotency key, `body_hash`
+    is what the key must come with again.
+    """
+
+    id: str
+    tenant: str
+    digest: str
+    wait_ms: int
+    deadline_ms: int
+    not_before_ms: int
+    max_attempts: int
+    via: str
+    idem: str
+    body_hash: str
+    meta: bytes
+    request: bytes
+
+
+class Enqueued(NamedTuple):
+    id: str
+    status: EnqueueStatus
+
+
+class TakenJob(NamedTuple):
+    """`attempts` counts those before this one."""
+
+    ref: str
+    attempts: int
+    meta: dict[str, Any]
+    request: bytes
+
+
+class Taken(NamedTuple):
+    """A batch under a lease. Times are the ledger's, in milliseconds."""
+
+    batch: str
+    fence: int
+    digest: str
+    claimed: int
+    taken: int
+    jobs: list[TakenJob]
+
+
+class End(NamedTuple):
+    """What became of one job. `outcome` is JSON; `tokens` are charged to the tenant; `delay_ms` goes with retry and later."""
+
+    ref: str
+    status: EndStatus
+    outcome: bytes = b"{}"
+    tokens: int = 0
+    delay_ms: int = 0
+
+
+class Group(NamedTuple):
+    """The queued jobs of one adapter digest and tenant."""
+
+    digest: str
+    tenant: str
+    jobs: int
+    due: int
+
+
+class InFlight(NamedTuple):
+    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it."""
+
+    batch: str
+    worker: str
+    digest: str
+    by: dict[str, int]
+    claimed: int
+    taken: int
+
+
+class View(NamedTuple):
+    """What the planner needs of the ledger, read at one moment (`now`, ms)."""
+
+    now: int
+    groups: list[Group]
+    in_flight: list[InFlight]
+    served: dict[str, int]
+    last_event: str
+
+
+class Event(NamedTuple):
+    """A hint that something changed: queued (groups), ended (refs), batch (id), worker (name)."""
+
+    kind: str
+    values: list[str]
+
+
+class Reaped(NamedTuple):
+    batches: int
+    woken: int
+    expired: int
+
+
+def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+    """A client with the time-outs every role uses; bytes in, bytes out."""
+    return redis.Redis.from_url(
+        url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, socket_keepalive=True, health_check_interval=30, protocol=2
+    )
+
+
+class Ledger:
+    """One pool's ledger. Thread-safe. Raises `Unavailable` while the server cannot be reached or is out of memory."""
+
+    def __init__(self, client: redis.Redis, pool: str, *, result_ttl_s: int, library: str = LIBRARY) -> None:
+        self.client = client
+        self.pool = pool
+        self._prefix = keys.prefix(pool)
+        self._ttl = result_ttl_s
+        self._library = library
+
+    # -- the library ------------------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Load the function library unless the server has this very text."""
+        digest = hashlib.sha256(self._library.encode()).hexdigest()
+        try:
+            if self.client.get(self._prefix + "library") != digest.encode() or not self._loaded():
+                self.client.function_load(self._library, replace=True)
+                self.client.set(self._prefix + "library", digest)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+
+    def _loaded(self) -> bool:
+        return bool(self.client.function_list("lorayard"))
+
+    def _call(self, function: str, *args: Any) -> Any:
+        try:
+            return self.client.fcall(function, 1, self._prefix, *args)
+        except redis.ResponseError as error:
+            if "Function not found" not in str(error):
+                raise _unavailable(error) from error
+            self.client.function_load(self._library, replace=True)
+            return self.client.fcall(function, 1, self._prefix, *args)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+
+    # -- producers --------------------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, entries: Sequence[Entry], *, max_queued: int) -> list[Enqueued]:
+        """Write jobs; durable when it returns (with the server's fsync policy). One answer an entry, in order."""
+        args: list[Any] = [max_queued]
+        for e in entries:
+            args += e[:10]
+            args.append(b"%b\n%b" % (e.meta, e.request))
+        answers: list[bytes] = self._call("ly_enqueue", *args)
+        out = []
+        for entry, answer in zip(entries, answers, strict=True):
+            code = answer.decode()
+            out.append(Enqueued(code[1:] or entry.id, _ENQUEUE[code[0]]))
+        return out
+
+    def show(self, tenant: str, ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The documents of a tenant's jobs; None for what it has no job of."""
+        replies = self._call("ly_show", *(keys.ref(tenant, i) for i in ids)) if ids else []
+        return [documents.document(job_id, reply) for job_id, reply in zip(ids, replies, strict=True)]
+
+    def cancel(self, tenant: str, ids: Sequence[str]) -> list[Literal["cancelled", "ended", "missing"]]:
+        words: dict[bytes, Literal["cancelled", "ended", "missing"]] = {b"c": "cancelled", b"t": "ended", b"n": "missing"}
+        return [words[code] for code in self._call("ly_cancel", tenant, self._ttl, *ids)]
+
+    def list_ids(self, tenant: str, *, limit: int, before_ms: int | None = None) -> list[tuple[str, int]]:
+        """The newest ids and when they were enqueued (ms), newest first."""
+        top = "+inf" if before_ms is None else f"({before_ms}"
+        name = f"{self._prefix}by_tenant:{tenant}"
+        try:
+            rows: Any = self.client.zrevrangebyscore(name, top, "-inf", start=0, num=limit, withscores=True)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+        return [(job_id.decode(), int(score)) for job_id, score in rows]
+
+    def counts(self) -> dict[str, int]:
+        try:
+            raw: Any = self.client.hgetall(self._prefix + "counts")
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+        return {name.decode(): int(value) for name, value in raw.items()}
+
+    # -- scheduler --------------------------------------------------------------------------------------------------------------------
+
+    def lead(self, me: str, ttl_ms: int) -> int:
+        """Take or keep the lead for `ttl_ms`; the epoch to claim with, or 0 while another leads."""
+        return int(self._call("ly_lead", me, ttl_ms))
+
+    def resign(self, me: str) -> None:
+        self._call("ly_resign", me)
+
+    def snapshot(self) -> View:
+        reply = self._call("ly_snapshot")
+        return _view(reply, reply[4].decode())
+
+    def read_groups(self, names: Iterable[tuple[str, str]]) -> View:
+        """As `snapshot`, of the named (digest, tenant) groups only; `jobs` is 0 for an empty one."""
+        return _view(self._call("ly_groups", *(f"{digest}:{tenant}" for digest, tenant in names)), "")
+
+    def claim(
+        self, *, epoch: int, worker: str, most: int, batch: str, digest: str, delivery_ms: int, why: str, takes: Iterable[tuple[str, int]]
+    ) -> tuple[Literal["ok", "epoch", "busy", "empty"], int]:
+        """Move the most due jobs of a digest, `n` of each named tenant, into a new batch. The number moved, or why none was."""
+        pairs = [value for take in takes for value in take]
+        reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, self._ttl, why, *pairs)
+        return reply[0].decode(), int(reply[2]) if len(reply) > 1 else 0
+
+    def reap(self, *, limit: int = 200) -> Reaped:
+        """Queue again what was not taken in time or whose lease ran out, wake what was delayed, expire what is past its deadline."""
+        return Reaped(*map(int, self._call("ly_reap", limit, self._ttl)))
+
+    def lift(self, tenant: str, to: int) -> None:
+        self._call("ly_lift", tenant, to)
+
+    def forget(self, tenant: str, *, limit: int = 1000) -> int:
+        """Drop listing entries of jobs whose results have expired."""
+        now_s, now_us = self._time()
+        return int(self._call("ly_forget", tenant, now_s * 1000 + now_us // 1000 - self._ttl * 1000, limit))
+
+    def _time(self) -> tuple[int, int]:
+        seconds, micros = self.client.time()
+        return int(seconds), int(micros)
+
+    # -- workers ----------------------------------------------------------------------------------------------------------------------
+
+    def hello(self, worker: str, incarnation: str) -> int:
+        """A worker process has started: batches that an earlier process of this name had taken are queued again at once."""
+        return int(self._call("ly_hello", worker, incarnation, self._ttl))
+
+    def take(self, batch: str, worker: str, incarnation: str, lease_ms: int) -> Taken | None:
+        """Begin the lease. None when the batch is no longer current, or taken already: then there is nothing to do."""
+        reply = self._call("ly_take", batch, worker, incarnation, lease_ms)
+        if not reply:
+            return None
+        fence, digest, claimed, taken = reply[:4]
+        jobs = []
+        for ref, attempts, value in zip(reply[4::3], reply[5::3], reply[6::3], strict=True):
+            _, meta, request = value.split(b"\n", 2)
+            jobs.append(TakenJob(ref.decode(), int(attempts), msgspec.json.decode(meta), request))
+        return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
+
+    def start(self, batch: str, fence: int, refs: Sequence[str]) -> list[str]:
+        """Count an attempt of each job; the refs that must not go on."""
+        return [ref.decode() for ref in self._call("ly_start", batch, fence, *refs)]
+
+    def renew(self, batches: Sequence[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[str]]:
+        """Renew leases by (batch, fence); the batches that are lost, and the refs that were cancelled."""
+        lost, stop = self._call("ly_renew", lease_ms, *(value for pair in batches for value in pair))
+        return [b.decode() for b in lost], [r.decode() for r in stop]
+
+    def finish(self, batch: str, fence: int, ends: Sequence[End]) -> list[Literal["stored", "retried", "already", "stale"]]:
+        """Commit ends of jobs, fenced; safe to repeat."""
+        words: dict[bytes, Literal["stored", "retried", "already", "stale"]] = {
+            b"s": "stored",
+            b"r": "retried",
+            b"a": "already",
+            b"x": "stale",
+        }
+        args = [value for e in ends for value in (e.ref, e.status, e.delay_ms, e.tokens, e.outcome)]
+        return [words[code] for code in self._call("ly_finish", batch, fence, self._ttl, *args)]
+
+    def give_back(self, batch: str, fence: int, refs: Sequence[str]) -> int:
+        """Queue again jobs that were not started; costs no attempt."""
+        return int(self._call("ly_give_back", batch, fence, self._ttl, *refs))
+
+    # -- everyone who waits -----------------------------------------------------------------------------------------------------------
+
+    def events(self, after: str, block_ms: int) -> tuple[str, list[Event]]:
+        """What happened after an event id ("$": from now on), waiting up to `block_ms` (0: not at all); and the id to go on from."""
+        try:
+            reply: Any = self.client.xread({self._prefix + "events": after}, count=1000, block=block_ms or None)
+        except redis.RedisError as error:
+            raise _unavailable(error) from error
+        if not reply:
+            return after, []
+        rows = (reply[0] if isinstance(reply, list) else next(iter(reply.items())))[1]
+        rows = rows[0] if rows and isinstance(rows[0], list) else rows
+        return rows[-1][0].decode(), [Event(f[b"k"].decode(), f[b"v"].decode().split(" ")) for _, f in rows]
+
+    def last_event(self) -> str:
+        rows: Any = self.client.xrevrange(self._prefix + "events", count=1)
+        return str(rows[0][0].decode()) if rows else "0-0"
+
+
+def _view(reply: list[Any], last_event: str) -> View:
+    groups = []
+    for name, jobs, due in reply[1]:
+        digest, _, tenant = name.decode().partition(":")
+        groups.append(Group(digest, tenant, int(jobs), int(float(due))))
+    flights = []
+    for batch, worker, digest, by, claimed, taken in reply[2]:
+        words = by.decode().split()
+        shares = {t: int(n) for t, n in zip(words[::2], words[1::2], strict=True)}
+        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, int(claimed), int(taken)))
+    served = {t.decode(): int(n) for t, n in zip(reply[3][::2], reply[3][1::2], strict=True)}
+    return View(int(reply[0]), groups, flights, served, last_event)
+
+
+def _unavailable(error: redis.RedisError) -> Unavailable:
+    text = str(error)
+    if text.startswith("OOM") or "MISCONF" in text or "maxmemory" in text:
+        return Unavailable("the ledger's Redis is out of memory or cannot write; nothing was stored, try again later", code="ledger_full")
+    return Unavailable(f"the ledger's Redis does not answer ({text.splitlines()[0] if text else type(error).__name__}); try again")

@@ -1,0 +1,316 @@
+"""Every transition of the ledger, on a real server."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import msgspec
+import pytest
+import redis
+
+from lorayard.ledger.ledger import LIBRARY, End, Entry, Ledger
+
+NOW = re.search(r"local function now\(\).*?\nend", LIBRARY, re.DOTALL)
+assert NOW is not None
+# The same library with its one clock replaced by a key that a test sets.
+CLOCKED = LIBRARY.replace(NOW.group(), "local function now() return tonumber(redis.call('GET', 'ly:{t}:clock')) end")
+
+
+class Yard:
+    """A ledger under a clock of the test's own, with shorthands."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.ledger = Ledger(client, "t", result_ttl_s=3600, library=CLOCKED)
+        self.client = client
+        self.now = 1_800_000_000_000
+        self.advance(0)
+        self.ledger.install()
+        self.epoch = self.ledger.lead("s1", 10_000)
+        self.batches = 0
+
+    def advance(self, ms: int) -> None:
+        self.now += ms
+        self.client.set("ly:{t}:clock", self.now)
+
+    def entry(self, job_id: str, **changes: object) -> Entry:
+        meta = msgspec.json.encode({"adapter": changes.get("digest", "base"), "pool": "t"})
+        entry = Entry(job_id, "acme", "base", 1000, 0, 0, 3, "http", "", "", meta, b'{"messages":[]}')
+        return entry._replace(**changes)
+
+    def put(self, *job_ids: str, **changes: object) -> list[str]:
+        answers = self.ledger.enqueue([self.entry(i, **changes) for i in job_ids], max_queued=1000)
+        return [a.status for a in answers]
+
+    def claim(self, n: int = 10, *, worker: str = "w1", digest: str = "base", tenant: str = "acme", most: int = 2) -> str:
+        self.batches += 1
+        batch = f"b{self.batches}"
+        answer = self.ledger.claim(
+            epoch=self.epoch, worker=worker, most=most, batch=batch, digest=digest, delivery_ms=5000, why="due", takes=[(tenant, n)]
+        )
+        return batch if answer[0] == "ok" else answer[0]
+
+    def status(self, job_id: str) -> str | None:
+        doc = self.ledger.show("acme", [job_id])[0]
+        return None if doc is None else doc["status"]
+
+    def counts_are_exact(self) -> bool:
+        queued = sum(g.jobs for g in self.ledger.snapshot().groups)
+        return queued == self.ledger.counts().get("queued", 0)
+
+
+@pytest.fixture
+def yard(store: redis.Redis) -> Yard:
+    return Yard(store)
+
+
+OUTCOME = msgspec.json.encode({"response": {"object": "chat.completion", "choices": []}, "timings_ms": {"prefill": 10, "decode": 20}})
+
+
+def test_a_job_from_enqueue_to_its_document(yard: Yard) -> None:
+    assert yard.put("a") == ["queued"]
+    assert yard.status("a") == "queued"
+    yard.advance(100)
+    batch = yard.claim()
+    assert yard.status("a") == "claimed"
+    yard.advance(7)
+    taken = yard.ledger.take(batch, "w1", "i1", 5000)
+    assert taken is not None
+    assert [j.ref for j in taken.jobs] == ["acme/a"]
+    assert taken.jobs[0].request == b'{"messages":[]}'
+    assert yard.ledger.start(batch, taken.fence, ["acme/a"]) == []
+    assert yard.status("a") == "running"
+    yard.advance(50)
+    assert yard.ledger.finish(batch, taken.fence, [End("acme/a", "succeeded", OUTCOME, tokens=12)]) == ["stored"]
+    doc = yard.ledger.show("acme", ["a"])[0]
+    assert doc is not None
+    assert (doc["status"], doc["attempts"], doc["worker"], doc["batch"], doc["batch_size"], doc["why"]) == (
+        *("succeeded", 1, "w1", batch, 1),
+        "due",
+    )
+    latencies = doc["latencies_ms"]
+    assert latencies["queued"] == 100
+    assert latencies["dispatched"] == 7
+    assert latencies["stored"] == 20
+    assert latencies["total"] == 157 == sum(v for k, v in latencies.items() if k != "total")
+    assert doc["response"]["id"] == "a"
+    view = yard.ledger.snapshot()
+    assert view.served == {"acme": 12}
+    assert view.in_flight == []
+    left = {k.decode() for k in yard.client.keys("ly:{t}:*")}
+    assert not {
+        k for k in left if any(k.startswith(f"ly:{{t}}:{part}") for part in ("job:", "run:", "batch:", "members:", "queue:", "leases"))
+    }
+
+
+def test_an_idempotency_key_gives_the_same_id_and_refuses_another_body(yard: Yard) -> None:
+    first, again, other = (
+        yard.ledger.enqueue([yard.entry(i, idem="k", body_hash=h)], max_queued=9)[0] for i, h in (("a", "h1"), ("b", "h1"), ("c", "h2"))
+    )
+    assert (first.id, first.status) == ("a", "queued")
+    assert (again.id, again.status) == ("a", "exists")
+    assert other.status == "conflict"
+    assert yard.ledger.counts()["enqueued"] == 1
+    same_call = yard.ledger.enqueue([yard.entry(i, idem="z", body_hash="h") for i in "xy"], max_queued=9)
+    assert [(e.id, e.status) for e in same_call] == [("x", "queued"), ("x", "exists")]
+
+
+def test_a_full_backlog_refuses_and_stores_nothing(yard: Yard) -> None:
+    answers = yard.ledger.enqueue([yard.entry(str(i)) for i in range(5)], max_queued=3)
+    assert [a.status for a in answers] == ["queued"] * 3 + ["full"] * 2
+    assert yard.status("4") is None
+    assert yard.counts_are_exact()
+
+
+def test_the_most_due_job_goes_first(yard: Yard) -> None:
+    yard.put("late", wait_ms=9000)
+    yard.put("soon", wait_ms=10)
+    taken = yard.ledger.take(yard.claim(1), "w1", "i", 5000)
+    assert taken is not None
+    assert taken.jobs[0].ref == "acme/soon"
+
+
+def test_a_lost_wake_up_costs_no_attempt(yard: Yard) -> None:
+    yard.put("a")
+    batch = yard.claim()
+    yard.advance(5001)
+    assert yard.ledger.reap().batches == 1
+    assert yard.status("a") == "queued"
+    assert yard.ledger.take(batch, "w1", "i", 5000) is None
+    taken = yard.ledger.take(yard.claim(), "w1", "i", 5000)
+    assert taken is not None
+    assert taken.jobs[0].attempts == 0
+
+
+def test_taking_twice_is_harmless(yard: Yard) -> None:
+    yard.put("a")
+    batch = yard.claim()
+    assert yard.ledger.take(batch, "w1", "i", 5000) is not None
+    assert yard.ledger.take(batch, "w1", "i", 5000) is None
+    assert yard.ledger.take(batch, "w2", "i", 5000) is None
+
+
+def test_a_zombie_is_fenced_off(yard: Yard) -> None:
+    yard.put("a")
+    old = yard.claim()
+    taken = yard.ledger.take(old, "w1", "i", 5000)
+    assert taken is not None
+    yard.ledger.start(old, taken.fence, ["acme/a"])
+    yard.advance(5001)
+    yard.ledger.reap()
+    new = yard.claim(worker="w2")
+    second = yard.ledger.take(new, "w2", "i", 5000)
+    assert second is not None
+    assert second.jobs[0].attempts == 1
+    assert yard.ledger.finish(old, taken.fence, [End("acme/a", "succeeded", OUTCOME)]) == ["stale"]
+    assert yard.status("a") == "claimed"
+    assert yard.ledger.finish(new, second.fence, [End("acme/a", "succeeded", OUTCOME)]) == ["stored"]
+    assert yard.ledger.finish(new, second.fence, [End("acme/a", "succeeded", OUTCOME)]) == ["already"]
+    assert yard.ledger.finish(old, taken.fence, [End("acme/a", "failed", OUTCOME)]) == ["stale"]
+    assert yard.ledger.counts()["stale"] == 2
+    assert yard.status("a") == "succeeded"
+
+
+def test_renewing_keeps_a_lease_and_tells_what_is_lost(yard: Yard) -> None:
+    yard.put("a")
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    for _ in range(4):
+        yard.advance(4000)
+        assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([], [])
+        assert yard.ledger.reap().batches == 0
+    yard.advance(5001)
+    yard.ledger.reap()
+    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([batch], [])
+    assert yard.ledger.start(batch, taken.fence, ["acme/a"]) == ["acme/a"]
+
+
+def test_a_job_that_brings_its_worker_down_at_the_cap_is_buried_and_its_mates_are_not(yard: Yard) -> None:
+    yard.put("poison", "mate")
+    for attempt in range(3):
+        batch = yard.claim(worker=f"w{attempt}")
+        taken = yard.ledger.take(batch, f"w{attempt}", "i", 5000)
+        assert taken is not None
+        yard.ledger.start(batch, taken.fence, ["acme/poison"])
+        yard.advance(5001)
+        yard.ledger.reap()
+    doc = yard.ledger.show("acme", ["poison"])[0]
+    assert doc is not None
+    assert (doc["status"], doc["error"]["code"], doc["attempts"]) == ("failed", "worker_lost", 3)
+    assert yard.status("mate") == "queued"
+    assert yard.client.zrange("ly:{t}:dead", 0, -1) == [b"acme/poison"]
+    assert yard.counts_are_exact()
+
+
+def test_retry_waits_and_counts_and_later_counts_nothing(yard: Yard) -> None:
+    yard.put("a", "b", max_attempts=2)
+    for attempt in range(2):
+        batch = yard.claim()
+        taken = yard.ledger.take(batch, "w1", "i", 5000)
+        assert taken is not None
+        yard.ledger.start(batch, taken.fence, ["acme/a"])
+        ends = [End("acme/a", "retry", OUTCOME, delay_ms=500), End("acme/b", "later", delay_ms=500)]
+        assert yard.ledger.finish(batch, taken.fence, ends) == ["retried" if attempt == 0 else "stored", "retried"]
+        assert yard.status("b") == "delayed"
+        yard.advance(501)
+        assert yard.ledger.reap().woken == (2 if attempt == 0 else 1)
+    assert yard.status("a") == "failed"
+    assert yard.status("b") == "queued"
+
+
+def test_cancel_at_every_state(yard: Yard) -> None:
+    yard.put("queued", "running")
+    yard.put("delayed", not_before_ms=1000)
+    yard.ledger.cancel("acme", ["queued"])
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    yard.ledger.start(batch, taken.fence, ["acme/running"])
+    assert yard.ledger.cancel("acme", ["running", "delayed", "queued", "none"]) == ["cancelled", "cancelled", "ended", "missing"]
+    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([batch], ["acme/running"])
+    assert yard.ledger.finish(batch, taken.fence, [End("acme/running", "succeeded", OUTCOME)]) == ["stale"]
+    assert [yard.status(i) for i in ("queued", "running", "delayed")] == ["cancelled"] * 3
+    yard.advance(2000)
+    assert yard.ledger.reap().woken == 0
+    assert yard.counts_are_exact()
+
+
+def test_another_tenant_sees_and_cancels_nothing(yard: Yard) -> None:
+    yard.put("a")
+    assert yard.ledger.show("other", ["a"]) == [None]
+    assert yard.ledger.cancel("other", ["a"]) == ["missing"]
+    assert yard.status("a") == "queued"
+
+
+def test_a_deadline_expires_what_was_not_started(yard: Yard) -> None:
+    yard.put("a", deadline_ms=1000)
+    yard.put("run", deadline_ms=1000, digest="d1")
+    batch = yard.claim(digest="d1")
+    yard.ledger.take(batch, "w1", "i", 60_000)
+    yard.advance(1001)
+    assert yard.ledger.reap().expired == 1
+    assert yard.status("a") == "expired"
+    assert yard.status("run") == "claimed"
+    assert yard.counts_are_exact()
+
+
+def test_give_back_and_a_new_process_of_the_same_name_cost_no_attempt(yard: Yard) -> None:
+    yard.put("a", "b")
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i1", 5000)
+    assert taken is not None
+    yard.ledger.start(batch, taken.fence, ["acme/a"])
+    assert yard.ledger.give_back(batch, taken.fence, ["acme/a", "acme/b"]) == 1
+    assert yard.status("b") == "queued"
+    waiting = yard.claim()
+    assert yard.ledger.hello("w1", "i2") == 1  # the batch that i1 had taken; the one on its way will reach i2
+    assert yard.status("a") == "queued"
+    assert yard.ledger.take(waiting, "w1", "i2", 5000) is not None
+    assert yard.counts_are_exact()
+
+
+def test_two_schedulers_one_leads_and_a_stale_epoch_claims_nothing(yard: Yard) -> None:
+    assert yard.ledger.lead("s2", 10_000) == 0
+    yard.advance(10_001)
+    new = yard.ledger.lead("s2", 10_000)
+    assert new == yard.epoch + 1
+    yard.put("a")
+    assert yard.claim() == "epoch"
+    yard.ledger.resign("s2")
+    assert yard.ledger.lead("s1", 10_000) == new + 1
+
+
+def test_a_worker_has_at_most_two_batches_outstanding(yard: Yard) -> None:
+    yard.put("a", "b", "c")
+    assert [yard.claim(1) for _ in range(3)] == ["b1", "b2", "busy"]
+    assert len(yard.ledger.snapshot().in_flight) == 2
+
+
+def test_events_tell_of_groups_ends_and_batches(yard: Yard) -> None:
+    after = yard.ledger.last_event()
+    yard.put("a")
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    yard.ledger.finish(batch, taken.fence, [End("acme/a", "succeeded", OUTCOME)])
+    last, events = yard.ledger.events(after, 0)
+    assert [(e.kind, e.values) for e in events] == [("queued", ["base:acme"]), ("ended", ["acme/a"]), ("batch", [batch])]
+    assert last == yard.ledger.last_event()
+
+
+def test_the_library_survives_a_flush_of_scripts_and_functions(store: redis.Redis) -> None:
+    ledger = Ledger(store, "u", result_ttl_s=60)
+    ledger.install()
+    store.script_flush()
+    store.execute_command("FUNCTION", "FLUSH")
+    assert ledger.snapshot().groups == []
+
+
+def test_bulk_enqueue_of_many_groups(yard: Yard) -> None:
+    entries = [yard.entry(f"j{i}", digest=f"d{i % 50}", tenant=f"t{i % 4}") for i in range(5000)]
+    started = time.monotonic()
+    assert {a.status for a in yard.ledger.enqueue(entries, max_queued=10_000)} == {"queued"}
+    assert time.monotonic() - started < 30
+    assert sum(g.jobs for g in yard.ledger.snapshot().groups) == 5000
+    assert yard.counts_are_exact()
