@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(200 * 1024 * 1024, ge=1024)
     max_jobs_per_request: int = Field(50_000, ge=1)
     max_job_bytes: int = Field(1024 * 1024, ge=256)
+    max_adapter_bytes: int = Field(1024 * 1024 * 1024, ge=1024)  # of an adapter's weights
 
     # Ledger
     max_queued: int = Field(2_000_000, ge=1)
