@@ -70,7 +70,7 @@ def check_python(version: tuple[int, ...], implementation: str) -> None:
     if implementation != "cpython" or not OLDEST <= version[:2] <= NEWEST:
         found = f"{implementation} {'.'.join(map(str, version[:3]))} at {sys.executable}"
         raise SetupFailed(
-            f"Lorayard needs CPython 3.11, 3.12 or 3.13, and this is {found}; choose one with make PYTHON=/path/to/python3.12"
+            f"needs CPython 3.11, 3.12 or 3.13, and this is {found}; choose one with make PYTHON=/path/to/python3.12"
         )
 
 
