@@ -45,7 +45,7 @@ CMAKE_OPTIONS = ["-DLLAVA_BUILD=OFF"]
 CMAKE_INCLUDE = "set(LLAMA_BUILD_COMMON OFF)\n"
 # A hypervisor may show AMX to a guest that must not use it: a native build then dies with SIGILL at its first decode.
 NO_AMX = ["-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"]
-COMPILE_CORE_MINUTES = 7
+COMPILE_CORE_MINUTES = 4
 INSTALL_COMPILER = "apt install build-essential (Debian, Ubuntu), dnf install gcc-c++ (Fedora), xcode-select --install (macOS)"
 BUILD_VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAHOSTCXX", "MACOSX_DEPLOYMENT_TARGET")
 
@@ -69,9 +69,7 @@ def cores() -> int:
 def check_python(version: tuple[int, ...], implementation: str) -> None:
     if implementation != "cpython" or not OLDEST <= version[:2] <= NEWEST:
         found = f"{implementation} {'.'.join(map(str, version[:3]))} at {sys.executable}"
-        raise SetupFailed(
-            f"needs CPython 3.11, 3.12 or 3.13, and this is {found}; choose one with make PYTHON=/path/to/python3.12"
-        )
+        raise SetupFailed(f"needs CPython 3.11, 3.12 or 3.13, and this is {found}; choose one with make PYTHON=/path/to/python3.12")
 
 
 @contextlib.contextmanager
@@ -130,7 +128,7 @@ class Logged:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with self.log.open("ab") as log:
+        with process.stdout, self.log.open("ab") as log:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
