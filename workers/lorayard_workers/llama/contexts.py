@@ -1,0 +1,113 @@
+"""The contexts of a worker: each bound to one adapter at a time, all on the same weights.
+
+Going back to an adapter whose context is still bound to it costs nothing; binding another re-reserves the graph and loses the KV.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from lorayard.jobs import BASE_DIGEST
+from lorayard.settings import Settings
+from lorayard_workers.llama.adapter_cache import AdapterCache
+from lorayard_workers.llama.bindings import Context, Model
+from lorayard_workers.runner import AdapterFile
+
+Temperature = Literal["hot", "loaded", "disk"]
+S = TypeVar("S")
+
+
+@dataclass(eq=False)
+class Slot(Generic[S]):
+    """A context with what it is bound to, the sequences that run in it, oldest first, and the sequence ids that are not taken."""
+
+    context: Context
+    digest: str | None = None  # None: bound to nothing yet; BASE_DIGEST: the bare base
+    running: list[S] = field(default_factory=list)
+    free_ids: list[int] = field(default_factory=list)
+    used_at: int = 0
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What it took to make a slot ready for an adapter. `bind_ms` is the call; the next decode also re-reserves its graph."""
+
+    temperature: Temperature
+    load_ms: float = 0.0
+    bind_ms: float = 0.0
+
+
+class ContextPool(Generic[S]):
+    """Up to `settings.contexts` slots, made when first needed.
+
+    Each bound slot pins its adapter, so there are never more slots than adapters that may be loaded.
+    """
+
+    def __init__(self, model: Model, cache: AdapterCache, settings: Settings, *, n_batch: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._settings = settings
+        self._n_batch = n_batch
+        self._limit = min(settings.contexts, cache.capacity)
+        self.slots: list[Slot[S]] = []
+        self._clock = 0
+
+    @property
+    def hot(self) -> list[str]:
+        """Digests that slots are bound to, most recently used first, without the bare base."""
+        by_use = sorted(self.slots, key=lambda slot: -slot.used_at)
+        return [slot.digest for slot in by_use if slot.digest not in (None, BASE_DIGEST)]
+
+    def acquire(self, adapter: AdapterFile | None) -> tuple[Slot[S], Switch] | None:
+        """A slot bound to this adapter, with no other adapter's sequences in it; None while all slots run others.
+
+        Prefers the slot that is bound to it already, running or idle, then a new one, then the idle one that was used longest ago.
+        Raises what loading the adapter raises; the slot is then bound to nothing.
+        """
+        digest = adapter.digest if adapter else BASE_DIGEST
+        self._clock += 1
+        slot = next((slot for slot in self.slots if slot.digest == digest), None)
+        switch = Switch("hot")
+        if slot is None:
+            slot = self._idle()
+            if slot is None:
+                return None
+            switch = self._bind(slot, adapter, digest)
+        slot.used_at = self._clock
+        return slot, switch
+
+    def _idle(self) -> Slot[S] | None:
+        if len(self.slots) < self._limit:
+            s = self._settings
+            context = Context(self._model, n_ctx=s.n_ctx, n_seq_max=s.width, n_batch=self._n_batch)
+            self.slots.append(Slot(context, free_ids=list(range(s.width))))
+            return self.slots[-1]
+        return min((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at, default=None)
+
+    def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
+        self.unbind(slot)
+        if adapter is None:
+            slot.digest = digest  # unbound is the bare base already
+            return Switch("loaded")
+        temperature: Temperature = "loaded" if digest in self._cache else "disk"
+        start = time.perf_counter()
+        lora = self._cache.pin(adapter)
+        loaded = time.perf_counter()
+        slot.digest = digest
+        slot.context.bind(lora)
+        return Switch(temperature, 1000 * (loaded - start) if temperature == "disk" else 0.0, 1000 * (time.perf_counter() - loaded))
+
+    def unbind(self, slot: Slot[S]) -> None:
+        """Leave the slot with the bare base and empty KV, and its adapter free to be evicted."""
+        slot.context.bind(None)
+        if slot.digest not in (None, BASE_DIGEST):
+            self._cache.unpin(slot.digest)
+        slot.digest = None
+
+    def close(self) -> None:
+        for slot in self.slots:
+            self.unbind(slot)
+            slot.context.close()
+        self.slots.clear()

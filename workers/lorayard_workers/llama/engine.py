@@ -1,0 +1,318 @@
+"""The step loop: receive, admit, compose one decode, decode, sample, emit.
+
+Jobs are admitted in the order their works arrived, as long as fewer than `width` run, into the context of their adapter. A work of
+another adapter starts in another context when places are left, and the contexts then step in turn. No later work overtakes one that
+waits for a context.
+
+KV cells are set aside for a prompt and for a fair share of what may follow, not for all of it: few answers are as long as they may be.
+When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the oldest always
+goes on, so all end.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from lorayard.errors import BadRequest, LorayardError
+from lorayard.jobs import BASE_DIGEST
+from lorayard.settings import Settings
+from lorayard_workers.llama.adapter_cache import AdapterCache
+from lorayard_workers.llama.bindings import Batch, Model
+from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
+from lorayard_workers.llama.requests import RequestReader
+from lorayard_workers.llama.sampling import sample
+from lorayard_workers.llama.sequence import Sequence, now_ms
+from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progress, Started, Work
+
+_PROGRESS_MS = 500.0
+_LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
+_LEAST_SHARE = 64  # cells set aside for an answer
+
+
+@dataclass(eq=False)
+class _Queued:
+    """A work's jobs that wait for their start, in order, and the outcomes of those whose requests were refused."""
+
+    adapter: AdapterFile | None
+    waiting: deque[Sequence]
+    refused: list[Outcome] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        return self.adapter.digest if self.adapter else BASE_DIGEST
+
+
+@dataclass
+class Counters:
+    """Since the start. `prompt_tokens` counts a prompt once, when it is done, `decode_ms` the time in decode calls and sampling."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    decode_ms: float = 0.0
+
+
+class Engine:
+    """Runs jobs on one model. `submit` and `cancel` may be called from any thread, everything else from the decoding thread."""
+
+    def __init__(self, model: Model, settings: Settings, emit: Callable[[Event], None]) -> None:
+        self._model = model
+        self._emit = emit
+        self._settings = settings
+        self.cache = AdapterCache(model, settings.adapters_loaded)
+        step_tokens = max(settings.prefill_tokens, settings.width + _LEAST_CHUNK)
+        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, n_batch=step_tokens)
+        self._batch = Batch(step_tokens)
+        limit = min(settings.n_ctx, model.n_ctx_train)
+        self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
+        self._share = max(_LEAST_SHARE, settings.n_ctx // settings.width)
+        self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
+        self._works: deque[_Queued] = deque()
+        self._turn = 0
+        self.counters = Counters()
+        self._told: tuple[float, list[str], list[str]] = (0.0, [], [])  # when, hot, loaded
+
+    # Any thread
+
+    def submit(self, work: Work, reading: Callable[[str], None] = lambda _ref: None) -> None:
+        """Check and tokenize the work's requests, on the caller's thread, and queue them behind those that are queued already.
+
+        `reading` is told each job's ref before its request is looked at: should that crash, it is known whose fault it was.
+        """
+        queued = _Queued(work.adapter, deque())
+        received = now_ms()
+        for item in work.items:
+            reading(item.ref)
+            try:
+                request = self.reader.read(item.endpoint, bytes(item.request))
+                queued.waiting.append(Sequence(work.batch, work.adapter, item, request, received))
+            except LorayardError as error:
+                queued.refused.append(_failure(work.batch, item.ref, error))
+            except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
+                unexpected = LorayardError(f"the request could not be read: {type(error).__name__}", code="unreadable_request")
+                queued.refused.append(_failure(work.batch, item.ref, unexpected))
+        self._inbox.put(queued)
+
+    def cancel(self, refs: list[str]) -> None:
+        """Forget these jobs within one decode step."""
+        self._inbox.put(Cancel(refs))
+
+    # The loop
+
+    def probe(self) -> None:
+        """Compute a few tokens of nothing, as a prompt and as a decode step: a build made for another processor crashes of it."""
+        acquired = self.pool.acquire(None)
+        assert acquired is not None
+        context = acquired[0].context
+        for start, tokens in ((0, [0] * _LEAST_CHUNK), (_LEAST_CHUNK, [0])):
+            self._batch.clear()
+            self._batch.add(0, start, tokens, want_logits=True)
+            context.decode(self._batch)
+        context.clear()
+
+    def step(self, wait_s: float | None = 0.0) -> bool:
+        """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""
+        self._receive(wait_s)
+        self._admit()
+        slot = self._next_slot()
+        if slot is None:
+            return False
+        chunks = self._compose(slot)
+        rows = [sequence for sequence, count in chunks if count == sequence.pending]
+        started = now_ms()
+        try:
+            tokens = sample(slot.context.decode(self._batch), [sequence.sampler for sequence in rows])
+        except LorayardError as error:
+            self._isolate(slot, error)
+            return True
+        self.counters.steps += 1
+        self.counters.decode_ms += now_ms() - started
+        for sequence, count in chunks:
+            sequence.computed += count
+        self._take(rows, tokens)
+        self._tell_progress()
+        return True
+
+    @property
+    def active(self) -> list[Sequence]:
+        """What is being computed, over all contexts."""
+        return [sequence for slot in self.pool.slots for sequence in slot.running]
+
+    def close(self) -> None:
+        """Free contexts and adapters, and forget all jobs; the model stays."""
+        for sequence in self.active:
+            self._leave(sequence)
+        self.pool.close()
+        self.cache.close()
+        self._batch.free()
+
+    # Receive
+
+    def _receive(self, wait_s: float | None) -> None:
+        idle = not self._works and not self.active
+        try:
+            message = self._inbox.get(timeout=wait_s) if idle and wait_s != 0 else self._inbox.get_nowait()
+            while True:
+                self._accept(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _accept(self, message: _Queued | Cancel) -> None:
+        if isinstance(message, Cancel):
+            self._forget(set(message.refs))
+            return
+        for outcome in message.refused:
+            self._emit(outcome)
+        if message.waiting:
+            self._works.append(message)
+
+    def _forget(self, refs: set[str]) -> None:
+        for work in self._works:
+            work.waiting = deque(sequence for sequence in work.waiting if sequence.item.ref not in refs)
+        self._works = deque(work for work in self._works if work.waiting)
+        for sequence in self.active:
+            if sequence.item.ref in refs:
+                self._leave(sequence)
+
+    # Admit
+
+    def _admit(self) -> None:
+        blocked: set[str] = set()  # adapters whose context lacks cells: later works of theirs do not overtake
+        for work in list(self._works):
+            if work.digest in blocked:
+                continue
+            if not self._may_start(work.waiting[0]):
+                break
+            try:
+                acquired = self.pool.acquire(work.adapter)
+            except LorayardError as error:
+                for sequence in work.waiting:
+                    self._emit(_failure(sequence.batch, sequence.item.ref, error))
+                work.waiting.clear()
+                continue
+            if acquired is None:
+                break
+            self._start(work, *acquired)
+            if work.waiting:
+                blocked.add(work.digest)
+        self._works = deque(work for work in self._works if work.waiting)
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether a place is left beside what runs; a solo job shares the engine with nobody."""
+        active = self.active
+        if sequence.solo:
+            return not active
+        return len(active) < self._settings.width and not any(other.solo for other in active)
+
+    def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
+        """Whether the context has cells for one more. Alone, every accepted job has."""
+        set_aside = sum(other.cells(self._share) for other in slot.running)
+        return not slot.running or set_aside + sequence.cells(self._share) <= slot.context.n_ctx
+
+    def _start(self, work: _Queued, slot: Slot[Sequence], switch: Switch) -> None:
+        begun: list[Sequence] = []
+        while work.waiting and self._may_start(work.waiting[0]) and self._fits(slot, work.waiting[0]):
+            sequence = work.waiting.popleft()
+            sequence.join(slot)
+            if sequence.switch is None:
+                sequence.switch, sequence.started_ms = switch, now_ms()
+                begun.append(sequence)
+        width = len(self.active)
+        for sequence in begun:
+            sequence.width = width
+        if begun:
+            self._emit(Started(begun[0].batch, [sequence.item.ref for sequence in begun]))
+
+    # Compose
+
+    def _next_slot(self) -> Slot[Sequence] | None:
+        """The next context in turn that has something to compute."""
+        slots = self.pool.slots
+        for offset in range(1, len(slots) + 1):
+            index = (self._turn + offset) % len(slots)
+            if slots[index].running:
+                self._turn = index
+                return slots[index]
+        return None
+
+    def _compose(self, slot: Slot[Sequence]) -> list[tuple[Sequence, int]]:
+        """Fill the batch: one token of every decoding sequence, then chunks of prompts, oldest first. Returns how many tokens of each."""
+        while True:
+            chunks = self._share_out(slot)
+            if chunks:
+                break
+            self._preempt(slot.running[-1])
+        self._batch.clear()
+        for sequence, count in chunks:
+            start, end = sequence.computed, sequence.computed + count
+            self._batch.add(sequence.seq, start, sequence.tokens[start:end], want_logits=end == len(sequence.tokens))
+        return chunks
+
+    def _share_out(self, slot: Slot[Sequence]) -> list[tuple[Sequence, int]]:
+        """Tokens of each sequence for one decode call; empty when cells are lacking."""
+        cells = slot.context.n_ctx - sum(sequence.computed for sequence in slot.running)
+        chunks = [(sequence, 1) for sequence in slot.running if sequence.pending == 1]
+        if len(chunks) > cells:
+            return []
+        budget = min(cells - len(chunks), max(self._settings.prefill_tokens - len(chunks), _LEAST_CHUNK))
+        for sequence in slot.running:
+            if sequence.pending > 1 and budget:
+                chunks.append((sequence, min(sequence.pending, budget)))
+                budget -= chunks[-1][1]
+        return chunks
+
+    # Take and emit
+
+    def _take(self, rows: list[Sequence], tokens: list[int]) -> None:
+        for sequence, token in zip(rows, tokens, strict=True):
+            if not sequence.generated:
+                self.counters.prompt_tokens += len(sequence.tokens)
+            sequence.take(token, self._model.pieces, self._model.end_tokens)
+            self.counters.generated_tokens += 1
+            if sequence.finish:
+                self.counters.finished += 1
+                self._leave(sequence)
+                self._emit(sequence.outcome(self._model.pieces))
+
+    def _leave(self, sequence: Sequence) -> None:
+        slot = sequence.leave()
+        if not slot.running:
+            slot.context.clear()
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give its cells to older ones; it is first in the queue, and what it generated stays."""
+        self._leave(sequence)
+        self._works.appendleft(_Queued(sequence.adapter, deque([sequence])))
+        self.counters.preemptions += 1
+
+    def _isolate(self, slot: Slot[Sequence], error: LorayardError) -> None:
+        """A decode failed, or gave what is not a number, which spreads through shared cells: run each alone to find whose fault it is."""
+        suspects = list(slot.running)
+        for sequence in reversed(suspects):
+            self._preempt(sequence)
+            sequence.solo = True
+        slot.context.clear(data=True)
+        if len(suspects) == 1:
+            self._forget({suspects[0].item.ref})
+            self._emit(_failure(suspects[0].batch, suspects[0].item.ref, error))
+
+    def _tell_progress(self) -> None:
+        when, *known = self._told
+        hot, loaded = self.pool.hot, self.cache.digests
+        if now_ms() - when >= _PROGRESS_MS or known != [hot, loaded]:
+            self._told = (now_ms(), hot, loaded)
+            counters = asdict(self.counters) | {"adapter_loads": self.cache.loads, "adapter_evictions": self.cache.evictions}
+            counters |= {"active": len(self.active), "waiting": sum(len(work.waiting) for work in self._works)}
+            self._emit(Progress(self.counters.steps, hot, loaded, counters))
+
+
+def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:
+    """An error as a job's end; what is not the request's or the adapter's fault may go better another time."""
+    retryable = not isinstance(error, BadRequest) and error.code not in ("not_a_number", "unreadable_request")
+    return Outcome(batch, ref, error=error.document(), retryable=retryable)

@@ -1,0 +1,307 @@
+"""OpenAI request bodies in, OpenAI responses out: what this backend understands, and a refusal by name of what it does not."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from datetime import datetime
+from itertools import accumulate
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from lorayard.errors import BadRequest, PromptTooLong, SetupError
+from lorayard_workers.llama.sampling import Logprob, SamplingParams
+
+if TYPE_CHECKING:
+    from lorayard_workers.llama.bindings import Model
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+_MAX_STOPS = 4
+
+# Fields whose given value changes nothing, so that ordinary clients need not be rewritten. Any other field is refused by name.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "stream": (False,),
+    "store": (False,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "modalities": (["text"],),
+}
+
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    stop: str | list[str] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    seed: int | None = None
+    user: str | None = None
+
+
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+    name: str | UnsetType = UNSET
+
+
+class _Chat(_Common):
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class _Completion(_Common):
+    prompt: str | list[str | int]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A body understood: tokens to compute, how many may follow, and when to stop. `stops` are UTF-8."""
+
+    endpoint: str
+    prompt: list[int]
+    max_tokens: int
+    stops: list[bytes]
+    sampling: SamplingParams
+
+
+class RequestReader:
+    """Checks bodies against one model. `max_prompt` and `n_ctx` are tokens: the longest prompt, and prompt and answer together."""
+
+    def __init__(self, model: Model, *, n_ctx: int, max_prompt: int) -> None:
+        self._model = model
+        self._n_ctx = n_ctx
+        self.max_prompt = min(max_prompt, n_ctx - 1)
+        self._template = _compile(model.chat_template) if model.chat_template else None
+
+    def read(self, endpoint: str, body: bytes) -> Request:
+        """Raises `BadRequest` that names the field at fault, or `PromptTooLong`."""
+        if endpoint not in (CHAT, COMPLETION):
+            raise BadRequest(f"{endpoint}: the llama.cpp workers of this pool answer only {CHAT} and {COMPLETION}", param="endpoint")
+        fields = _known_fields(body, _Chat if endpoint == CHAT else _Completion)
+        prompt = self._chat_prompt(fields) if isinstance(fields, _Chat) else self._completion_prompt(fields)
+        if not prompt:
+            raise BadRequest("the prompt is empty", param="prompt")
+        if len(prompt) > self.max_prompt:
+            raise self._too_long(f"{len(prompt)}")
+        limit = fields.max_tokens
+        if isinstance(fields, _Chat):
+            limit = fields.max_completion_tokens or limit
+        elif limit is None:
+            limit = 16  # OpenAI's default for completions
+        room = self._n_ctx - len(prompt)
+        return Request(endpoint, prompt, min(limit or room, room), _stops(fields.stop), self._sampling(fields))
+
+    def _too_long(self, count: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"the prompt has {count} tokens, and at most {self.max_prompt} are allowed: shorten it, or give the workers a larger "
+            f"LORAYARD_N_CTX (the model was trained for {self._model.n_ctx_train})",
+            param="messages",
+        )
+
+    def _tokens(self, text: str, param: str) -> list[int]:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest(f"{param}: not valid Unicode", param=param) from None
+        least = len(data) // self._model.max_token_bytes
+        if least > self.max_prompt:  # not worth tokenizing
+            raise self._too_long(f"more than {least}")
+        return self._model.tokenize(data)
+
+    def _chat_prompt(self, fields: _Chat) -> list[int]:
+        if self._template is None:
+            raise BadRequest(f"this model has no chat template: use {COMPLETION}", param="messages")
+        messages = [_plain(message) for message in fields.messages]
+        try:
+            text = self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._model.special_text("bos"),
+                eos_token=self._model.special_text("eos"),
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise BadRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
+        return self._tokens(text, "messages")
+
+    def _completion_prompt(self, fields: _Completion) -> list[int]:
+        prompt = fields.prompt
+        if isinstance(prompt, str):
+            return self._tokens(prompt, "prompt")
+        texts = [part for part in prompt if isinstance(part, str)]
+        if len(texts) == 1:
+            return self._tokens(texts[0], "prompt")
+        if texts:
+            raise BadRequest("prompt: one prompt a job; enqueue the others as jobs of their own", param="prompt")
+        tokens = [part for part in prompt if isinstance(part, int)]
+        if any(not 0 <= token < self._model.n_vocab for token in tokens):
+            raise BadRequest(f"prompt: token ids are 0 to {self._model.n_vocab - 1}", param="prompt")
+        return tokens
+
+    def _sampling(self, fields: _Common) -> SamplingParams:
+        top: int | None = None
+        if isinstance(fields, _Chat):
+            if fields.top_logprobs is not None and not fields.logprobs:
+                raise BadRequest("top_logprobs: set logprobs to true with it", param="top_logprobs")
+            top = (fields.top_logprobs or 0) if fields.logprobs else None
+        elif isinstance(fields, _Completion):
+            top = fields.logprobs
+        bias: dict[int, float] = {}
+        for token, value in fields.logit_bias.items():
+            if not (token.isascii() and token.isdecimal() and int(token) < self._model.n_vocab):
+                raise BadRequest(f"logit_bias: {token[:40]!r} is no token id of this model", param="logit_bias")
+            bias[int(token)] = value
+        return SamplingParams(
+            temperature=fields.temperature,
+            top_p=fields.top_p,
+            top_k=fields.top_k,
+            min_p=fields.min_p,
+            presence_penalty=fields.presence_penalty,
+            frequency_penalty=fields.frequency_penalty,
+            logit_bias=bias,
+            seed=None if fields.seed is None else fields.seed % 2**64,
+            top_logprobs=top,
+        )
+
+
+def _known_fields(body: bytes, kind: type[_Chat] | type[_Completion]) -> _Chat | _Completion:
+    try:
+        raw = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"the request is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(raw, dict):
+        raise BadRequest("the request must be a JSON object")
+    given = {name: value for name, value in raw.items() if value is not None}
+    for name, value in list(given.items()):
+        if name in kind.__struct_fields__:
+            continue
+        if value not in _HARMLESS.get(name, ()):
+            raise BadRequest(f"{name}: this backend does not support it; leave it out", code="unsupported_parameter", param=name)
+        del given[name]
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$")
+        param = where.rstrip("`").lstrip(".")
+        if not param and "missing required field" in text:
+            param = text.split("`")[1]
+        raise BadRequest(f"{param or 'request'}: {text}", param=param or None) from None
+
+
+def _stops(stop: str | list[str] | None) -> list[bytes]:
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if len(texts) > _MAX_STOPS or not all(texts):
+        raise BadRequest(f"stop: give up to {_MAX_STOPS} strings, none of them empty", param="stop")
+    return [text.encode("utf-8", "replace") for text in texts]
+
+
+def _plain(message: _Message) -> dict[str, str]:
+    """A message as chat templates know them: text content, and no role that only OpenAI has."""
+    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
+    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    return plain if message.name is UNSET else {**plain, "name": str(message.name)}
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %}` marks training targets in some templates; it changes nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        parser.stream.skip(1)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _compile(template: str) -> jinja2.Template:
+    """A chat template, sandboxed: it comes with the weights, from whoever made them. The dialect is that of transformers."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None, **_options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().astimezone().strftime(form)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
+    )
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals.update(raise_exception=refuse, strftime_now=strftime_now)
+    try:
+        return sandbox.from_string(template)
+    except jinja2.TemplateError as error:
+        raise SetupError(f"the model's chat template is broken: {error}") from None
+
+
+def text_of(data: bytes) -> str:
+    """Generated bytes as text: a character cut off by the end is left out, one broken within becomes U+FFFD."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+
+
+def response(
+    request: Request, answer: bytes, finish: str, completion_tokens: int, logprobs: list[Logprob], pieces: list[bytes]
+) -> dict[str, Any]:
+    """The OpenAI response without `id`, `model` and `created`. `logprobs` are of the tokens that made the answer."""
+    text = text_of(answer)
+    prompt_tokens = len(request.prompt)
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    wanted = request.sampling.top_logprobs is not None
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+    if request.endpoint == CHAT:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if wanted:
+            choice["logprobs"] = {"content": [_chat_logprob(entry, pieces) for entry in logprobs], "refusal": None}
+        return {"object": "chat.completion", "choices": [choice], "usage": usage}
+    choice["text"] = text
+    if wanted:
+        choice["logprobs"] = _completion_logprobs(logprobs, pieces)
+    return {"object": "text_completion", "choices": [choice], "usage": usage}
+
+
+def _named(token: int, logprob: float, pieces: list[bytes]) -> dict[str, Any]:
+    piece = pieces[token]
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+
+def _chat_logprob(entry: Logprob, pieces: list[bytes]) -> dict[str, Any]:
+    return {**_named(entry.token, entry.logprob, pieces), "top_logprobs": [_named(token, value, pieces) for token, value in entry.top]}
+
+
+def _completion_logprobs(entries: list[Logprob], pieces: list[bytes]) -> dict[str, Any]:
+    texts = [pieces[entry.token].decode("utf-8", "replace") for entry in entries]
+    offsets = [0, *accumulate(map(len, texts))][: len(texts)]
+    return {
+        "tokens": texts,
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [{pieces[token].decode("utf-8", "replace"): value for token, value in entry.top} for entry in entries],
+        "text_offset": offsets,
+    }

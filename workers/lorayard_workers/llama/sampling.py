@@ -1,0 +1,138 @@
+"""Choosing the next tokens of a whole batch, in numpy: all greedy rows at once, the others one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorayard.errors import LorayardError
+
+Row = NDArray[np.float32]
+_NUCLEUS = 1024  # candidates looked at before the whole vocabulary is sorted for top_p
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """As in OpenAI's API, and `top_k` (0: all) and `min_p` as in other servers. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    top_logprobs: int | None = None  # None: no log-probabilities; 0: only the chosen token's
+
+    @property
+    def plain(self) -> bool:
+        """The answer is the highest logit, with nothing added to any."""
+        return self.temperature == 0 and not self.adjusts
+
+    @property
+    def adjusts(self) -> bool:
+        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A chosen token and, most likely first, the alternatives asked for: (token, log-probability) before any adjustment."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """One job's sampling: its parameters, its own random numbers, and what it has generated."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self.random = np.random.default_rng(params.seed)
+        self.seen: Counter[int] = Counter()
+        self.logprobs: list[Logprob] = []
+
+    def _adjusted(self, row: Row) -> Row:
+        p = self.params
+        row = row.copy()
+        for token, bias in p.logit_bias.items():
+            row[token] += bias
+        for token, count in self.seen.items():
+            row[token] -= p.presence_penalty + count * p.frequency_penalty
+        return row
+
+    def choose(self, row: Row) -> int:
+        """The next token from its logits (n_vocab,)."""
+        p = self.params
+        row = self._adjusted(row) if p.adjusts else row
+        if p.temperature == 0:
+            return int(row.argmax())
+        tokens, weights = _candidates(row, p)
+        cumulated = np.cumsum(weights)
+        index = int(np.searchsorted(cumulated, self.random.random() * cumulated[-1], side="right"))
+        return int(tokens[min(index, len(tokens) - 1)])
+
+    def record(self, token: int, row: Row) -> None:
+        """Note that `token` was taken from these logits."""
+        if self.params.adjusts:
+            self.seen[token] += 1
+        wanted = self.params.top_logprobs
+        if wanted is not None:
+            values = row.astype(np.float64)
+            values -= values.max()
+            values -= np.log(np.exp(values).sum())
+            best = _largest(values, wanted) if wanted else np.empty(0, np.intp)
+            self.logprobs.append(Logprob(token, float(values[token]), [(int(i), float(values[i])) for i in best]))
+
+
+def sample(logits: NDArray[np.float32], samplers: list[Sampler]) -> list[int]:
+    """One token a row of `logits` (rows, n_vocab). Raises `LorayardError` (`not_a_number`) before anything is chosen."""
+    best = logits.argmax(axis=1)  # a row with a NaN answers where it is
+    if not np.isfinite(logits[np.arange(len(best)), best]).all():
+        raise LorayardError("the model computed what is not a number, perhaps because of the adapter's weights", code="not_a_number")
+    tokens: list[int] = []
+    for row, peak, sampler in zip(logits, best, samplers, strict=True):
+        token = int(peak) if sampler.params.plain else sampler.choose(row)
+        sampler.record(token, row)
+        tokens.append(token)
+    return tokens
+
+
+def _largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
+    """Indexes of the `count` largest values, largest first; equal ones by index."""
+    count = min(count, len(values))
+    found = np.argpartition(values, len(values) - count)[len(values) - count :] if count < len(values) else np.arange(len(values))
+    return found[np.lexsort((found, -values[found]))]
+
+
+def _candidates(row: Row, p: SamplingParams) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Tokens that may be taken and their weights: temperature, then top_k, top_p and min_p, in that order."""
+    weights = row.astype(np.float64) / p.temperature
+    weights -= weights.max()
+    np.exp(weights, out=weights)
+    tokens = np.arange(len(row))
+    if p.top_k and p.top_k < len(row):
+        tokens = _largest(weights, p.top_k)
+        weights = weights[tokens]
+    if p.top_p < 1:
+        kept = _nucleus(weights, p.top_p)
+        tokens, weights = tokens[kept], weights[kept]
+    if p.min_p:
+        likely = weights >= p.min_p * weights.max()
+        tokens, weights = tokens[likely], weights[likely]
+    return tokens, weights
+
+
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Indexes of the fewest weights, largest first, whose share of the sum reaches `top_p`."""
+    total = weights.sum()
+    order = _largest(weights, _NUCLEUS)
+    if weights[order].sum() < top_p * total:
+        order = _largest(weights, len(weights))
+    reached = int(np.searchsorted(np.cumsum(weights[order]), top_p * total))
+    return order[: reached + 1]
