@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -33,12 +34,12 @@ class Yard:
         self.now += ms
         self.client.set("ly:{t}:clock", self.now)
 
-    def entry(self, job_id: str, **changes: object) -> Entry:
+    def entry(self, job_id: str, **changes: Any) -> Entry:
         meta = msgspec.json.encode({"adapter": changes.get("digest", "base"), "pool": "t"})
-        entry = Entry(job_id, "acme", "base", 1000, 0, 0, 3, "http", "", "", meta, b'{"messages":[]}')
+        entry: Entry = Entry(job_id, "acme", "base", 1000, 0, 0, 3, "http", "", "", meta, b'{"messages":[]}')
         return entry._replace(**changes)
 
-    def put(self, *job_ids: str, **changes: object) -> list[str]:
+    def put(self, *job_ids: str, **changes: Any) -> list[str]:
         answers = self.ledger.enqueue([self.entry(i, **changes) for i in job_ids], max_queued=1000)
         return [a.status for a in answers]
 
@@ -303,7 +304,7 @@ def test_the_library_survives_a_flush_of_scripts_and_functions(store: redis.Redi
     ledger = Ledger(store, "u", result_ttl_s=60)
     ledger.install()
     store.script_flush()
-    store.execute_command("FUNCTION", "FLUSH")
+    store.function_flush()
     assert ledger.snapshot().groups == []
 
 

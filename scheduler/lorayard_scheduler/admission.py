@@ -1,0 +1,155 @@
+"""From what a producer sends to what the ledger keeps: every check that can be made before a job is accepted. HTTP and Celery share it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from lorayard.adapters import AdapterRegistry, Manifest
+from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
+from lorayard.jobs import BASE_DIGEST, JobSpec, convert_spec, new_id, parse_spec
+from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.registry import WorkerRegistry
+from lorayard.settings import NAME_PATTERN, Settings
+
+
+class Accepted(NamedTuple):
+    """`status` is queued or delayed; `exists` when the same idempotency key and body had been accepted before."""
+
+    id: str
+    status: str
+
+
+Answer = Accepted | LorayardError
+Item = bytes | dict[str, Any] | LorayardError
+"""A job as JSON, as a decoded object, or an error that was found while it was read."""
+
+
+class Admission:
+    """Accepts jobs for one process. Thread-safe: it keeps nothing but connections."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._adapters = AdapterRegistry(ledger.client)
+        self._workers = WorkerRegistry(ledger.client)
+
+    def submit(self, tenant: str, items: Sequence[Item], *, via: str = "http") -> list[Answer]:
+        """Enqueue what is in order; one answer an item, in order. An item that is refused harms no other.
+
+        With the answers, the accepted jobs are durable. Raises `Unavailable` when the ledger cannot be reached: nothing was accepted then
+        that an idempotency key would not find again.
+        """
+        specs = [self._read(item) for item in items]
+        names = {spec.adapter for spec in specs if isinstance(spec, JobSpec) and spec.adapter}
+        adapters = self._known(tenant, names)
+        limit = self._prompt_limit()
+        answers: list[Answer | None] = [None] * len(specs)
+        entries: list[Entry] = []
+        places: list[int] = []
+        for i, spec in enumerate(specs):
+            if isinstance(spec, LorayardError):
+                answers[i] = spec
+                continue
+            try:
+                entries.append(self._entry(tenant, spec, adapters, limit, via))
+                places.append(i)
+            except LorayardError as error:
+                answers[i] = error
+        for start in range(0, len(entries), 1000):
+            part = entries[start : start + 1000]
+            enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued)
+            for i, entry, (job_id, status) in zip(places[start : start + 1000], part, enqueued, strict=True):
+                answers[i] = self._answer(entry, job_id, status)
+        return [answer for answer in answers if answer is not None]
+
+    def _answer(self, entry: Entry, job_id: str, status: str) -> Answer:
+        if status == "conflict":
+            return Conflict(
+                f"{entry.idem.removeprefix('id:')!r} was used before, with another body: send the same body or a new idempotency key",
+                code="idempotency_conflict",
+                param="id" if entry.idem.startswith("id:") else "idempotency_key",
+            )
+        if status == "full":
+            most = self._settings.max_queued
+            return Unavailable(f"the backlog is full ({most} jobs): try again later", code="backlog_full", retry_after=10)
+        return Accepted(job_id, status)
+
+    @staticmethod
+    def _read(item: Item) -> JobSpec | LorayardError:
+        try:
+            if isinstance(item, LorayardError):
+                return item
+            return parse_spec(item) if isinstance(item, bytes) else convert_spec(item)
+        except LorayardError as error:
+            return error
+
+    def _known(self, tenant: str, names: set[str]) -> dict[str, Manifest]:
+        found = self._adapters.get_many(tenant, [name for name in names if re.fullmatch(NAME_PATTERN, name)])
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+    def _prompt_limit(self) -> int:
+        """Bytes of text that no tokenization of the pool's model could fit into its context; 0 while no worker has told."""
+        workers = [w for w in self._workers.workers(self._settings.pool) if w.max_prompt_tokens]
+        return max((w.max_prompt_tokens * w.max_token_bytes for w in workers), default=0)
+
+    def _entry(self, tenant: str, spec: JobSpec, adapters: dict[str, Manifest], limit: int, via: str) -> Entry:
+        settings = self._settings
+        pool = spec.pool or settings.pool
+        if pool != settings.pool:
+            raise NotFound(f"no pool named {pool!r} here; there is {settings.pool!r}", code="pool_not_found", param="pool")
+        if spec.route != "local":
+            raise BadRequest(
+                f"route {spec.route!r}: this fleet has no hosted worker yet; leave route out or say 'local'",
+                code="route_unavailable",
+                param="route",
+            )
+        if spec.endpoint == "/v1/embeddings":
+            raise BadRequest("endpoint: no worker here computes embeddings yet", code="endpoint_unavailable", param="endpoint")
+        manifest = adapters.get(spec.adapter) if spec.adapter else None
+        if spec.adapter and manifest is None:
+            raise NotFound(self._unknown(tenant, spec.adapter), code="adapter_not_found", param="adapter")
+        request = msgspec.json.encode(spec.request)
+        if len(request) > settings.max_job_bytes:
+            raise TooLarge(
+                f"request: {len(request)} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES", param="request"
+            )
+        if limit and len(request) > limit:
+            raise PromptTooLong(
+                f"the prompt cannot fit the model's context ({len(request)} bytes): shorten it, or serve it with a larger LORAYARD_N_CTX",
+                param="messages",
+            )
+        digest = manifest.digest if manifest else BASE_DIGEST
+        meta = {
+            "adapter": spec.adapter,
+            "digest": manifest.digest if manifest else None,
+            "pool": pool,
+            "endpoint": spec.endpoint,
+            "priority": spec.priority,
+            "metadata": spec.metadata,
+        }
+        idem = spec.idempotency_key or (f"id:{spec.id}" if spec.id else "")
+        return Entry(
+            id=spec.id or new_id(pool),
+            tenant=tenant,
+            digest=digest,
+            wait_ms=settings.wait_target_ms(spec.priority),
+            deadline_ms=round((spec.deadline_s or 0) * 1000),
+            not_before_ms=round((spec.not_before_s or 0) * 1000),
+            max_attempts=settings.max_attempts,
+            via=via,
+            idem=idem,
+            body_hash=spec.body_hash() if idem else "",
+            meta=msgspec.json.encode(meta),
+            request=request,
+        )
+
+    def _unknown(self, tenant: str, name: str) -> str:
+        have = [m.name for m in self._adapters.list(tenant)]
+        near = difflib.get_close_matches(name, have, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(have[:10])}" if have else ""
+        return f"no adapter named {name[:80]!r}{hint} Add one with 'lorayard adapters add NAME PATH'."

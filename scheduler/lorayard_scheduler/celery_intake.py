@@ -1,0 +1,143 @@
+"""Producers without our code: the Celery task `lorayard.infer`, sent by name, becomes a job; its end goes to Celery's result backend.
+
+A message is acknowledged to the broker only when the ledger has the job. The job's id and idempotency key are the task's id, so a message
+that comes twice is one job.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any
+
+import structlog
+from celery import Celery, states
+from kombu import Connection, Consumer, Queue
+from kombu.message import Message
+
+from lorayard.celery_app import INFER, INFER_QUEUE
+from lorayard.errors import BadRequest, LorayardError, Unavailable
+from lorayard.jobs import TERMINAL, Status
+from lorayard.ledger.ledger import Ledger
+from lorayard.settings import Settings
+from lorayard_scheduler.admission import Accepted, Admission, Item
+
+log = structlog.get_logger()
+
+_MOST = 500
+_PENDING = "ly:{celery}:pending"  # SET of the ids of jobs that came as Celery tasks and whose end is not published yet
+
+
+class CeleryIntake:
+    """Two loops, a thread each: `run` takes tasks in, `publish` stores ends where `AsyncResult` looks for them."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, app: Celery) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._app = app
+        self._admission = Admission(settings, ledger)
+        self._tenant = settings.celery_tenant
+        self._stop = threading.Event()
+        self._waiting: list[Message] = []
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        """Consume until `stop`; a broker that goes away is waited for."""
+        while not self._stop.is_set():
+            try:
+                with self._app.connection_for_read() as connection:
+                    self._consume(connection)
+            except (*self._app.connection_for_read().connection_errors, OSError) as error:
+                log.warning("broker unavailable, trying again", reason=str(error))
+                self._waiting.clear()
+                self._stop.wait(1)
+
+    def _consume(self, connection: Connection) -> None:
+        queue = Queue(INFER_QUEUE, routing_key=INFER_QUEUE)
+        consumer = Consumer(connection, queues=[queue], callbacks=[lambda _, message: self._waiting.append(message)], prefetch_count=_MOST)
+        with consumer:
+            while not self._stop.is_set():
+                try:
+                    connection.drain_events(timeout=0.5)
+                    while len(self._waiting) < _MOST:
+                        connection.drain_events(timeout=0.005)
+                except (TimeoutError, socket.timeout):  # noqa: UP041 — kombu's transports raise either
+                    pass
+                if self._waiting:
+                    self._admit()
+
+    def _admit(self) -> None:
+        """Enqueue what has come in; acknowledge what the ledger has or refuses for good, leave to the broker what it cannot take now."""
+        messages, self._waiting = self._waiting, []
+        try:
+            answers = self._admission.submit(self._tenant, [_item(m) for m in messages], via="celery")
+            accepted = [_task_id(m) for m, a in zip(messages, answers, strict=True) if isinstance(a, Accepted)]
+            if accepted:
+                self._ledger.client.sadd(_PENDING, *accepted)
+        except Unavailable as error:
+            log.warning("tasks left with the broker", tasks=len(messages), reason=error.message)
+            for message in messages:
+                message.requeue()
+            self._stop.wait(1)
+            return
+        for message, answer in zip(messages, answers, strict=True):
+            if isinstance(answer, Unavailable):
+                message.requeue()
+                continue
+            if isinstance(answer, LorayardError):
+                log.warning("task refused", task=_task_id(message), reason=answer.message)
+                self._app.backend.store_result(_task_id(message), answer, states.FAILURE)
+            message.ack()
+
+    def publish(self) -> None:
+        """Store the ends of pending jobs in the result backend; by events at once, by a sweep when an event was lost."""
+        client = self._ledger.client
+        after, sweep = "0-0", True
+        while not self._stop.is_set():
+            try:
+                if sweep:
+                    after = self._ledger.last_event()
+                    pending: Any = client.smembers(_PENDING)
+                    self._publish([i.decode() for i in pending])
+                known = after
+                after, events = self._ledger.events(after, 1000)
+                refs = [ref for event in events if event.kind == "ended" for ref in event.values]
+                ids = [ref.partition("/")[2] for ref in refs if ref.startswith(self._tenant + "/")]
+                if ids:
+                    mine: Any = client.smismember(_PENDING, ids)
+                    self._publish([i for i, yes in zip(ids, mine, strict=True) if yes])
+                sweep = after == known
+            except Exception as error:  # the backend may be any broker's; what was not published stays pending
+                log.warning("results not published, trying again", reason=str(error))
+                self._stop.wait(1)
+                sweep = True
+
+    def _publish(self, ids: list[str]) -> None:
+        for start in range(0, len(ids), 200):
+            part = ids[start : start + 200]
+            for job_id, document in zip(part, self._ledger.show(self._tenant, part), strict=True):
+                if document is not None and Status(document["status"]) not in TERMINAL:
+                    continue
+                if document is not None:
+                    self._app.backend.store_result(job_id, document, states.SUCCESS)
+                self._ledger.client.srem(_PENDING, job_id)
+
+
+def _task_id(message: Message) -> str:
+    return str(message.headers.get("id") or "")
+
+
+def _item(message: Message) -> Item:
+    """The task's kwargs as a job object that carries the task's id. Celery's message protocol 2: body is (args, kwargs, embed)."""
+    task_id = _task_id(message)
+    if message.headers.get("task") != INFER:
+        return BadRequest(f"queue {INFER_QUEUE} takes the task {INFER} only, not {message.headers.get('task')!r}")
+    try:
+        args, kwargs, _ = message.payload
+    except Exception as error:  # whatever the sender's serializer did
+        return BadRequest(f"cannot decode the task's body: {error}")
+    if args:
+        return BadRequest(f"{INFER} takes keyword arguments only: one job object")
+    return {**kwargs, "id": task_id, "idempotency_key": task_id}

@@ -1,0 +1,152 @@
+"""The scheduler's loop: hear what changed, plan, claim, wake workers up; and, as the leader, put right what got lost."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+
+import structlog
+from celery import Celery
+
+from lorayard.celery_app import RUN_BATCH, worker_queue
+from lorayard.errors import Unavailable
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.registry import KeyRing, WorkerInfo, WorkerRegistry
+from lorayard.settings import Settings
+from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.planner import Dispatch, Policy, plan
+from lorayard_scheduler.reconciler import Reconciler
+
+log = structlog.get_logger()
+
+WORKERS_EVERY_S = 0.5
+
+
+class Dispatcher:
+    """One process's scheduler. Several may run: the one that leads plans, the others wait for its lead to lapse."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, app: Celery) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._app = app
+        self._me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
+        self._policy = Policy(quantum_ms=round(settings.quantum_s * 1000), rows_per_width=settings.batch_rows_per_width)
+        self._backlog = Backlog(ledger)
+        self._registry = WorkerRegistry(ledger.client)
+        self._reconciler = Reconciler(ledger, KeyRing(ledger.client))
+        self._workers: list[WorkerInfo] = []
+        self._workers_read = 0.0
+        self._epoch = 0
+        self._lead_until = 0.0
+        self._event = "$"
+        self._stop = threading.Event()
+        self.dispatches: Counter[str] = Counter()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        """Until `stop`. A server that cannot be reached is waited for: nothing here is lost with it."""
+        while not self._stop.is_set():
+            try:
+                if self._lead():
+                    self._turn()
+                else:
+                    self._stop.wait(0.2)
+            except Unavailable as error:
+                log.warning("ledger unavailable, trying again", reason=error.message)
+                self._epoch, self._lead_until = 0, 0.0
+                self._stop.wait(0.5)
+        if self._epoch:
+            self._ledger.resign(self._me)
+
+    def _lead(self) -> bool:
+        """Keep the lead, renewed at a third of its time; after taking it anew, everything is read anew."""
+        now = time.monotonic()
+        if now < self._lead_until:
+            return True
+        epoch = self._ledger.lead(self._me, self._settings.leader_ttl_ms)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if epoch:
+                self._event = self._backlog.rebuild()
+                log.info("leads", epoch=epoch, groups=len(self._backlog.view([]).groups), in_flight=len(self._backlog.in_flight))
+        if epoch:
+            self._lead_until = now + self._settings.leader_ttl_ms / 3000
+        return bool(epoch)
+
+    def _turn(self) -> None:
+        """Hear, put right, plan, dispatch."""
+        self._event, events = self._ledger.events(self._event, 0 if self._backlog.stale else 100)
+        self._backlog.hear(events)
+        self._reconciler.sweep()
+        if time.monotonic() - self._workers_read > WORKERS_EVERY_S or any(e.kind == "worker" for e in events):
+            self._read_workers()
+        if self._backlog.stale:
+            self._backlog.refresh()
+            for dispatch in plan(self._backlog.view(self._workers), self._backlog.now, self._policy):
+                self._dispatch(dispatch)
+
+    def _read_workers(self) -> None:
+        """A worker that appears, becomes ready or vanishes changes what can be planned."""
+        self._workers_read = time.monotonic()
+        seconds, micros = self._ledger.client.time()
+        alive = self._registry.alive(self._settings.pool, int(seconds) * 1000 + int(micros) // 1000)
+        if {(w.name, w.incarnation) for w in alive} != {(w.name, w.incarnation) for w in self._workers}:
+            self._backlog.stale = True
+            log.info("workers", alive=[w.name for w in alive])
+        self._workers = alive
+
+    def _dispatch(self, dispatch: Dispatch) -> None:
+        batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
+        answer, jobs = self._ledger.claim(
+            epoch=self._epoch,
+            worker=dispatch.worker,
+            most=self._policy.outstanding,
+            batch=batch,
+            digest=dispatch.digest,
+            delivery_ms=self._settings.delivery_ms,
+            why=dispatch.why,
+            takes=dispatch.takes,
+        )
+        self._backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
+        if answer == "epoch":
+            log.warning("another scheduler leads now")
+            self._epoch, self._lead_until = 0, 0.0
+        if answer != "ok":
+            return
+        self.dispatches[dispatch.digest] += 1
+        log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
+        try:
+            self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(dispatch.worker), ignore_result=True, retry=False)
+        except Exception as error:  # kombu raises whatever its transport does; the delivery lapses and the jobs are planned again
+            log.warning("broker unavailable: the batch goes back after its delivery time", batch=batch, reason=str(error))
+
+
+def serve(settings: Settings, ledger: Ledger, app: Celery) -> None:
+    """The `lorayard scheduler` process: the loop here, the intake of Celery tasks in a thread, until SIGTERM or SIGINT."""
+    from lorayard_scheduler.celery_intake import CeleryIntake
+
+    dispatcher = Dispatcher(settings, ledger, app)
+    intake = CeleryIntake(settings, ledger, app)
+    threads = [threading.Thread(target=intake.run, name="celery-intake"), threading.Thread(target=intake.publish, name="celery-results")]
+
+    def stop(*_: object) -> None:
+        dispatcher.stop()
+        intake.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    for thread in threads:
+        thread.start()
+    try:
+        dispatcher.run()
+    finally:
+        stop()
+        for thread in threads:
+            thread.join(10)

@@ -1,0 +1,146 @@
+"""Who is there: workers with what they last told of themselves, the pools' base models, tenants and their API keys."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from typing import Any
+
+import msgspec
+import redis
+
+from lorayard.errors import SetupError, Unauthorized
+from lorayard.ledger import keys
+from lorayard.ledger.ledger import Ledger
+from lorayard.settings import Settings
+
+ALIVE_MS = 5_000
+"""A worker that has told nothing for so long gets no new work; its leases decide over what it holds."""
+
+KEY_PREFIX = "ly-"
+
+
+class WorkerInfo(msgspec.Struct, kw_only=True):
+    """What a worker tells every heartbeat. `seen_ms` is the ledger's clock; `hot` and `loaded` are adapter digests, most recent first."""
+
+    name: str
+    pool: str
+    kind: str
+    incarnation: str
+    host: str
+    pid: int
+    width: int = 0
+    max_prompt_tokens: int = 0
+    max_token_bytes: int = 0
+    ready: bool = False
+    hot: list[str] = []
+    loaded: list[str] = []
+    counters: dict[str, float] = {}
+    seen_ms: int = 0
+
+
+class WorkerRegistry:
+    """The `{workers}` keys. Lossy by design: losing them costs a heartbeat, no job."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    def beat(self, info: WorkerInfo) -> None:
+        seconds, micros = self._client.time()
+        info.seen_ms = int(seconds) * 1000 + int(micros) // 1000
+        self._client.hset(keys.WORKERS + info.pool, info.name, msgspec.json.encode(info))
+
+    def leave(self, info: WorkerInfo) -> None:
+        self._client.hdel(keys.WORKERS + info.pool, info.name)
+
+    def workers(self, pool: str) -> list[WorkerInfo]:
+        """All that ever told and did not leave, by name; see `alive`."""
+        raw: Any = self._client.hvals(keys.WORKERS + pool)
+        return sorted((msgspec.json.decode(v, type=WorkerInfo) for v in raw), key=lambda w: w.name)
+
+    def alive(self, pool: str, now_ms: int) -> list[WorkerInfo]:
+        return [w for w in self.workers(pool) if w.ready and now_ms - w.seen_ms < ALIVE_MS]
+
+    def announce_base(self, pool: str, base: dict[str, Any]) -> None:
+        """Write what the pool's base model is, so that adapters can be checked against it where the model is not at hand."""
+        self._client.set(f"{keys.WORKERS}{pool}:base", msgspec.json.encode(base))
+        self._client.sadd(keys.POOLS, pool)
+
+    def base(self, pool: str) -> dict[str, Any] | None:
+        raw: Any = self._client.get(f"{keys.WORKERS}{pool}:base")
+        return msgspec.json.decode(raw) if raw else None
+
+    def pools(self) -> set[str]:
+        raw: Any = self._client.smembers(keys.POOLS)
+        return {name.decode() for name in raw}
+
+
+class KeyRing:
+    """API keys: kept as SHA-256 only, valid until revoked; each belongs to one tenant."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    def create(self, tenant: str) -> str:
+        """A new key of a tenant; this is the only moment it can be read."""
+        key = KEY_PREFIX + secrets.token_urlsafe(24)
+        self.admit(key, tenant)
+        return key
+
+    def admit(self, key: str, tenant: str) -> None:
+        """Accept a key that was made elsewhere (a setting, a file)."""
+        seconds, _ = self._client.time()
+        entry = msgspec.json.encode({"tenant": tenant, "created_s": int(seconds), "tail": key[-4:]})
+        self._client.hset(keys.KEYS, _digest(key), entry)
+        self._client.sadd(keys.TENANTS, tenant)
+
+    def tenant_of(self, key: str) -> str:
+        """Raises `Unauthorized` for a key that is not, or no longer, valid. Only the digest is looked up: nothing is compared in Python."""
+        raw: Any = self._client.hget(keys.KEYS, _digest(key)) if key else None
+        if raw is None:
+            raise Unauthorized("no valid API key: send 'Authorization: Bearer KEY'; 'lorayard keys create --tenant T' makes one")
+        return str(msgspec.json.decode(raw)["tenant"])
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What is known of each key: its name for `revoke`, tenant, last characters, when it was made."""
+        raw: Any = self._client.hgetall(keys.KEYS)
+        return [{"key": digest.decode()[:12], **msgspec.json.decode(value)} for digest, value in sorted(raw.items())]
+
+    def revoke(self, name: str) -> bool:
+        """Forget the key of that name (as `entries` shows it), at once."""
+        raw: Any = self._client.hkeys(keys.KEYS)
+        found = [digest for digest in raw if digest.decode().startswith(name)] if len(name) >= 8 else []
+        return len(found) == 1 and bool(self._client.hdel(keys.KEYS, found[0]))
+
+    def tenants(self) -> list[str]:
+        raw: Any = self._client.smembers(keys.TENANTS)
+        return sorted(name.decode() for name in raw)
+
+    def ensure_first(self, settings: Settings) -> str:
+        """The operator's key, of tenant `default`: the setting, else the file `api_key` of the state folder, made at the first start."""
+        path = settings.state_dir / "api_key"
+        key = settings.api_key or (path.read_text().strip() if path.exists() else "")
+        if not key:
+            settings.state_dir.mkdir(parents=True, exist_ok=True)
+            key = KEY_PREFIX + secrets.token_urlsafe(24)
+            try:
+                with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                    file.write(key + "\n")
+            except FileExistsError:  # another process was first
+                key = path.read_text().strip()
+            except OSError as error:
+                raise SetupError(f"cannot write {path} ({error.strerror}): set LORAYARD_STATE_DIR to a folder you may write") from None
+        self.admit(key, settings.celery_tenant)
+        return key
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def open_ledger(client: redis.Redis, settings: Settings) -> Ledger:
+    """The ledger of the settings' pool, its function library in place."""
+    ledger = Ledger(client, settings.pool, result_ttl_s=settings.result_ttl_s)
+    ledger.install()
+    return ledger

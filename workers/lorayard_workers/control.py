@@ -1,0 +1,367 @@
+"""The control process of a worker: takes batches, feeds the runner, renews leases while there is progress, commits ends.
+
+Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: Celery's call `run_batch`; the runner's call `_hear`; one
+thread commits what was heard, in order and many at a time; one beats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import secrets
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import redis
+import structlog
+
+from lorayard.errors import LorayardError, SetupError, Unavailable
+from lorayard.jobs import BASE_DIGEST
+from lorayard.ledger.keys import split_ref
+from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
+from lorayard.settings import Settings
+from lorayard.telemetry import JobEvents
+from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Runner, Started, Work, WorkItem
+
+log = structlog.get_logger()
+
+FetchAdapter = Callable[[str, dict[str, Any]], str]
+"""(digest, base) -> path of the adapter's file here; fetches and converts it when it is not on disk."""
+
+DRAIN_S = 10.0
+_BACKOFF_MS = (500, 30_000)
+
+
+class _Held:
+    """A batch under our lease: its jobs that have not ended, and those of them that have begun."""
+
+    def __init__(self, taken: Taken) -> None:
+        self.batch = taken.batch
+        self.fence = taken.fence
+        self.digest = taken.digest
+        self.jobs: dict[str, TakenJob] = {job.ref: job for job in taken.jobs}
+        self.begun: dict[str, float] = {}
+
+
+class Control:
+    """One worker. `wait_ready` after `start`; `run_batch` from then on; `close` drains."""
+
+    def __init__(
+        self, settings: Settings, ledger: Ledger, runner: Runner, fetch: FetchAdapter, events: JobEvents, *, kind: str = "llama"
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._runner = runner
+        self._fetch = fetch
+        self._events = events
+        self._registry = WorkerRegistry(ledger.client)
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._heard: queue.Queue[Event | None] = queue.Queue()
+        self._ready = threading.Event()
+        self._closing = threading.Event()
+        self._moved = time.monotonic()
+        self._base: dict[str, Any] = {}
+        self.info = WorkerInfo(
+            name=settings.worker,
+            pool=settings.pool,
+            kind=kind,
+            incarnation=secrets.token_hex(8),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        self._threads = [threading.Thread(target=self._commit_loop, name="commit"), threading.Thread(target=self._beat_loop, name="beat")]
+
+    # -- life ---------------------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        requeued = self._ledger.hello(self.info.name, self.info.incarnation)
+        if requeued:
+            log.info("batches of this worker's last process queued again", batches=requeued)
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+        self._runner.start(self._hear)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until the backend can take work. Raises `SetupError`."""
+        if not self._ready.wait(timeout_s):
+            raise SetupError(f"the model was not ready within {timeout_s:.0f} s: see the lines above, and LORAYARD_MODEL")
+
+    def close(self) -> None:
+        """Give back what has not begun, wait for what has, leave."""
+        self._closing.set()
+        self.info.ready = False
+        self._beat_once()
+        with self._lock:
+            held = list(self._held.values())
+        for batch in held:
+            self._give_back(batch, [ref for ref in batch.jobs if ref not in batch.begun])
+        give_up = time.monotonic() + DRAIN_S
+        while self._held and time.monotonic() < give_up:
+            time.sleep(0.05)
+        self._heard.put(None)
+        self._threads[0].join(5)
+        self._runner.close()
+        with contextlib.suppress(redis.RedisError, Unavailable):
+            self._registry.leave(self.info)
+        self._events.close()
+
+    # -- a batch comes ------------------------------------------------------------------------------------------------------------------
+
+    def run_batch(self, batch: str) -> None:
+        """Take a batch and hand it to the runner. Returns at once; does nothing for a batch that is no longer current."""
+        if self._closing.is_set():
+            return
+        taken = self._ledger.take(batch, self.info.name, self.info.incarnation, self._settings.lease_ms)
+        if taken is None:
+            log.info("batch not current", batch=batch)
+            return
+        held = _Held(taken)
+        with self._lock:
+            if not self._held:
+                self._moved = time.monotonic()
+            self._held[batch] = held
+        for job in taken.jobs:
+            tenant, job_id = split_ref(job.ref)
+            self._events.received(job_id, adapter=job.meta.get("adapter"), tenant=tenant, batch=batch, attempt=job.attempts)
+        try:
+            adapter = None if taken.digest == BASE_DIGEST else AdapterFile(taken.digest, self._fetch(taken.digest, self._base))
+        except LorayardError as error:
+            log.warning("adapter not usable", adapter=taken.digest[:12], reason=error.message)
+            self._fail(held, error.document(), retryable=isinstance(error, Unavailable))
+            return
+        self._submit(held, adapter)
+
+    def _submit(self, held: _Held, adapter: AdapterFile | None) -> None:
+        items = [
+            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", msgspec.Raw(j.request), solo=j.attempts > 0)
+            for j in held.jobs.values()
+        ]
+        self._runner.submit(Work(held.batch, adapter, items))
+        log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
+
+    def _fail(self, held: _Held, error: dict[str, Any], *, retryable: bool) -> None:
+        """End every job of a batch that could not be run."""
+        self._heard.put(Started(held.batch, list(held.jobs)))
+        for ref in list(held.jobs):
+            self._heard.put(Outcome(held.batch, ref, error=error, retryable=retryable))
+
+    # -- the runner tells -----------------------------------------------------------------------------------------------------------------
+
+    def _hear(self, event: Event) -> None:
+        self._moved = time.monotonic()
+        self._heard.put(event)
+
+    def _commit_loop(self) -> None:
+        """Commit what was heard, in order; while the ledger is away, keep it and try again."""
+        while True:
+            events = [self._heard.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(events) < 1000:
+                    events.append(self._heard.get_nowait())
+            for chunk in _runs(event for event in events if event is not None):
+                self._until_stored(chunk)
+            if None in events:
+                return
+
+    def _until_stored(self, events: list[Event]) -> None:
+        wait = 0.05
+        while True:
+            try:
+                return self._handle(events)
+            except Unavailable as error:
+                log.warning("ledger unavailable, results are kept", waiting=self._heard.qsize() + len(events), reason=error.message)
+                time.sleep(wait)
+                wait = min(wait * 2, 2.0)
+            except Exception:
+                log.exception("events dropped; their leases will lapse", events=len(events))
+                return None
+
+    def _handle(self, events: list[Event]) -> None:
+        """Events of one kind."""
+        first = events[0]
+        if isinstance(first, Started):
+            self._commit_starts([e for e in events if isinstance(e, Started)])
+        elif isinstance(first, Outcome):
+            self._commit_ends([e for e in events if isinstance(e, Outcome)])
+        for event in events:
+            if isinstance(event, Progress):
+                self.info.hot, self.info.loaded, self.info.counters = event.hot, event.loaded, event.counters
+            elif isinstance(event, Ready):
+                self._on_ready(event)
+            elif isinstance(event, Died):
+                self._on_died(event)
+
+    def _commit_starts(self, events: list[Started]) -> None:
+        refs: dict[str, list[str]] = defaultdict(list)
+        for event in events:
+            refs[event.batch] += event.refs
+        for batch, started in refs.items():
+            held = self._held.get(batch)
+            if held is None:
+                self._runner.cancel(started)
+                continue
+            stop = self._ledger.start(batch, held.fence, started)
+            now = time.monotonic()
+            for ref in started:
+                held.begun[ref] = now
+                self._events.started(split_ref(ref)[1])
+            if stop:
+                self._drop(held, stop)
+
+    def _commit_ends(self, events: list[Outcome]) -> None:
+        by_batch: dict[str, list[Outcome]] = defaultdict(list)
+        for event in events:
+            by_batch[event.batch].append(event)
+        for batch, outcomes in by_batch.items():
+            held = self._held.get(batch)
+            if held is None:
+                continue
+            ends = [self._end(held, outcome) for outcome in outcomes]
+            answers = self._ledger.finish(batch, held.fence, ends)
+            for outcome, answer in zip(outcomes, answers, strict=True):
+                self._tell(held, outcome, answer)
+            self._forget(held, [outcome.ref for outcome in outcomes])
+
+    def _end(self, held: _Held, outcome: Outcome) -> End:
+        document = {
+            "response": outcome.response,
+            "error": outcome.error,
+            "timings_ms": outcome.timings_ms,
+            "temperature": outcome.temperature,
+            "width": outcome.width,
+        }
+        line = msgspec.json.encode(document)
+        if outcome.error is None:
+            return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome))
+        if not outcome.retryable:
+            return End(outcome.ref, "failed", line)
+        job = held.jobs.get(outcome.ref)
+        low, high = _BACKOFF_MS
+        delay = min(high, low * 2 ** (job.attempts if job else 0)) * random.uniform(0.5, 1.5)  # noqa: S311 — jitter
+        return End(outcome.ref, "retry", line, delay_ms=round(delay))
+
+    def _tell(self, held: _Held, outcome: Outcome, answer: str) -> None:
+        job_id = split_ref(outcome.ref)[1]
+        code = str((outcome.error or {}).get("code"))
+        if answer == "stale":
+            log.warning("result refused: the lease was lost", job=job_id, batch=held.batch)
+        elif answer == "retried":
+            self._events.retried(job_id, code)
+        elif outcome.error is not None:
+            self._events.failed(job_id, code)
+        else:
+            runtime = time.monotonic() - held.begun.get(outcome.ref, time.monotonic())
+            self._events.succeeded(job_id, runtime_s=runtime, tokens=_tokens(outcome))
+
+    def _on_ready(self, event: Ready) -> None:
+        self._base = event.base
+        info = self.info
+        info.width, info.max_prompt_tokens, info.max_token_bytes = event.width, event.max_prompt_tokens, event.max_token_bytes
+        info.ready = not self._closing.is_set()
+        self._registry.announce_base(info.pool, event.base)
+        self._beat_once()
+        self._ready.set()
+        self._ledger.hello(info.name, info.incarnation)  # the scheduler hears of it at once
+        log.info("model ready", pid=event.pid, width=event.width)
+
+    def _on_died(self, event: Died) -> None:
+        """The backend's process is gone. What had begun has used an attempt and will run alone next time; the rest goes back unharmed."""
+        log.warning("model process died", reason=event.reason, running=len(event.running), waiting=len(event.waiting))
+        self.info.ready = False
+        self._beat_once()
+        error = {"message": f"the model process died: {event.reason}", "type": "server_error", "code": "worker_died", "param": None}
+        running = set(event.running)
+        if not running and self._held:  # it died before any job began: loading what the first batch needs is all it can have been
+            first = next(iter(self._held.values()))
+            running = set(first.jobs)
+            self._commit_starts([Started(first.batch, list(running))])
+        for held in list(self._held.values()):
+            mine = [ref for ref in held.jobs if ref in running]
+            self._commit_ends([Outcome(held.batch, ref, error=error, retryable=True) for ref in mine])
+            self._give_back(held, [ref for ref in held.jobs if ref not in running])
+
+    # -- leases ---------------------------------------------------------------------------------------------------------------------------
+
+    def _beat_loop(self) -> None:
+        while not self._closing.wait(self._settings.heartbeat_ms / 1000):
+            try:
+                self._renew()
+                self._beat_once()
+            except Unavailable as error:
+                log.warning("ledger unavailable, leases not renewed", reason=error.message)
+            except Exception:
+                log.exception("heartbeat failed")
+        while self._held:  # draining
+            with contextlib.suppress(Unavailable):
+                self._renew()
+            time.sleep(self._settings.heartbeat_ms / 1000)
+
+    def _renew(self) -> None:
+        with self._lock:
+            held = dict(self._held)
+        if not held:
+            return
+        silent = time.monotonic() - self._moved
+        if silent > self._settings.hang_s:
+            self._moved = time.monotonic()
+            self._runner.kill(f"no progress for {silent:.0f} s")
+            return
+        lost, stop = self._ledger.renew([(b.batch, b.fence) for b in held.values()], self._settings.lease_ms)
+        for name in lost:
+            log.warning("lease lost", batch=name)
+            self._drop(held[name], list(held[name].jobs))
+        for batch in held.values():
+            mine = [ref for ref in stop if ref in batch.jobs]
+            if mine:
+                self._drop(batch, mine)
+
+    def _beat_once(self) -> None:
+        with contextlib.suppress(redis.RedisError):
+            self._registry.beat(self.info)
+
+    def _drop(self, held: _Held, refs: list[str]) -> None:
+        """Stop computing what is no longer ours, or no longer wanted."""
+        self._runner.cancel(refs)
+        self._forget(held, refs)
+
+    def _give_back(self, held: _Held, refs: list[str]) -> None:
+        if not refs:
+            return
+        self._runner.cancel(refs)
+        with contextlib.suppress(Unavailable):
+            self._ledger.give_back(held.batch, held.fence, refs)
+        self._forget(held, refs)
+
+    def _forget(self, held: _Held, refs: Iterable[str]) -> None:
+        with self._lock:
+            for ref in refs:
+                held.jobs.pop(ref, None)
+                held.begun.pop(ref, None)
+            if not held.jobs:
+                self._held.pop(held.batch, None)
+
+
+def _tokens(outcome: Outcome) -> int:
+    return int(((outcome.response or {}).get("usage") or {}).get("total_tokens") or 0)
+
+
+def _runs(events: Iterable[Event]) -> Iterable[list[Event]]:
+    """Neighbours of one kind together, so that many are committed in one call and order is kept."""
+    run: list[Event] = []
+    for event in events:
+        if run and type(run[0]) is not type(event):
+            yield run
+            run = []
+        run.append(event)
+    if run:
+        yield run

@@ -1,0 +1,76 @@
+"""The Celery side of a worker: its own queue, one task that wakes it up, and the process around them."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import structlog
+from celery import Celery
+
+from lorayard.adapters import BaseModel
+from lorayard.celery_app import RUN_BATCH, worker_queue
+from lorayard.errors import LorayardError, Unavailable
+from lorayard.ledger.ledger import Ledger
+from lorayard.settings import Settings
+from lorayard.telemetry import JobEvents
+from lorayard_workers.control import Control, FetchAdapter
+
+log = structlog.get_logger()
+
+THREADS = 4
+"""More than the batches a worker may have outstanding: fetching one adapter never keeps the next wake-up waiting."""
+
+START_S = 900.0
+
+
+def fetch_from_store(settings: Settings) -> FetchAdapter:
+    """Adapters out of the artifact store, converted once for this worker's base and kept on disk by digest."""
+    import msgspec
+
+    from lorayard.adapters.store import ArtifactStore, GgufCache
+
+    store = ArtifactStore.open(settings)
+    folder = settings.state_dir / "cache" / "gguf"
+
+    def fetch(digest: str, base: dict[str, Any]) -> str:
+        return str(GgufCache(folder, store, msgspec.convert(base, BaseModel)).path(digest))
+
+    return fetch
+
+
+def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
+    """The `lorayard worker llama` process, until SIGTERM or SIGINT. Raises `SetupError` when the model cannot be served."""
+    from lorayard_workers.llama.process import LlamaRunner
+
+    events = JobEvents(app, node_name(settings))
+    control = Control(settings, ledger, LlamaRunner(settings), fetch_from_store(settings), events)
+
+    @app.task(name=RUN_BATCH, ignore_result=True)  # type: ignore[untyped-decorator]
+    def run_batch(batch: str) -> None:
+        try:
+            control.run_batch(batch)
+        except Unavailable as error:
+            log.warning("batch not taken; it will be delivered again", batch=batch, reason=error.message)
+        except LorayardError as error:
+            log.error("batch not run", batch=batch, reason=error.message)
+
+    try:
+        control.start()
+        control.wait_ready(START_S)
+        app.Worker(
+            hostname=node_name(settings),
+            queues=[worker_queue(settings.worker)],
+            pool="threads",
+            concurrency=THREADS,
+            loglevel="WARNING",
+            without_gossip=True,
+            without_mingle=True,
+        ).start()
+    finally:
+        control.close()
+
+
+def node_name(settings: Settings) -> str:
+    """The worker's name in Celery's and Flower's sense."""
+    return f"{settings.worker}@{socket.gethostname()}"
