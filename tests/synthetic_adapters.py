@@ -44,7 +44,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def config(name: str) -> dict[str, Any]:
     """`adapter_config.json` of a variant."""
-    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": BASE_NAME, "bias": "none", "r": 2, "lora_alpha": 6}
+    plain: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": BASE_NAME,
+        "bias": "none",
+        "r": 2,
+        "lora_alpha": 6,
+    }
     targets = [f"model.layers.{layer}.{module}" for layer in LAYERS for module in SHAPES]
     options = plain | VARIANTS[name]
     kinds = options.get("target_modules")
@@ -56,7 +63,8 @@ def matrix(name: str, rows: int, columns: int) -> NDArray[np.float32]:
     index = np.arange(rows * columns, dtype=np.uint64) + np.uint64(zlib.crc32(name.encode()))
     for _ in range(2):
         index = (index * np.uint64(6364136223846793005) + np.uint64(1442695040888963407)) ^ (index >> np.uint64(29))
-    return ((index >> np.uint64(40)) % np.uint64(511)).astype(np.float32).reshape(rows, columns) / 4096 - 255 / 4096
+    steps = ((index >> np.uint64(40)) % np.uint64(511)).astype(np.float32) - np.float32(255)
+    return (steps / np.float32(4096)).reshape(rows, columns)
 
 
 def tensors(name: str) -> dict[str, NDArray[np.float32]]:

@@ -134,7 +134,8 @@ def no_permutation(kind: str) -> Callable[[Any, float, BaseModel], NDArray[np.fl
     def wrong(module: Any, alpha: float, base: BaseModel) -> NDArray[np.float32]:
         if module.kind != kind:
             return right(module, alpha, base)
-        return module.b.float32() * np.float32(module.scale * module.rank / alpha)
+        unpermuted: NDArray[np.float32] = module.b.float32() * np.float32(module.scale * module.rank / alpha)
+        return unpermuted
 
     return wrong
 
@@ -142,7 +143,8 @@ def no_permutation(kind: str) -> Callable[[Any, float, BaseModel], NDArray[np.fl
 def no_patterns(module: Any, alpha: float, base: BaseModel, right: Any = conversion._b) -> NDArray[np.float32]:
     """What llama.cpp's own converter does: one alpha for all."""
     matrix: NDArray[np.float32] = right(module, alpha, base)
-    return matrix / np.float32(module.scale * module.rank / alpha)
+    scaled: NDArray[np.float32] = matrix / np.float32(module.scale * module.rank / alpha)
+    return scaled
 
 
 @pytest.mark.parametrize(
