@@ -40,7 +40,7 @@ def write_gguf(adapter: PeftAdapter, base: BaseModel, path: Path, precision: Pre
     """Write the adapter to `path` for that base, whole or not at all. The fit was checked before (`check_fit`).
 
     float32 runs faster on CPUs, float16 takes half the memory. Raises `AdapterRejected` for an architecture that cannot be converted
-    rightly, and for numbers beyond float16.
+    rightly, and for numbers beyond the precision.
     """
     if base.architecture not in _AS_THEY_ARE | _INTERLEAVED:
         known = ", ".join(sorted(_AS_THEY_ARE | _INTERLEAVED))
@@ -100,6 +100,7 @@ def _b(module: Module, alpha: float, base: BaseModel) -> NDArray[np.float32]:
 
 def _cast(matrix: NDArray[np.float32], precision: Precision, name: str) -> NDArray[np.float32] | NDArray[np.float16]:
     target = np.float32 if precision == "f32" else np.float16
-    if np.abs(matrix).max() > np.finfo(target).max:
-        raise AdapterRejected(f"{name} times its scale has numbers too large for {target.__name__}", code="adapter_tensors")
+    peak, limits = np.abs(matrix).max(), np.finfo(target)
+    if peak and not limits.tiny <= peak <= limits.max:
+        raise AdapterRejected(f"{name} times its scale has numbers too large or too small for {target.__name__}", code="adapter_tensors")
     return np.ascontiguousarray(matrix.astype(target))

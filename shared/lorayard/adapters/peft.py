@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -175,10 +175,12 @@ def _why_unknown(name: str) -> str:
     return f"the tensor {shown} cannot be served exactly: {why}"
 
 
-def _module(config: Config, layer: int, kind: str, pair: dict[str, Tensor], rank_of: Any, alpha_of: Any) -> Module:
+def _module(
+    config: Config, layer: int, kind: str, pair: dict[str, Tensor], rank_of: Callable[[str], int], alpha_of: Callable[[str], float]
+) -> Module:
     path = _path(layer, kind)
     a, b = pair["A"], pair["B"]
-    rank: int = rank_of(path)
+    rank = rank_of(path)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise _rejected(f"{path} has A of rank {a.shape[0]} and B of rank {b.shape[1]}, but adapter_config.json says {rank}")
     for tensor in (a, b):
