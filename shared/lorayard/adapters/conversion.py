@@ -31,7 +31,8 @@ _NAMES = {
     "down_proj": "ffn_down",
 }
 # Architectures whose GGUF holds the linear modules in Hugging Face's row order, and those with q and k in interleaved-rope order.
-# Read in llama.cpp's converters; any other is refused, because a wrong order of rows runs without an error and answers nonsense.
+# Each was compared with PEFT, logit by logit, on a small random model; any other is refused, because a wrong order of rows runs
+# without an error and answers nonsense.
 _AS_THEY_ARE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3"})
 _INTERLEAVED = frozenset({"llama"})  # Llama, Mistral and SmolLM2 among them
 
