@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import redis
 from lorayard import embedded
 from lorayard.ledger.ledger import connect
 from lorayard.settings import Settings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before llama.cpp is loaded into this process: its threads would spin
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,11 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
     with connect(redis_url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as the llama worker serves it."""
+    from lorayard_workers.llama.process import resolve_model
+
+    return resolve_model(Settings(state_dir=tmp_path_factory.mktemp("models")))

@@ -112,7 +112,7 @@ class _State:
         if current is not None and may_stay and (not others or now - since < self.policy.quantum_ms):
             return self._dispatch(worker, current, eligible, "stays: more jobs for this adapter" if others else "no other adapter waits")
         if may_stay:
-            why = "quantum over: the most due of the other adapters"
+            why = "its turn: the most due of the other adapters"
         elif any(g.digest == current for g in open_groups):
             why = "another tenant's share"
         else:

@@ -50,10 +50,12 @@ def broker_url(settings: Settings) -> str:
     return settings.broker_url or redis_url(settings)
 
 
-def prepare(settings: Settings) -> list[str]:
-    """Write the server's configuration and `redis_url`; the command line to run. Password and port are kept between starts.
+def prepare(settings: Settings, *, restart: bool = False) -> list[str]:
+    """Write the server's configuration and `redis_url`; the command line to run.
 
-    Every acknowledged write is fsynced (`appendfsync always`) unless `LORAYARD_FSYNC=everysec`; nothing is ever evicted.
+    Password and port are kept between starts; a port that something else has taken meanwhile is replaced, except on a `restart` within a
+    running fleet, whose processes know the old one. Every acknowledged write is fsynced (`appendfsync always`) unless
+    `LORAYARD_FSYNC=everysec`; nothing is ever evicted.
     """
     home = settings.state_dir.absolute() / "redis"
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -63,7 +65,7 @@ def prepare(settings: Settings) -> list[str]:
         credentials, _, address = url_file.read_text().strip().removeprefix("redis://").rpartition("@")
         password = credentials.removeprefix(":")
         kept = int(address.partition("/")[0].rpartition(":")[2])
-        port = kept if _is_free(kept) else port
+        port = kept if restart or _is_free(kept) else port
     config = home / "server.conf"
     _write_private(
         config,

@@ -209,6 +209,10 @@ class Ledger:
         """Take or keep the lead for `ttl_ms`; the epoch to claim with, or 0 while another leads."""
         return int(self._call("ly_lead", me, ttl_ms))
 
+    def has_leader(self, now_ms: int) -> bool:
+        until: Any = self.client.hget(self._prefix + "leader", "until")
+        return until is not None and int(until) > now_ms
+
     def resign(self, me: str) -> None:
         self._call("ly_resign", me)
 

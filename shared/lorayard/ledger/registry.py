@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import redis
 
-from lorayard.errors import SetupError, Unauthorized
+from lorayard.errors import BadRequest, SetupError, Unauthorized
 from lorayard.ledger import keys
 from lorayard.ledger.ledger import Ledger
-from lorayard.settings import Settings
+from lorayard.settings import NAME_PATTERN, Settings
 
 ALIVE_MS = 5_000
 """A worker that has told nothing for so long gets no new work; its leases decide over what it holds."""
 
 KEY_PREFIX = "ly-"
+
+
+class Caller(NamedTuple):
+    """Whom an API key stands for. The operator may also give adapters to everyone."""
+
+    tenant: str
+    operator: bool
 
 
 class WorkerInfo(msgspec.Struct, kw_only=True):
@@ -82,25 +90,27 @@ class KeyRing:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
 
-    def create(self, tenant: str) -> str:
+    def create(self, tenant: str, *, operator: bool = False) -> str:
         """A new key of a tenant; this is the only moment it can be read."""
+        if not re.fullmatch(NAME_PATTERN, tenant):
+            raise BadRequest(f"tenant: {tenant[:80]!r} is not a name; use 1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit")
         key = KEY_PREFIX + secrets.token_urlsafe(24)
-        self.admit(key, tenant)
+        self._admit(key, tenant, operator)
         return key
 
-    def admit(self, key: str, tenant: str) -> None:
-        """Accept a key that was made elsewhere (a setting, a file)."""
+    def _admit(self, key: str, tenant: str, operator: bool) -> None:
         seconds, _ = self._client.time()
-        entry = msgspec.json.encode({"tenant": tenant, "created_s": int(seconds), "tail": key[-4:]})
+        entry = msgspec.json.encode({"tenant": tenant, "operator": operator, "created_s": int(seconds), "tail": key[-4:]})
         self._client.hset(keys.KEYS, _digest(key), entry)
         self._client.sadd(keys.TENANTS, tenant)
 
-    def tenant_of(self, key: str) -> str:
+    def caller(self, key: str) -> Caller:
         """Raises `Unauthorized` for a key that is not, or no longer, valid. Only the digest is looked up: nothing is compared in Python."""
         raw: Any = self._client.hget(keys.KEYS, _digest(key)) if key else None
         if raw is None:
             raise Unauthorized("no valid API key: send 'Authorization: Bearer KEY'; 'lorayard keys create --tenant T' makes one")
-        return str(msgspec.json.decode(raw)["tenant"])
+        entry = msgspec.json.decode(raw)
+        return Caller(entry["tenant"], entry["operator"])
 
     def entries(self) -> list[dict[str, Any]]:
         """What is known of each key: its name for `revoke`, tenant, last characters, when it was made."""
@@ -118,7 +128,7 @@ class KeyRing:
         return sorted(name.decode() for name in raw)
 
     def ensure_first(self, settings: Settings) -> str:
-        """The operator's key, of tenant `default`: the setting, else the file `api_key` of the state folder, made at the first start."""
+        """The operator's key: the setting, else the file `api_key` of the state folder, made at the first start."""
         path = settings.state_dir / "api_key"
         key = settings.api_key or (path.read_text().strip() if path.exists() else "")
         if not key:
@@ -131,7 +141,7 @@ class KeyRing:
                 key = path.read_text().strip()
             except OSError as error:
                 raise SetupError(f"cannot write {path} ({error.strerror}): set LORAYARD_STATE_DIR to a folder you may write") from None
-        self.admit(key, settings.celery_tenant)
+        self._admit(key, settings.celery_tenant, operator=True)
         return key
 
 

@@ -324,7 +324,7 @@ class Context:
         if adapter is None:
             ll.llama_set_adapters_lora(self._handle, None, 0, None)
         else:
-            handles = (ctypes.c_void_p * 1)(adapter.handle)
+            handles = (ll.llama_adapter_lora_p_ctypes * 1)(adapter.handle)
             ll.llama_set_adapters_lora(self._handle, handles, 1, (ctypes.c_float * 1)(1.0))
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:

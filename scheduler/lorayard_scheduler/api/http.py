@@ -1,0 +1,80 @@
+"""What all routes share: JSON in and out, who is calling, and every error in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, cast
+
+import msgspec
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+
+from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge, Unavailable
+from lorayard.ledger.registry import Caller, KeyRing
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return msgspec.json.encode(content)
+
+
+_bearer = Depends(HTTPBearer(auto_error=False))
+
+
+def _caller(request: Request, credentials: Annotated[Any, _bearer]) -> Caller:
+    keys: KeyRing = request.app.state.keys
+    return keys.caller(credentials.credentials if credentials else "")
+
+
+Auth = Annotated[Caller, Depends(_caller)]
+"""Whom the request's API key stands for; 401 without a valid one."""
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body, refused as soon as it is longer than `most` bytes."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise TooLarge(f"the body is larger than {most} bytes: send the jobs in several requests")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def error_response(error: LorayardError, more: dict[str, Any] | None = None) -> Json:
+    headers = {"Retry-After": str(max(1, round(error.retry_after)))} if isinstance(error, Unavailable) else None
+    return Json({"error": error.document(), **(more or {})}, status_code=error.status, headers=headers)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error in OpenAI's shape, whoever raised it."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        return error_response(cast("LorayardError", error))
+
+    async def validation(_: Request, error: Exception) -> Response:
+        first = cast("RequestValidationError", error).errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(BadRequest(f"{where}: {first['msg']}", param=where or None))
+
+    async def http(_: Request, error: Exception) -> Response:
+        problem = cast("HTTPException", error)
+        ours = NotFound("no such address; the API is under /v1") if problem.status_code == 404 else BadRequest(str(problem.detail))
+        ours.status = problem.status_code
+        return error_response(ours)
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return error_response(LorayardError("an internal error; the log of the API process has it"))
+
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+        LorayardError: ours,
+        RequestValidationError: validation,
+        HTTPException: http,
+        Exception: unexpected,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,111 @@
+"""Routes of jobs: submit, list, show (with a long poll), cancel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Query, Request
+from starlette.concurrency import run_in_threadpool
+
+from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge
+from lorayard.jobs import Status
+from lorayard.ledger.ledger import Ledger
+from lorayard.settings import Settings
+from lorayard_scheduler.admission import Accepted, Admission, Answer, Item
+from lorayard_scheduler.api.http import Auth, Json, error_response, read_body
+from lorayard_scheduler.api.waiting import Waiting
+
+WAIT_MOST_S = 60.0
+LIST_MOST = 1000
+
+
+def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
+    """`/v1/jobs`."""
+    router = APIRouter(prefix="/v1/jobs")
+    admission = Admission(settings, ledger)
+
+    @router.post("", status_code=202)
+    async def submit(request: Request, who: Auth) -> Json:
+        """One job object, `{"jobs": [...]}`, or JSON lines (`Content-Type: application/jsonl`)."""
+        items, many = _items(await read_body(request, settings.max_body_bytes), request.headers.get("content-type", ""))
+        if len(items) > settings.max_jobs_per_request:
+            raise TooLarge(f"{len(items)} jobs in one request, more than {settings.max_jobs_per_request}: send them in several")
+        answers = await run_in_threadpool(admission.submit, who.tenant, items)
+        return _answers(answers, many)
+
+    @router.get("")
+    def listing(
+        who: Auth,
+        limit: Annotated[int, Query(ge=1, le=LIST_MOST)] = 100,
+        status: Status | None = None,
+        before_ms: Annotated[int | None, Query(ge=0)] = None,
+        ids: Annotated[str | None, Query(max_length=40_000)] = None,
+    ) -> Json:
+        """The tenant's newest jobs first, without responses; `before_ms` (an `enqueued_ms`) goes on from the last of a page.
+
+        With `ids` (comma-separated), those jobs' whole documents instead; what does not exist is left out.
+        """
+        if ids is not None:
+            wanted = list(dict.fromkeys(ids.split(",")))[:LIST_MOST]
+            return Json({"object": "list", "data": [d for d in ledger.show(who.tenant, wanted) if d is not None], "has_more": False})
+        rows = ledger.list_ids(who.tenant, limit=limit, before_ms=before_ms)
+        documents = [d for d in ledger.show(who.tenant, [job_id for job_id, _ in rows]) if d is not None]
+        data = [d | {"response": None} for d in documents if status is None or d["status"] == status]
+        return Json({"object": "list", "data": data, "has_more": len(rows) == limit, "next_before_ms": rows[-1][1] if rows else None})
+
+    @router.get("/{job_id}")
+    async def show(job_id: str, who: Auth, wait: Annotated[float, Query(ge=0)] = 0) -> Json:
+        """The job's document; with `wait`, as soon as it has ended and at most so many seconds (60 at most) later."""
+        document = await waiting.show(who.tenant, job_id, min(wait, WAIT_MOST_S))
+        if document is None:
+            raise _no_job(job_id)
+        return Json(document)
+
+    @router.delete("/{job_id}")
+    def cancel(job_id: str, who: Auth) -> Json:
+        """Cancel it, at any state; a job that has ended stays as it is."""
+        if ledger.cancel(who.tenant, [job_id]) == ["missing"]:
+            raise _no_job(job_id)
+        return Json(ledger.show(who.tenant, [job_id])[0])
+
+    return router
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"no job {job_id[:100]!r}: it does not exist, or its result has expired", code="job_not_found")
+
+
+def _items(body: bytes, content_type: str) -> tuple[list[Item], bool]:
+    """The jobs of a body, undecoded, and whether it is a list. Raises `BadRequest` where no job can be made out."""
+    if "jsonl" in content_type or "ndjson" in content_type:
+        return [line for line in body.split(b"\n") if line.strip()], True
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        if "jobs" not in fields:
+            return [body], False
+        if len(fields) > 1:
+            raise BadRequest(f"unknown field {next(f for f in fields if f != 'jobs')!r} beside 'jobs'")
+        return [bytes(raw) for raw in msgspec.json.decode(fields["jobs"], type=list[msgspec.Raw])], True
+    except msgspec.ValidationError:
+        raise BadRequest('the body must be a job object or {"jobs": [job, ...]}') from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(
+            f"the body is not valid JSON ({error}); JSON lines need Content-Type: application/jsonl", code="invalid_json"
+        ) from None
+
+
+def _answers(answers: list[Answer], many: bool) -> Json:
+    """202 with an entry a job. Where every job is refused, the first error's status and, beside the entries, the error itself."""
+    rows = [
+        {"id": a.id, "status": "queued" if a.status == "exists" else a.status}
+        if isinstance(a, Accepted)
+        else {"index": i, "error": a.document()}
+        for i, a in enumerate(answers)
+    ]
+    errors = [a for a in answers if isinstance(a, LorayardError)]
+    if not errors or len(errors) < len(answers):
+        return Json({"jobs": rows}, status_code=202)
+    if not many:
+        raise errors[0]
+    return error_response(errors[0], {"jobs": rows})

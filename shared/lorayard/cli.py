@@ -1,0 +1,394 @@
+"""The command `lorayard`: the fleet's processes, and what people do with it. Exit codes: 0 done, 1 some jobs did not succeed, 2 an error
+that one line on standard error explains, 130 interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import redis
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lorayard import __version__, embedded
+from lorayard.celery_app import make_app
+from lorayard.client import Client
+from lorayard.errors import LorayardError, NotFound, SetupError
+from lorayard.fleet import SUPERVISED, Fleet, end_with_parent
+from lorayard.jobs import Status
+from lorayard.ledger.ledger import Ledger, connect
+from lorayard.ledger.registry import KeyRing, open_ledger
+from lorayard.settings import Settings
+from lorayard.telemetry import configure_logging
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+worker_app = typer.Typer(no_args_is_help=True, help="Run a worker process.")
+jobs_app = typer.Typer(no_args_is_help=True, help="Look at jobs, and cancel them.")
+adapters_app = typer.Typer(no_args_is_help=True, help="Add, list and remove adapters.")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants (talks to Redis, so only where the fleet runs).")
+app.add_typer(worker_app, name="worker")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(keys_app, name="keys")
+
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run the command; every foreseen error is one line and exit code 2."""
+    try:
+        if os.environ.get(SUPERVISED):
+            end_with_parent()
+        app()
+    except LorayardError as error:
+        print(f"lorayard: {error.message}", file=sys.stderr)
+        sys.exit(2)
+    except redis.RedisError as error:
+        print(f"lorayard: Redis: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        print(
+            f"lorayard: this command needs {error.name}: install lorayard with the extra of its role, or 'fleet' for all", file=sys.stderr
+        )
+        sys.exit(2)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """An asynchronous job queue for inference with LoRA adapters. All settings are environment variables: LORAYARD_*."""
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _role(name: str) -> Iterator[tuple[Settings, Ledger]]:
+    """Settings and ledger of a long-running process, once its server answers."""
+    configure_logging(name)
+    settings = Settings.load()
+    url = embedded.redis_url(settings)
+    embedded.wait_until_up(url)
+    with connect(url) as client:
+        embedded.check_server(client)
+        yield settings, open_ledger(client, settings)
+
+
+@app.command()
+def up() -> None:
+    """Start the whole fleet on this machine; Ctrl-C stops it."""
+    settings = Settings.load()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with Fleet(settings) as fleet:
+        _wait_ready(fleet, stop)
+        for name, address in fleet.addresses():
+            out.print(f"{name:>24}  {address}", highlight=False, soft_wrap=True)
+        out.print("The fleet is up. Ctrl-C stops it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            while not stop.wait(1):
+                fleet.check()
+        out.print("Stopping …")
+    out.print("Stopped.")
+
+
+def _wait_ready(fleet: Fleet, stop: threading.Event | None = None) -> None:
+    with out.status("Starting …") as status:
+        for waiting_for in fleet.wait_ready():
+            status.update(f"Starting: {waiting_for} …")
+            if stop is not None and stop.is_set():
+                raise KeyboardInterrupt
+
+
+@app.command()
+def store() -> None:
+    """Run the embedded Valkey or Redis server of the state folder."""
+    settings = Settings.load()
+    command = embedded.prepare(settings, restart=bool(os.environ.get(SUPERVISED)))
+    os.execv(command[0], command)  # noqa: S606 — our own server
+
+
+@app.command()
+def scheduler() -> None:
+    """Run a scheduler: plans batches, wakes workers, puts right what got lost."""
+    with _role("scheduler") as (settings, ledger):
+        from lorayard_scheduler.dispatcher import serve
+
+        serve(settings, ledger, make_app(embedded.broker_url(settings)))
+
+
+@app.command()
+def api() -> None:
+    """Run the HTTP API."""
+    with _role("api") as (settings, ledger):
+        from lorayard_scheduler.api.server import serve
+
+        serve(settings, ledger)
+
+
+@app.command()
+def flower() -> None:
+    """Run Flower, with a row for every job."""
+    settings = Settings.load()
+    if settings.flower_host not in ("127.0.0.1", "::1", "localhost") and not settings.flower_basic_auth:
+        raise SetupError(f"Flower on {settings.flower_host} would be open to everyone: set LORAYARD_FLOWER_BASIC_AUTH=user:password")
+    embedded.wait_until_up(embedded.redis_url(settings))
+    import flower  # noqa: F401 — a missing extra is told here
+
+    if settings.flower_basic_auth:
+        os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth  # not in the arguments, which everyone on the machine can read
+    arguments = [f"--address={settings.flower_host}", f"--port={settings.flower_port}", "--enable-events=False"]
+    os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", "lorayard.flower_app", "flower", *arguments])  # noqa: S606
+
+
+@worker_app.command("llama")
+def worker_llama() -> None:
+    """Run a worker that holds one base model in llama.cpp and a few adapters."""
+    with _role("worker") as (settings, ledger):
+        from lorayard_workers.tasks import serve_llama
+
+        serve_llama(settings, ledger, make_app(embedded.broker_url(settings)))
+
+
+@worker_app.command("groq")
+def worker_groq() -> None:
+    """Not built yet: a worker that sends jobs to Groq."""
+    raise SetupError("the Groq worker is not built yet; run 'lorayard worker llama'")
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the fleet up afterwards, until Ctrl-C.")] = False,
+    jobs: Annotated[int, typer.Option(min=10, help="About how many jobs.")] = 340,
+) -> None:
+    """Run real questions for the shipped adapters and the base model through the whole fleet."""
+    from lorayard.demo import run_demo
+
+    settings = Settings.load()
+    with Fleet(settings) as fleet:
+        _wait_ready(fleet)
+        run_demo(settings, out, jobs=jobs)
+        for name, address in fleet.addresses():
+            out.print(f"{name:>24}  {address}", highlight=False, soft_wrap=True)
+        if keep:
+            out.print("The fleet stays up. Ctrl-C stops it.")
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    threading.Event().wait(1)
+                    fleet.check()
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def submit(
+    file: Annotated[str, typer.Argument(help="JSON lines, one job object each; - for standard input.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until all jobs have ended.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write one JSON line a job here, in the order of the input.")
+    ] = None,
+) -> None:
+    """Submit a file of jobs. Lines that are refused are told by number; the others are submitted all the same."""
+    numbered = _read_lines(file)
+    with Client() as client, _progress() as bar:
+        task = bar.add_task("submit", total=len(numbered))
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(numbered), 1000):
+            part = [line for _, line in numbered[start : start + 1000]]
+            rows += client.submit(part)
+            bar.advance(task, len(part))
+        if wait:
+            ids = [row["id"] for row in rows if "id" in row]
+            task = bar.add_task("answers", total=len(set(ids)))
+            documents = {}
+            for document in client.results(ids):
+                documents[document["id"]] = document
+                bar.advance(task)
+            rows = [documents.get(row.get("id", ""), row) for row in rows]
+    lines = [row | {"line": number} for (number, _), row in zip(numbered, rows, strict=True)]
+    _write_lines(output, lines)
+    _end_of_submit(file, lines, wait)
+
+
+def _end_of_submit(file: str, lines: list[dict[str, Any]], waited: bool) -> None:
+    refused = [row for row in lines if "id" not in row]
+    for row in refused:
+        err.print(f"lorayard: {file}:{row['line']}: {row['error']['message']}", highlight=False, soft_wrap=True, markup=False)
+    if refused:
+        err.print(f"lorayard: {len(refused)} of {len(lines)} lines refused", highlight=False)
+        raise typer.Exit(2)
+    if waited and any(row["status"] != Status.SUCCEEDED for row in lines):
+        raise typer.Exit(1)
+
+
+def _read_lines(file: str) -> list[tuple[int, bytes]]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise SetupError(f"cannot read {file}: {error.strerror}") from None
+    lines = [(i, line) for i, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    if not lines:
+        raise SetupError(f"{file}: no jobs in it; a line is one job object, as of POST /v1/jobs")
+    return lines
+
+
+def _write_lines(output: Path | None, lines: list[dict[str, Any]]) -> None:
+    data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    if output is None:
+        sys.stdout.buffer.write(data)
+        return
+    part = output.with_name(output.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(output)
+    except OSError as error:
+        raise SetupError(f"cannot write {output}: {error.strerror}") from None
+
+
+@jobs_app.command("list")
+def jobs_list(
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    status: Annotated[Status | None, typer.Option(help="Only jobs in this status.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The newest jobs."""
+    with Client() as client:
+        rows = client.jobs(limit=limit, status=status.value if status else None)["data"]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("id", "status", "adapter", "priority", "attempts", "total ms", "worker")
+    for r in rows:
+        total = r["latencies_ms"].get("total")
+        cells = (
+            r["id"],
+            r["status"],
+            r["adapter"] or "(base)",
+            r["priority"],
+            r["attempts"],
+            "" if total is None else f"{total:.0f}",
+            r["worker"],
+        )
+        table.add_row(*(str(cell or "") for cell in cells))
+    out.print(table)
+
+
+@jobs_app.command("show")
+def jobs_show(job_id: str, wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 0) -> None:
+    """A job's whole document, as JSON."""
+    with Client() as client:
+        _print_json(client.job(job_id, wait_s=wait))
+
+
+@jobs_app.command("cancel")
+def jobs_cancel(job_ids: list[str]) -> None:
+    """Cancel jobs, at any state."""
+    with Client() as client:
+        for job_id in job_ids:
+            print(f"{job_id} {client.cancel(job_id)['status']}")
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------------------------
+
+
+@adapters_app.command("add")
+def adapters_add(
+    name: str,
+    path: Annotated[Path, typer.Argument(help="A PEFT folder, or a zip of one.")],
+    public: Annotated[bool, typer.Option("--public", help="For all tenants (the operator's key only).")] = False,
+) -> None:
+    """Add an adapter; jobs may name it from now on, without a restart."""
+    with Client(timeout_s=600) as client:
+        m = client.add_adapter(name, path, public=public)
+    replaced = f", instead of {m['replaces'][:12]} for new jobs" if m.get("replaces") else ""
+    print(f"{m['name']}: {m['digest'][:12]}, rank {m['rank']}, {m['n_bytes'] / 1e6:.1f} MB{replaced}")
+
+
+@adapters_app.command("list")
+def adapters_list(as_json: AsJson = False) -> None:
+    """The adapters you may use."""
+    with Client() as client:
+        rows = client.adapters()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("name", "digest", "rank", "targets", "MB", "whose")
+    for r in rows:
+        whose = "everyone's" if r["tenant"] == "*" else r["tenant"]
+        table.add_row(r["name"], r["digest"][:12], str(r["rank"]), ", ".join(r["targets"]), f"{r['n_bytes'] / 1e6:.1f}", whose)
+    out.print(table)
+
+
+@adapters_app.command("remove")
+def adapters_remove(name: str) -> None:
+    """Take a name away; jobs already enqueued with it are still run."""
+    with Client() as client:
+        client.remove_adapter(name)
+    print(f"{name} removed")
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[KeyRing]:
+    with connect(embedded.redis_url(Settings.load())) as client:
+        yield KeyRing(client)
+
+
+@keys_app.command("create")
+def keys_create(tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is; a new name is a new tenant.")]) -> None:
+    """Make a key and print it; it is kept as a digest only and cannot be shown again."""
+    with _keys() as ring:
+        print(ring.create(tenant))
+
+
+@keys_app.command("list")
+def keys_list(as_json: AsJson = False) -> None:
+    """The keys there are, by the first characters of their digest."""
+    with _keys() as ring:
+        rows = ring.entries()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("key", "tenant", "ends with", "operator")
+    for r in rows:
+        table.add_row(r["key"], r["tenant"], f"…{r['tail']}", "yes" if r["operator"] else "")
+    out.print(table)
+
+
+@keys_app.command("revoke")
+def keys_revoke(key: Annotated[str, typer.Argument(help="As 'keys list' shows it.")]) -> None:
+    """Make a key invalid, at once."""
+    with _keys() as ring:
+        if not ring.revoke(key):
+            raise NotFound(f"no single key {key!r}: 'lorayard keys list' shows them")
+    print(f"{key} revoked")
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)

@@ -1,0 +1,196 @@
+"""For producers: submit jobs and get their documents over HTTP. Needs nothing but the base install."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import msgspec
+
+from lorayard.errors import BadRequest, LorayardError, SetupError, Unavailable
+from lorayard.jobs import TERMINAL
+from lorayard.settings import Settings
+
+CHUNK_JOBS = 1000
+CHUNK_BYTES = 32 * 1024 * 1024
+QUERY_IDS = 100
+_POLL_S = 0.2
+
+
+class Client:
+    """A connection to a Lorayard API. Address and key come from the settings unless given.
+
+        with Client() as client:
+            (job,) = client.submit([{"adapter": "banking77", "request": {"messages": [...]}}])
+            print(client.result(job["id"])["response"])
+
+    Raises `LorayardError` of the API, with its status and code; `Unavailable` when nothing answers.
+    """
+
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, settings: Settings | None = None, timeout_s: float = 90.0
+    ) -> None:
+        settings = settings or Settings.load()
+        self.url = (url or settings.client_url).rstrip("/")
+        headers = {"Authorization": f"Bearer {key or _find_key(settings)}"}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[dict[str, Any] | str | bytes]) -> list[dict[str, Any]]:
+        """Enqueue job objects (or their JSON). One answer a job, in order: `{"id", "status"}` or `{"index", "error"}`.
+
+        A job that is refused harms no other. Sent in chunks; `index` counts over all of them.
+        """
+        answers: list[dict[str, Any]] = []
+        for lines in _chunks(
+            [job if isinstance(job, bytes) else job.encode() if isinstance(job, str) else msgspec.json.encode(job) for job in jobs]
+        ):
+            reply = self._http_call(
+                "POST", "/v1/jobs", content=b"\n".join(lines), headers={"Content-Type": "application/jsonl"}, refused=True
+            )
+            for row in reply["jobs"]:
+                answers.append(row | {"index": len(answers)} if "error" in row else row)
+        return answers
+
+    def job(self, job_id: str, *, wait_s: float = 0) -> dict[str, Any]:
+        """The job's document; with `wait_s`, as soon as it ends and at most so much later (the API waits 60 s at most)."""
+        document: dict[str, Any] = self._http_call("GET", f"/v1/jobs/{job_id}", params={"wait": wait_s} if wait_s else None)
+        return document
+
+    def result(self, job_id: str, *, timeout_s: float = 3600.0) -> dict[str, Any]:
+        """Wait for the job's end. Raises `Unavailable` when that takes longer than `timeout_s`."""
+        give_up = time.monotonic() + timeout_s
+        while True:
+            left = give_up - time.monotonic()
+            document = self.job(job_id, wait_s=max(0.0, min(30.0, left)))
+            if document["status"] in TERMINAL:
+                return document
+            if left <= 0:
+                raise Unavailable(f"job {job_id} is still {document['status']} after {timeout_s:.0f} s; poll it again later")
+
+    def results(self, job_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The documents of many jobs, each once, as they end. Ids that no longer exist are passed over."""
+        pending = list(dict.fromkeys(job_ids))
+        while pending:
+            ended, gone = [], set()
+            for start in range(0, min(len(pending), 10 * QUERY_IDS), QUERY_IDS):
+                part = pending[start : start + QUERY_IDS]
+                found = self._http_call("GET", "/v1/jobs", params={"ids": ",".join(part)})["data"]
+                ended += [document for document in found if document["status"] in TERMINAL]
+                gone |= set(part) - {document["id"] for document in found}
+            yield from ended
+            done = gone | {document["id"] for document in ended}
+            pending = [job_id for job_id in pending if job_id not in done]
+            if pending and not done:
+                time.sleep(_POLL_S)
+
+    def jobs(self, *, limit: int = 100, status: str | None = None, before_ms: int | None = None) -> dict[str, Any]:
+        """A page of the tenant's newest jobs, without their responses."""
+        params = {"limit": limit, "status": status, "before_ms": before_ms}
+        page: dict[str, Any] = self._http_call("GET", "/v1/jobs", params={k: v for k, v in params.items() if v is not None})
+        return page
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        document: dict[str, Any] = self._http_call("DELETE", f"/v1/jobs/{job_id}")
+        return document
+
+    # -- adapters -----------------------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, path: Path, *, public: bool = False) -> dict[str, Any]:
+        """Add a PEFT adapter: a folder or a zip. Returns its manifest."""
+        files = {"file": (f"{name}.zip", _zip(path), "application/zip")}
+        manifest: dict[str, Any] = self._http_call("POST", "/v1/adapters", data={"name": name, "public": str(public).lower()}, files=files)
+        return manifest
+
+    def adapters(self) -> list[dict[str, Any]]:
+        data: list[dict[str, Any]] = self._http_call("GET", "/v1/adapters")["data"]
+        return data
+
+    def remove_adapter(self, name: str) -> None:
+        self._http_call("DELETE", f"/v1/adapters/{name}")
+
+    def ready(self) -> dict[str, Any]:
+        """What `/readyz` says: pool, live workers, whether a scheduler leads."""
+        document: dict[str, Any] = self._http_call("GET", "/readyz")
+        return document
+
+    def _http_call(self, method: str, path: str, *, refused: bool = False, **kwargs: Any) -> Any:
+        """The decoded answer. `refused`: an error answer that lists every job's error is an answer too."""
+        try:
+            reply = self._http.request(method, path, **kwargs)
+        except httpx.TransportError as error:
+            raise Unavailable(
+                f"no answer from {self.url} ({error or type(error).__name__}): is the fleet up? 'lorayard up' starts it"
+            ) from None
+        try:
+            body = msgspec.json.decode(reply.content)
+        except msgspec.DecodeError:
+            body = {}
+        if reply.is_success or (refused and "jobs" in body):
+            return body
+        raise _error(reply, body)
+
+
+def _error(reply: httpx.Response, body: Any) -> LorayardError:
+    document = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(document, dict):
+        document = {"message": f"HTTP {reply.status_code} from {reply.url}", "code": None, "param": None}
+    kind = Unavailable if reply.status_code == 503 else LorayardError
+    error = kind(str(document.get("message")), code=document.get("code"), param=document.get("param"))
+    error.status = reply.status_code
+    if isinstance(error, Unavailable):
+        error.retry_after = float(reply.headers.get("retry-after", 5))
+    return error
+
+
+def _find_key(settings: Settings) -> str:
+    if settings.api_key:
+        return settings.api_key
+    path = settings.state_dir / "api_key"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        raise SetupError(f"no API key: set LORAYARD_API_KEY, or run this where the fleet was started ({path} is not readable)") from None
+
+
+def _chunks(lines: list[bytes]) -> Iterator[list[bytes]]:
+    """Lines in requests of a moderate size. A line break inside JSON text is only ever white space."""
+    part: list[bytes] = []
+    size = 0
+    for line in lines:
+        if part and (len(part) == CHUNK_JOBS or size + len(line) > CHUNK_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(line.replace(b"\r", b" ").replace(b"\n", b" ") if line.strip() else b"null")
+        size += len(line)
+    if part:
+        yield part
+
+
+def _zip(path: Path) -> bytes:
+    """A zip as it is; of a folder, the files that make an adapter. Raises `BadRequest`."""
+    if path.is_file():
+        return path.read_bytes()
+    if not path.is_dir():
+        raise BadRequest(f"{path}: no such file or folder; give a PEFT folder or a zip of one")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(p for p in path.iterdir() if p.is_file()):
+            archive.write(file, file.name)
+    return buffer.getvalue()
