@@ -27,13 +27,13 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 setup: ## .venv with everything for development and tests
-	@$(find_python); "$$python" tools/setup.py dev
+	@$(find_python); exec "$$python" tools/setup.py dev
 
 setup-demo: ## .venv with what the demo needs
-	@$(find_python); "$$python" tools/setup.py demo
+	@$(find_python); exec "$$python" tools/setup.py demo
 
 setup-train: ## .venv with torch and PEFT too, to train adapters and to run the tests marked train
-	@$(find_python); "$$python" tools/setup.py dev train
+	@$(find_python); exec "$$python" tools/setup.py dev train
 
 demo: setup-demo ## run the demo: a fleet on this machine, real adapters, real jobs
 	@exec $(BIN)/lorayard demo $(ARGS)
