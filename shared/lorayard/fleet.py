@@ -120,7 +120,8 @@ class Fleet:
         if self._process is None or self._process.poll() is not None:
             raise SetupError(f"the supervisor ended; its log is {self.state / 'logs' / 'supervisord.log'}")
         for info in self.processes():
-            if info["statename"] in ("EXITED", "FATAL"):
+            # Any other exit code is started again at the supervisor's next tick.
+            if info["statename"] == "FATAL" or (info["statename"] == "EXITED" and info["exitstatus"] == 2):
                 raise SetupError(f"{info['name']} gave up: {self._last_words(info['name'])}")
 
     def processes(self) -> list[dict[str, Any]]:
@@ -171,10 +172,12 @@ class Fleet:
             "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
         ]
         for priority, (name, arguments) in enumerate(programs.items()):
+            # Flower's threads outlive its own shutdown; it keeps nothing, so it need not be waited for.
+            stop_s = 2 if name == "flower" else STOP_S
             command = shlex.join([sys.executable, "-m", "lorayard", *arguments.split()]).replace("%", "%%")
             parts.append(
                 f"[program:{name}]\ncommand={command}\npriority={priority}\nautorestart=unexpected\nexitcodes=2\nstartsecs=0\n"
-                f"startretries=1000000\nstopsignal=TERM\nstopwaitsecs={STOP_S}\nredirect_stderr=true\n"
+                f"startretries=1000000\nstopsignal=TERM\nstopwaitsecs={stop_s}\nredirect_stderr=true\n"
                 f"stdout_logfile={_quoted(self.state / 'logs' / (name + '.log'))}\nstdout_logfile_maxbytes=20MB\nstdout_logfile_backups=2"
             )
         return "\n\n".join(parts) + "\n"
