@@ -4,9 +4,9 @@ Jobs are admitted in the order their works arrived, as long as fewer than `width
 another adapter starts in another context when places are left, and the contexts then step in turn. No later work overtakes one that
 waits for a context.
 
-KV cells are set aside for a prompt and for a fair share of what may follow, not for all of it: few answers are as long as they may be.
-When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the oldest always
-goes on, so all end.
+KV cells are set aside for each job's fair share of them, or for its longer prompt, not for all that may follow: few answers are as long as
+they may be. When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the
+oldest always goes on, so all end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progres
 
 _PROGRESS_MS = 500.0
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
-_LEAST_SHARE = 64  # cells set aside for an answer
 
 
 @dataclass(eq=False)
@@ -70,7 +69,7 @@ class Engine:
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
-        self._share = max(_LEAST_SHARE, settings.n_ctx // settings.width)
+        self._share = settings.n_ctx // settings.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
         self._turn = 0

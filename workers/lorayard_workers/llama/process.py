@@ -1,8 +1,8 @@
 """The llama.cpp backend as its own process: a native crash, an out-of-memory kill or a hung decode costs one child, not the worker.
 
-Control process and child share a socket pair, one msgpack message a frame. First the control sends a `_Hello`, then `Work` and `Cancel`;
-the child answers with a `Ready` (or a `_Unusable`, when the model or the settings are at fault), then with the other events. The child
-ends when its socket does, even in mid-decode, so that a killed worker leaves nobody behind who holds memory.
+Control process and child share a socket pair; a frame is one message in JSON, as the requests in it are already. First the control sends
+a `_Hello`, then `Work` and `Cancel`; the child answers with a `Ready` (or a `_Unusable`, when the model or the settings are at fault), then
+with the other events. The child ends when its socket does, even in mid-decode, so that a killed worker leaves nobody who holds memory.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class _Reading(msgspec.Struct, frozen=True, tag="reading"):
     ref: str
 
 
-_to_child: msgspec.msgpack.Decoder[_Hello | Work | Cancel] = msgspec.msgpack.Decoder(_Hello | Work | Cancel)
-_from_child: msgspec.msgpack.Decoder[Event | _Reading | _Unusable] = msgspec.msgpack.Decoder(Event | _Reading | _Unusable)
-_encode = msgspec.msgpack.Encoder().encode
+_to_child: msgspec.json.Decoder[_Hello | Work | Cancel] = msgspec.json.Decoder(_Hello | Work | Cancel)
+_from_child: msgspec.json.Decoder[Event | _Reading | _Unusable] = msgspec.json.Decoder(Event | _Reading | _Unusable)
+_encode = msgspec.json.Encoder().encode
 
 
 def resolve_model(settings: Settings) -> Path:

@@ -10,6 +10,8 @@ from lorayard_workers.llama.requests import Request, response
 from lorayard_workers.llama.sampling import Sampler
 from lorayard_workers.runner import AdapterFile, Outcome, WorkItem
 
+_LEAST_AHEAD = 64  # cells set aside for what is not generated yet
+
 
 def now_ms() -> float:
     return 1000 * time.perf_counter()
@@ -52,8 +54,8 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     def cells(self, share: int) -> int:
-        """KV cells to set aside for it: what it has, and of what may follow no more than `share`."""
-        return len(self.tokens) + min(self.request.max_tokens - self.generated, share)
+        """KV cells to set aside for it: its prompt and answer up to `share`, or some more than it has; never more than it can need."""
+        return min(len(self.request.prompt) + self.request.max_tokens, max(len(self.tokens) + _LEAST_AHEAD, share))
 
     def join(self, slot: Slot[Sequence]) -> None:
         """Begin, or begin again, in a context that has a sequence id left."""

@@ -1,0 +1,394 @@
+"""The engine on the real model: batching, adapters, memory, order, and what it does with requests and files that are no good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from llama_support import CHAT, finish, item, outcomes, text, work, write_adapter
+
+from lorayard.settings import Settings
+from lorayard_workers.llama.bindings import Model, quantize
+from lorayard_workers.llama.engine import Engine
+from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
+
+QUESTIONS = [
+    "Name a colour.",
+    "What is the capital of France?",
+    "How many legs has a spider, and why?",
+    "Say hello.",
+    "What is 2 plus 2?",
+    "Why?",
+]
+
+
+@pytest.fixture(scope="module")
+def model(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The demo model in float16: quantized activations turn the last bits of a sum, which depend on the batch, into other answers."""
+    exact = tmp_path_factory.mktemp("exact") / "float16.gguf"
+    quantize(demo_gguf, exact, "F16")
+    made = Model(exact)
+    yield made
+    made.close()
+
+
+@dataclass
+class Bench:
+    """An engine and all that it emitted."""
+
+    engine: Engine
+    events: list[Event]
+
+    def run(self, batch: str, adapter: AdapterFile | None, *items: WorkItem) -> dict[str, Outcome]:
+        """Submit one work and run to the end."""
+        self.engine.submit(work(batch, adapter, *items))
+        finish(self.engine)
+        return outcomes(self.events)
+
+
+@pytest.fixture
+def bench(model: Model) -> Iterator[Callable[..., Bench]]:
+    """Makes engines with small settings, and closes them."""
+    made: list[Bench] = []
+
+    def make(**options: Any) -> Bench:
+        events: list[Event] = []
+        settings = Settings(**({"n_ctx": 512, "width": 4, "prefill_tokens": 64, "contexts": 2, "adapters_loaded": 2} | options))
+        made.append(Bench(Engine(model, settings, events.append), events))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.engine.close()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFile]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(folder / f"random{seed}.gguf", seed) for seed in range(5)]
+
+
+def _scored(ref: str, index: int) -> WorkItem:
+    return item(ref, QUESTIONS[index], logprobs=True, top_logprobs=2)
+
+
+def _same(left: Outcome, right: Outcome) -> bool:
+    """Whether two answers agree up to where, if anywhere, two tokens were as good as equally likely."""
+    assert left.response is not None
+    assert right.response is not None
+    for one, other in zip(
+        *(outcome.response["choices"][0]["logprobs"]["content"] for outcome in (left, right) if outcome.response), strict=False
+    ):
+        if one["token"] != other["token"]:
+            first, second = (entry["logprob"] for entry in one["top_logprobs"])
+            return bool(first - second < 0.03)
+        if abs(one["logprob"] - other["logprob"]) > 0.03:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model, adapters: list[AdapterFile]) -> dict[str, Outcome]:
+    """What the base and the first two adapters answer to each question when nothing runs beside it, by "name index"."""
+    events: list[Event] = []
+    engine = Engine(model, Settings(n_ctx=512, width=1, prefill_tokens=64), events.append)
+    for name, adapter in {"base": None, "a": adapters[0], "b": adapters[1]}.items():
+        for index in range(len(QUESTIONS)):
+            engine.submit(work("alone", adapter, _scored(f"{name} {index}", index)))
+            finish(engine)
+    engine.close()
+    return outcomes(events)
+
+
+def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench], alone: dict[str, Outcome]) -> None:
+    done = bench().run("b", None, *(_scored(f"base {index}", index) for index in range(len(QUESTIONS))))
+    assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
+    assert max(outcome.width for outcome in done.values()) == 4
+
+
+def test_adapters_and_base_interleaved_never_mix(
+    bench: Callable[..., Bench], adapters: list[AdapterFile], alone: dict[str, Outcome]
+) -> None:
+    pairs = (("base", "a"), ("base", "b"), ("a", "b"))
+    alike = [(left, right, i) for left, right in pairs for i in range(len(QUESTIONS)) if _same(alone[f"{left} {i}"], alone[f"{right} {i}"])]
+    assert len(alike) <= 2, "the adapters are too weak to tell"
+    one = bench(width=6)
+    for index in range(len(QUESTIONS)):  # works of one job each, in turn: contexts are shared, switched and rebound
+        for name, adapter in (("base", None), ("a", adapters[0]), ("b", adapters[1])):
+            one.engine.submit(work(f"{name} {index}", adapter, _scored(f"{name} {index}", index)))
+    finish(one.engine)
+    done = outcomes(one.events)
+    assert done.keys() == alone.keys()
+    assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
+
+
+def test_two_adapters_run_side_by_side_when_places_are_left(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench()
+    one.engine.submit(work("1", adapters[0], item("a", "Tell me a story.", max_tokens=20)))
+    one.engine.submit(work("2", adapters[1], item("b", "Tell me a story.", max_tokens=20)))
+    one.engine.step()
+    assert [sequence.item.ref for sequence in one.engine.active] == ["a", "b"]
+    one.engine.step()
+    assert [sequence.generated for sequence in one.engine.active] == [1, 1], "contexts step in turn"
+    assert one.engine.pool.hot == ["digest-random1", "digest-random0"]
+
+
+def test_the_same_adapter_fills_the_ragged_end_and_another_waits_for_a_context(
+    bench: Callable[..., Bench], adapters: list[AdapterFile]
+) -> None:
+    one = bench(contexts=1)
+    one.engine.submit(work("1", adapters[0], item("first", "Tell me a story.", max_tokens=6)))
+    one.engine.submit(work("2", adapters[0], item("second", "Tell me a story.", max_tokens=6)))
+    one.engine.submit(work("3", adapters[1], item("other", "Tell me a story.", max_tokens=6)))
+    one.engine.submit(work("4", adapters[0], item("late", "Tell me a story.", max_tokens=6)))
+    one.engine.step()
+    assert [sequence.item.ref for sequence in one.engine.active] == ["first", "second"], "nobody overtakes what waits for a context"
+    finish(one.engine)
+    assert [ref for event in one.events if isinstance(event, Started) for ref in event.refs] == ["first", "second", "other", "late"]
+    assert len(outcomes(one.events)) == 4
+
+
+def test_adapters_are_loaded_and_freed_within_the_capacity(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench()
+    temperatures = []
+    for turn in range(3):
+        for number, adapter in enumerate(adapters):
+            done = one.run("b", adapter, item(f"{turn} {number}", "Say hello.", max_tokens=2))
+            temperatures.append(done[f"{turn} {number}"].temperature)
+            assert len(one.engine.cache.digests) <= 2
+    assert temperatures == ["disk"] * 15
+    assert (one.engine.cache.loads, one.engine.cache.evictions) == (15, 13)
+    assert one.run("b", adapters[4], item("again", "Say hello.", max_tokens=2))["again"].temperature == "hot"
+
+
+def test_a_loaded_adapter_need_not_be_read_again(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench(contexts=1)
+    one.run("1", adapters[0], item("1", "Say hello.", max_tokens=2))
+    one.run("2", adapters[1], item("2", "Say hello.", max_tokens=2))
+    done = one.run("3", adapters[0], item("3", "Say hello.", max_tokens=2))
+    assert [done[ref].temperature for ref in "123"] == ["disk", "disk", "loaded"]
+    assert [done[ref].timings_ms["adapter_load"] > 0 for ref in "123"] == [True, True, False]
+    assert all(done[ref].timings_ms["adapter_switch"] > 0 for ref in "123")
+
+
+def _broken(folder: Path) -> dict[str, AdapterFile]:
+    good = Path(write_adapter(folder / "good.gguf", 7).path).read_bytes()
+    files = {"junk": b"PK\x03\x04 no gguf", "empty": b"", "truncated": good[: len(good) // 2], "header only": good[:24]}
+    made = {}
+    for name, content in files.items():
+        path = folder / f"{name}.gguf"
+        path.write_bytes(content)
+        made[name] = AdapterFile(name, str(path))
+    made["wrong shape"] = write_adapter(folder / "shape.gguf", 1, n_in=64)
+    made["wrong layer"] = write_adapter(folder / "layer.gguf", 1, layers=[99])
+    made["alpha is text"] = write_adapter(folder / "alpha.gguf", 1, alpha="8")
+    made["alpha is infinite"] = write_adapter(folder / "infinite.gguf", 1, alpha=math.inf)
+    made["no weights"] = write_adapter(folder / "none.gguf", 1, layers=[])
+    made["a model"] = _tiny_gguf(folder / "model.gguf")
+    return made
+
+
+def _tiny_gguf(path: Path) -> AdapterFile:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return AdapterFile("tiny", str(path))
+
+
+def test_a_broken_adapter_fails_its_own_jobs_only(bench: Callable[..., Bench], tmp_path: Path, adapters: list[AdapterFile]) -> None:
+    one = bench()
+    for name, adapter in _broken(tmp_path).items():
+        done = one.run(name, adapter, item(f"{name} 1", "Say hello."), item(f"{name} 2", "Say hello."))
+        for number in (1, 2):
+            error = done[f"{name} {number}"].error
+            assert error is not None, name
+            assert error["code"] == "adapter_rejected", (name, error)
+            assert not done[f"{name} {number}"].retryable
+    missing = one.run("m", AdapterFile("missing", str(tmp_path / "missing.gguf")), item("missing", "Say hello."))["missing"]
+    assert missing.error is not None
+    assert (missing.error["code"], missing.retryable) == ("adapter_missing", True)
+    assert text(one.run("good", adapters[0], item("good", "Say hello."))["good"])
+
+
+def test_weights_that_give_no_numbers_fail_alone_and_leave_no_trace(
+    bench: Callable[..., Bench], tmp_path: Path, alone: dict[str, Outcome]
+) -> None:
+    one = bench(contexts=1)
+    poison = write_adapter(tmp_path / "nan.gguf", 1, scale=math.nan)
+    done = one.run("nan", poison, item("x", "Say hello."), item("y", "Say hello."))
+    for ref in "xy":
+        error = done[ref].error
+        assert error is not None
+        assert (error["code"], done[ref].retryable) == ("not_a_number", False)
+    assert _same(one.run("base", None, _scored("0", 0))["0"], alone["base 0"]), "the same cells serve the base next"
+
+
+def test_stop_strings_work_across_tokens(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    whole = text(one.run("b", None, item("whole", "What is the capital of France?", max_tokens=16))["whole"])
+    stop = whole[3:11]  # begins and ends within words
+    cut = one.run("b", None, item("cut", "What is the capital of France?", max_tokens=16, stop=["never there", stop]))["cut"]
+    assert text(cut) == whole[: whole.index(stop)]
+    assert cut.response is not None
+    assert cut.response["choices"][0]["finish_reason"] == "stop"
+    assert text(one.run("b", None, item("single", "What is the capital of France?", stop=whole[0]))["single"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "n"),
+        ({"frobnicate": 1}, "frobnicate"),
+        ({"temperature": 3}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
+        ({"messages": None}, "messages"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(bench: Callable[..., Bench], options: dict[str, Any], param: str) -> None:
+    outcome = bench().run("b", None, item("x", "Say hello.", **options))["x"]
+    error = outcome.error
+    assert error is not None
+    assert error["type"] == "invalid_request_error"
+    assert str(error["param"]).startswith(param), error
+    assert param.split("[")[0] in error["message"]
+    assert not outcome.retryable
+
+
+def test_what_changes_nothing_is_accepted(bench: Callable[..., Bench]) -> None:
+    harmless = {
+        "n": 1,
+        "stream": False,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "user": "u",
+        "seed": None,
+        "frequency_penalty": 0,
+    }
+    parts = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
+    assert bench().run("b", None, item("x", "", messages=parts, **harmless))["x"].response
+
+
+def test_a_bad_request_does_not_touch_its_batch_mates(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    done = one.run("b", None, item("1", "Say hello."), item("2", "x", tools=[1]), item("3", "x", endpoint="/v1/embeddings"))
+    assert text(done["1"])
+    assert [done[ref].error is None for ref in "123"] == [True, False, False]
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_size(bench: Callable[..., Bench]) -> None:
+    one = bench(max_prompt_tokens=100)
+    done = one.run("b", None, item("long", "word " * 150), item("huge", "word " * 100_000), item("fits", "word"))
+    for ref in ("long", "huge"):
+        error = done[ref].error
+        assert error is not None
+        assert error["code"] == "context_length_exceeded"
+        assert "100 are allowed" in error["message"]
+        assert "LORAYARD_N_CTX" in error["message"]
+    assert text(done["fits"]) is not None
+
+
+def test_completions_and_token_prompts(bench: Callable[..., Bench], model: Model) -> None:
+    one = bench()
+    prompt = "The capital of France is"
+    common: dict[str, Any] = {"messages": None, "endpoint": "/v1/completions", "max_tokens": 3}
+    done = one.run("b", None, item("text", "", prompt=prompt, **common), item("ids", "", prompt=model.tokenize(prompt.encode()), **common))
+    assert text(done["text"]) == text(done["ids"])
+    assert "Paris" in text(done["text"])
+    assert done["text"].response is not None
+    assert done["text"].response["object"] == "text_completion"
+
+
+def test_responses_carry_usage_and_latencies(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench()
+    outcome = one.run("b", adapters[0], item("x", "Tell me a story.", max_tokens=5))["x"]
+    assert outcome.response is not None
+    usage = outcome.response["usage"]
+    assert usage["completion_tokens"] == 5
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 5
+    assert outcome.response["choices"][0]["finish_reason"] == "length"
+    assert outcome.timings_ms.keys() == {"on_deck", "adapter_load", "adapter_switch", "prefill", "decode"}
+    assert all(value >= 0 for value in outcome.timings_ms.values())
+    assert min(outcome.timings_ms[name] for name in ("adapter_load", "prefill", "decode")) > 0
+    progress = [event for event in one.events if isinstance(event, Progress)]
+    assert progress[0].hot == ["digest-random0"] == progress[0].loaded
+
+
+def test_seeded_sampling_repeats_and_logprobs_agree_with_the_choice(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 11, "logprobs": True, "top_logprobs": 3, "presence_penalty": 0.5}
+    first = one.run("b", None, item("1", "Tell me a story.", **options))["1"]
+    again = one.run("b", None, item("2", "Tell me a story.", **options))["2"]
+    other = one.run("b", None, item("3", "Tell me a story.", **(options | {"seed": 12})))["3"]
+    assert text(first) == text(again) != text(other)
+    assert first.response is not None
+    content = first.response["choices"][0]["logprobs"]["content"]
+    assert "".join(entry["token"] for entry in content) == text(first)
+    assert all(len(entry["top_logprobs"]) == 3 and entry["logprob"] <= entry["top_logprobs"][0]["logprob"] <= 0 for entry in content)
+
+
+def test_cancel_takes_effect_within_a_step(bench: Callable[..., Bench]) -> None:
+    one = bench(width=2)
+    one.engine.submit(work("b", None, *(item(str(number), "Tell me a story.", max_tokens=50) for number in range(4))))
+    one.engine.step()
+    one.engine.cancel(["0", "3"])
+    one.engine.step()
+    assert [sequence.item.ref for sequence in one.engine.active] == ["1", "2"], "the place of one that ran goes to the next"
+    one.engine.cancel(["1", "2"])
+    assert not one.engine.step()
+    assert not outcomes(one.events)
+
+
+def test_a_solo_job_runs_with_nothing_beside_it(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench()
+    story = "Tell me a story."
+    one.engine.submit(work("1", None, item("1", story), item("alone", story, solo=True), item("3", story)))
+    one.engine.submit(work("2", adapters[0], item("4", story)))
+    while one.engine.step():
+        active = [sequence.item.ref for sequence in one.engine.active]
+        assert "alone" not in active or active == ["alone"]
+    done = outcomes(one.events)
+    assert len(done) == 4
+    assert done["alone"].width == 1
+
+
+def test_answers_longer_than_the_cells_allow_all_end(bench: Callable[..., Bench]) -> None:
+    one = bench(n_ctx=256, prefill_tokens=32)
+    done = one.run("b", None, *(item(str(number), "Tell me a long story.", max_tokens=100, logit_bias={"2": -100}) for number in range(2)))
+    assert one.engine.counters.preemptions > 0
+    assert len(done) == 2
+    for outcome in done.values():
+        assert outcome.response is not None
+        assert outcome.response["usage"]["completion_tokens"] == 100
+    assert [ref for event in one.events if isinstance(event, Started) for ref in event.refs] == ["0", "1"], "each begins once"
+
+
+def test_without_max_tokens_the_room_that_is_left_is_the_limit(bench: Callable[..., Bench]) -> None:
+    one = bench(n_ctx=256)
+    outcome = one.run("b", None, item("x", "word " * 180, max_tokens=None, logit_bias={"2": -100}))["x"]
+    assert outcome.response is not None
+    assert outcome.response["usage"]["total_tokens"] == 256
+    assert outcome.response["choices"][0]["finish_reason"] == "length"
+
+
+def test_the_endpoint_is_the_one_asked_for(bench: Callable[..., Bench]) -> None:
+    outcome = bench().run("b", None, item("x", "Say hello.", endpoint=CHAT))["x"]
+    assert outcome.response is not None
+    assert outcome.response["object"] == "chat.completion"
+    assert not {"id", "model", "created"} & outcome.response.keys()

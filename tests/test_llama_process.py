@@ -1,0 +1,237 @@
+"""The llama.cpp backend as a process: it starts, dies, is replaced, and never outlives its control process."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from llama_support import item, text, work, write_adapter
+
+from lorayard.errors import SetupError
+from lorayard.settings import Settings
+from lorayard_workers.llama import process
+from lorayard_workers.llama.process import LlamaRunner, resolve_model
+from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Started, WorkItem
+
+pytestmark = pytest.mark.fleet
+E = TypeVar("E")
+LONG: dict[str, Any] = {"max_tokens": 400, "logit_bias": {"2": -100}}
+
+
+class Heard:
+    """Events of a runner, as they come."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+
+    def until(self, kind: type[E], timeout: float = 30.0) -> E:
+        """The next event of this kind; those before it are dropped."""
+        deadline = time.monotonic() + timeout
+        while True:
+            event = self.events.get(timeout=max(deadline - time.monotonic(), 0.01))
+            if isinstance(event, kind):
+                return event
+            assert not isinstance(event, Died), event.reason
+
+
+@pytest.fixture
+def started(demo_gguf: Path) -> Iterator[Callable[..., tuple[LlamaRunner, Heard, Ready]]]:
+    runners: list[LlamaRunner] = []
+
+    def start(model: Path = demo_gguf, **options: int) -> tuple[LlamaRunner, Heard, Ready]:
+        runner, heard = LlamaRunner(Settings(**({"n_ctx": 512, "width": 2, "contexts": 1} | options)), model), Heard()
+        runners.append(runner)
+        runner.start(heard.events.put)
+        return runner, heard, heard.until(Ready)
+
+    yield start
+    for runner in runners:
+        runner.close()
+
+
+def long(ref: str) -> WorkItem:
+    return item(ref, "Tell me a long story.", **LONG)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_work_goes_in_and_outcomes_come_out(started: Callable[..., tuple[LlamaRunner, Heard, Ready]], tmp_path: Path) -> None:
+    runner, heard, ready = started()
+    assert (ready.width, ready.max_prompt_tokens) == (2, 511)
+    assert ready.max_token_bytes > 10
+    assert {"architecture": "llama", "n_layer": 30, "n_embd": 576, "n_head": 9, "n_head_kv": 3, "n_ff": 1536}.items() <= ready.base.items()
+    assert process.DEMO_NAME in ready.base["names"]
+    adapter = write_adapter(tmp_path / "a.gguf", 1)
+    runner.submit(work("b", adapter, item("t/1", "Say hello."), item("t/2", "x", tools=[1])))
+    assert heard.until(Outcome).error is not None
+    assert heard.until(Started).refs == ["t/1"]
+    assert text(heard.until(Outcome))
+    runner.submit(work("c", AdapterFile("none", str(tmp_path / "none.gguf")), item("t/3", "Say hello.")))
+    assert heard.until(Outcome).retryable
+
+
+def test_a_killed_child_is_replaced_and_tells_what_it_had(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, ready = started()
+    runner.submit(work("b", None, *(long(f"t/{number}") for number in range(5))))
+    heard.until(Started)
+    os.kill(ready.pid, signal.SIGKILL)
+    died = heard.until(Died)
+    assert "SIGKILL" in died.reason
+    assert (died.running, died.waiting) == (["t/0", "t/1"], ["t/2", "t/3", "t/4"])
+    runner.submit(work("c", None, item("t/2", "Say hello.")))  # whether or not the new one is ready
+    assert heard.until(Ready).pid != ready.pid
+    outcome = heard.until(Outcome)
+    assert (outcome.batch, outcome.ref) == ("c", "t/2")
+    assert text(outcome)
+
+
+def test_cancelled_jobs_are_not_heard_of_again(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, _ready = started()
+    runner.submit(work("b", None, long("t/1"), long("t/2"), item("t/3", "Say hello.")))
+    heard.until(Started)
+    runner.cancel(["t/1", "t/2"])
+    assert heard.until(Outcome).ref == "t/3"
+    runner.kill("for the test")
+    died = heard.until(Died)
+    assert (died.running, died.waiting) == ([], [])
+    assert "for the test" in died.reason
+
+
+def test_progress_is_a_sign_of_life(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, _ready = started()
+    runner.submit(work("b", None, long("t/1")))
+    steps = [heard.until(Progress).steps for _ in range(3)]
+    assert steps == sorted(set(steps))
+
+
+def test_the_child_ends_with_its_control_process(demo_gguf: Path) -> None:
+    script = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from lorayard.settings import Settings
+        from lorayard_workers.llama.process import LlamaRunner
+        from lorayard_workers.runner import Ready, Started
+        from llama_support import item, work
+        def tell(event):
+            if isinstance(event, Ready): print(event.pid, flush=True)
+            if isinstance(event, Started): print("started", flush=True)
+        runner = LlamaRunner(Settings(n_ctx=512, width=2, contexts=1), Path({str(demo_gguf)!r}))
+        runner.start(tell)
+        runner.submit(work("b", None, item("t/1", "Tell me a story.", **{LONG!r})))
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as control:
+        assert control.stdout is not None
+        pid = int(control.stdout.readline())
+        assert control.stdout.readline() == "started\n"
+        assert not gone(pid)
+        control.kill()
+        deadline = time.monotonic() + 2
+        while not gone(pid):
+            assert time.monotonic() < deadline, "the child outlives its control process"
+            time.sleep(0.01)
+
+
+def test_a_model_that_is_missing_for_a_while_is_waited_for(
+    started: Callable[..., tuple[LlamaRunner, Heard, Ready]], demo_gguf: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "model.gguf"
+    link.symlink_to(demo_gguf)
+    runner, heard, ready = started(link)
+    link.unlink()
+    os.kill(ready.pid, signal.SIGKILL)
+    heard.until(Died)
+    runner.submit(work("b", None, item("t/1", "Say hello.")))
+    time.sleep(0.5)
+    link.symlink_to(demo_gguf)
+    heard.until(Ready)
+    assert text(heard.until(Outcome))
+
+
+CRASHING = """
+    import os, signal, sys
+    from lorayard_workers.llama import bindings, process
+    load, tokenize = bindings.Model.__init__, bindings.Model.tokenize
+    def crash_when_repacked(self, path, *, use_extra_bufts, **options):
+        if use_extra_bufts: os.kill(os.getpid(), signal.SIGILL)
+        load(self, path, use_extra_bufts=use_extra_bufts, **options)
+    def crash_on_poison(self, text):
+        if b"poison" in text: os.kill(os.getpid(), signal.SIGSEGV)
+        return tokenize(self, text)
+    bindings.Model.__init__, bindings.Model.tokenize = crash_when_repacked, crash_on_poison
+    process.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children crash as a wrong build does, and on a request that their tokenizer does not survive."""
+    (tmp_path / "crashing_llama.py").write_text(textwrap.dedent(CRASHING))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(process, "_MODULE", "crashing_llama")
+
+
+@pytest.mark.usefixtures("crashing")
+def test_a_crash_at_the_first_decode_switches_repacking_off(
+    started: Callable[..., tuple[LlamaRunner, Heard, Ready]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    runner, heard, _ready = started()
+    assert "without its repacked kernels" in "".join(capfd.readouterr())
+    runner.submit(work("b", None, item("t/1", "Say hello.")))
+    assert text(heard.until(Outcome))
+
+
+@pytest.mark.usefixtures("crashing")
+def test_a_request_that_crashes_the_tokenizer_counts_as_begun(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, _ready = started()
+    runner.submit(work("b", None, item("t/1", "Say hello."), item("t/2", "poison"), item("t/3", "Say hello.")))
+    died = heard.until(Died)
+    assert "SIGSEGV" in died.reason
+    assert (died.running, died.waiting) == (["t/2"], ["t/1", "t/3"])
+
+
+def test_a_build_that_always_crashes_is_a_setup_error(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crashing_llama.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(process, "_MODULE", "crashing_llama")
+    with pytest.raises(SetupError, match="SIGILL"):
+        LlamaRunner(Settings(), demo_gguf).start(lambda _event: None)
+
+
+def test_a_model_that_cannot_be_served_is_a_setup_error(tmp_path: Path) -> None:
+    junk = tmp_path / "junk.gguf"
+    junk.write_bytes(b"GGML, but older")
+    with pytest.raises(SetupError, match="not a GGUF file"):
+        LlamaRunner(Settings(model=junk)).start(lambda _event: None)
+    with pytest.raises(SetupError, match="LORAYARD_MODEL"):
+        LlamaRunner(Settings(model=tmp_path / "none.gguf")).start(lambda _event: None)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(SetupError, match="cannot load"):
+        LlamaRunner(Settings(model=broken)).start(lambda _event: None)
+
+
+def test_the_demo_model_is_made_once(demo_gguf: Path, tmp_path: Path) -> None:
+    assert demo_gguf.name.endswith(".Q8_0.gguf")
+    (tmp_path / "models").mkdir()
+    kept = shutil.copy(demo_gguf, tmp_path / "models" / demo_gguf.name)
+    before = Path(kept).stat().st_mtime_ns
+    assert resolve_model(Settings(state_dir=tmp_path)).stat().st_mtime_ns == before
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [demo_gguf.name]
