@@ -98,6 +98,7 @@ class _State:
         self.left = {key: g.jobs for key, g in self.groups.items()}
         self.served = defaultdict(float, view.served)
         self.stay = {w.name: (w.digest, w.stay_since) for w in view.workers}
+        self.given = {w.name: w.outstanding for w in view.workers}
 
     def choose(self, worker: WorkerView, now: int) -> Dispatch | None:
         open_groups = [self.groups[key] for key, jobs in self.left.items() if jobs > 0]
@@ -117,8 +118,10 @@ class _State:
             why = "another tenant's share"
         else:
             why = "most due"
-        candidates = self._not_better_elsewhere(worker, others)
-        group = min(candidates, key=lambda g: (self._due(g), g.digest not in worker.warm, g.digest, g.tenant))
+        candidates = [g for g in others if not self._better_elsewhere(worker, g)]
+        if not candidates and self.given[worker.name]:
+            return None  # what is left has a worker that is on it; this one is busy too
+        group = min(candidates or others, key=lambda g: (self._due(g), g.digest not in worker.warm, g.digest, g.tenant))
         self.stay[worker.name] = (group.digest, now)
         return self._dispatch(worker, group.digest, eligible, why)
 
@@ -126,11 +129,13 @@ class _State:
         due = max(group.due, group.since) if group.served_before else group.due
         return min(due, group.since + self.policy.patience_ms)
 
-    def _not_better_elsewhere(self, worker: WorkerView, groups: list[GroupView]) -> list[GroupView]:
-        """Leave out what another worker is on already and can finish with its next batch, unless nothing else is left."""
-        taken = {self.stay[w.name][0]: self._rows(w) for w in self.workers if w.name != worker.name and w.outstanding}
-        mine = [g for g in groups if self.left[g.digest, g.tenant] > taken.get(g.digest, 0)]
-        return mine or groups
+    def _better_elsewhere(self, worker: WorkerView, group: GroupView) -> bool:
+        """Whether another worker is on this adapter already and finishes the group with its next batch."""
+        left = self.left[group.digest, group.tenant]
+        return any(
+            w.name != worker.name and self.given[w.name] and self.stay[w.name][0] == group.digest and left <= self._rows(w)
+            for w in self.workers
+        )
 
     def _rows(self, worker: WorkerView) -> int:
         return max(1, math.ceil(worker.width * self.policy.rows_per_width))
@@ -148,4 +153,5 @@ class _State:
             self.left[digest, tenant] -= 1
             if self.left[digest, tenant] == 0:
                 tenants.remove(tenant)
+        self.given[worker.name] += 1
         return Dispatch(worker.name, digest, tuple(sorted(takes.items())), why)
