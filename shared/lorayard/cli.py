@@ -21,7 +21,7 @@ from rich.table import Table
 
 from lorayard import __version__, embedded
 from lorayard.celery_app import make_app
-from lorayard.client import Client
+from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError
 from lorayard.fleet import SUPERVISED, Fleet, end_with_parent
 from lorayard.jobs import Status
@@ -147,15 +147,21 @@ def api() -> None:
 
 @app.command()
 def flower() -> None:
-    """Run Flower, with a row for every job."""
+    """Run Flower, with a row for every job. Beyond this machine it asks for LORAYARD_FLOWER_BASIC_AUTH, or user lorayard and the API key."""
     settings = Settings.load()
-    if settings.flower_host not in ("127.0.0.1", "::1", "localhost") and not settings.flower_basic_auth:
-        raise SetupError(f"Flower on {settings.flower_host} would be open to everyone: set LORAYARD_FLOWER_BASIC_AUTH=user:password")
+    auth = settings.flower_basic_auth
+    if settings.flower_host not in ("127.0.0.1", "::1", "localhost") and not auth:
+        try:
+            auth = f"lorayard:{find_key(settings)}"
+        except SetupError:
+            raise SetupError(
+                f"Flower on {settings.flower_host} would be open to everyone: set LORAYARD_FLOWER_BASIC_AUTH=user:password"
+            ) from None
     embedded.wait_until_up(embedded.redis_url(settings))
     import flower  # noqa: F401 — a missing extra is told here
 
-    if settings.flower_basic_auth:
-        os.environ["FLOWER_BASIC_AUTH"] = settings.flower_basic_auth  # not in the arguments, which everyone on the machine can read
+    if auth:
+        os.environ["FLOWER_BASIC_AUTH"] = auth  # not in the arguments, which everyone on the machine can read
     arguments = [f"--address={settings.flower_host}", f"--port={settings.flower_port}", "--enable-events=False"]
     os.execv(sys.executable, [sys.executable, "-m", "celery", "-A", "lorayard.flower_app", "flower", *arguments])  # noqa: S606
 

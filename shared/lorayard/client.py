@@ -38,7 +38,7 @@ class Client:
     ) -> None:
         settings = settings or Settings.load()
         self.url = (url or settings.client_url).rstrip("/")
-        headers = {"Authorization": f"Bearer {key or _find_key(settings)}"}
+        headers = {"Authorization": f"Bearer {key or find_key(settings)}"}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
 
     def __enter__(self) -> Self:
@@ -159,7 +159,8 @@ def _error(reply: httpx.Response, body: Any) -> LorayardError:
     return error
 
 
-def _find_key(settings: Settings) -> str:
+def find_key(settings: Settings) -> str:
+    """The API key to use: the setting, else the one that the fleet's first start wrote to the state folder. Raises `SetupError`."""
     if settings.api_key:
         return settings.api_key
     path = settings.state_dir / "api_key"
