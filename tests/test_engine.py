@@ -281,7 +281,7 @@ def test_what_changes_nothing_is_accepted(bench: Callable[..., Bench]) -> None:
         "seed": None,
         "frequency_penalty": 0,
     }
-    parts = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
+    parts: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
     assert bench().run("b", None, item("x", "", messages=parts, **harmless))["x"].response
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,8 +49,8 @@ class Heard:
 def started(demo_gguf: Path) -> Iterator[Callable[..., tuple[LlamaRunner, Heard, Ready]]]:
     runners: list[LlamaRunner] = []
 
-    def start(model: Path = demo_gguf, **options: int) -> tuple[LlamaRunner, Heard, Ready]:
-        runner, heard = LlamaRunner(Settings(**({"n_ctx": 512, "width": 2, "contexts": 1} | options)), model), Heard()
+    def start(model: Path = demo_gguf) -> tuple[LlamaRunner, Heard, Ready]:
+        runner, heard = LlamaRunner(Settings(n_ctx=512, width=2, contexts=1), model), Heard()
         runners.append(runner)
         runner.start(heard.events.put)
         return runner, heard, heard.until(Ready)
@@ -111,6 +112,19 @@ def test_cancelled_jobs_are_not_heard_of_again(started: Callable[..., tuple[Llam
     died = heard.until(Died)
     assert (died.running, died.waiting) == ([], [])
     assert "for the test" in died.reason
+
+
+def test_a_child_that_is_stuck_and_does_not_read_can_be_killed(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, ready = started()
+    os.kill(ready.pid, signal.SIGSTOP)
+    large = work("b", None, *(item(f"t/{number}", "x" * 100_000) for number in range(50)))
+    submitting = threading.Thread(target=runner.submit, args=[large])
+    submitting.start()
+    submitting.join(0.3)
+    assert submitting.is_alive(), "more than the socket holds"
+    runner.kill("no progress")
+    assert len(heard.until(Died).waiting) == 50
+    submitting.join()
 
 
 def test_progress_is_a_sign_of_life(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections import deque
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
 
+from lorayard.adapters import BaseModel
 from lorayard.errors import AdapterRejected, LorayardError, SetupError
 
 _MiB = 1024 * 1024
@@ -57,6 +59,10 @@ def _complaint() -> str:
     text = "; ".join(line.split(": ", 1)[-1] for line in _said)
     _said.clear()
     return text or "llama.cpp gave no reason"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def weights_digest(path: Path) -> str:
@@ -96,7 +102,7 @@ class Model:
     def __init__(self, path: Path, *, use_extra_bufts: bool = True, n_gpu_layers: int = -1, threads: int | None = None) -> None:
         check_gguf(path)
         self.path = path
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
         params = ll.llama_model_default_params()
         params.use_extra_bufts = use_extra_bufts
         params.n_gpu_layers = n_gpu_layers
@@ -124,10 +130,6 @@ class Model:
         buffer = ctypes.create_string_buffer(size + 1)
         ll.llama_model_meta_val_str(self._handle, key.encode(), buffer, size + 1)
         return buffer.value.decode("utf-8", "replace")
-
-    @cached_property
-    def architecture(self) -> str:
-        return self.meta("general.architecture") or "unknown"
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -177,22 +179,20 @@ class Model:
         tokens = list(buffer[:count])
         return tokens if self.bos is None or tokens[:1] == [self.bos] else [self.bos, *tokens]
 
-    def facts(self) -> dict[str, Any]:
-        """What adapters and clients must know of the base: its sizes, its name, and `digest`, the identity of its weights."""
-        handle, architecture = self._handle, self.architecture
-        n_ff = self.meta(f"{architecture}.feed_forward_length") or ""
-        return {
-            "architecture": architecture,
-            "n_layer": int(ll.llama_model_n_layer(handle)),
-            "n_embd": int(ll.llama_model_n_embd(handle)),
-            "n_head": int(ll.llama_model_n_head(handle)),
-            "n_head_kv": int(ll.llama_model_n_head_kv(handle)),
-            "n_ff": int(n_ff) if n_ff.isdecimal() else 0,
-            "n_vocab": self.n_vocab,
-            "n_ctx_train": self.n_ctx_train,
-            "name": self.meta("general.name") or self.path.stem,
-            "digest": weights_digest(self.path),
-        }
+    def base(self, names: list[str]) -> BaseModel:
+        """What adapters and clients must know of this model. `names`: what adapters trained on it may call it, besides its own name."""
+        metadata = {key: value for key in self._keys() if not key.startswith("tokenizer.") and (value := self.meta(key)) is not None}
+        own = [name for name in (metadata.get("general.name"), self.path.stem) if name]
+        accepted = list(dict.fromkeys([*names, *own]))
+        return BaseModel.from_metadata(
+            {"general.name": self.path.stem, **metadata}, n_vocab=self.n_vocab, names=accepted, digest=weights_digest(self.path)
+        )
+
+    def _keys(self) -> Iterator[str]:
+        buffer = ctypes.create_string_buffer(512)
+        for index in range(int(ll.llama_model_meta_count(self._handle))):
+            if ll.llama_model_meta_key_by_index(self._handle, index, buffer, len(buffer)) >= 0:
+                yield buffer.value.decode("utf-8", "replace")
 
 
 class LoraAdapter:

@@ -185,19 +185,20 @@ class LlamaRunner:
                 self._child.send(Cancel(known))
 
     def kill(self, reason: str) -> None:
-        with self._lock:
-            if self._child:
-                self._killed = reason
-                self._child.process.kill()
+        self._killed = reason if self._child is not None else None
+        self._end_child()
 
     def close(self) -> None:
         """End the child. What it was computing is lost; no `Died` follows."""
         self._closing.set()
-        with self._lock:
-            if self._child:
-                self._child.process.kill()
+        self._end_child()
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _end_child(self) -> None:
+        """Takes no lock: a `submit` holds it while a child that is stuck does not read."""
+        if (child := self._child) is not None:
+            child.process.kill()
 
     def _hand_over(self, work: Work) -> None:
         assert self._child is not None
@@ -351,8 +352,7 @@ def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[byt
 
     engine = Engine(model, settings, emit)
     engine.probe()
-    base = model.facts()
-    base["names"] = list(dict.fromkeys([*hello.names, base["name"], model.path.stem]))
+    base = msgspec.to_builtins(model.base(hello.names))
     emit(Ready(base, settings.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid()))
 
     threading.Thread(target=_prepare, args=(engine, inbox, emit), daemon=True).start()
