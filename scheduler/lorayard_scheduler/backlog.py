@@ -47,7 +47,7 @@ class Backlog:
         for flight in view.in_flight:
             self._stays.setdefault(flight.worker, (flight.digest, flight.claimed))
         self._dirty.clear()
-        self.stale = False
+        self.stale = True  # nothing of it is planned yet
         return view.last_event
 
     def hear(self, events: Iterable[Event]) -> None:

@@ -25,6 +25,8 @@ from lorayard_scheduler.reconciler import Reconciler
 log = structlog.get_logger()
 
 WORKERS_EVERY_S = 0.5
+REBUILD_EVERY_S = 10.0
+"""Events are hints: however one gets lost, its group is found again after so long."""
 
 
 class Dispatcher:
@@ -44,6 +46,7 @@ class Dispatcher:
         self._epoch = 0
         self._lead_until = 0.0
         self._event = "$"
+        self._rebuilt = 0.0
         self._stop = threading.Event()
         self.dispatches: Counter[str] = Counter()
 
@@ -74,14 +77,20 @@ class Dispatcher:
         if epoch != self._epoch:
             self._epoch = epoch
             if epoch:
-                self._event = self._backlog.rebuild()
+                self._rebuild()
                 log.info("leads", epoch=epoch, groups=len(self._backlog.view([]).groups), in_flight=len(self._backlog.in_flight))
         if epoch:
             self._lead_until = now + self._settings.leader_ttl_ms / 3000
         return bool(epoch)
 
+    def _rebuild(self) -> None:
+        self._rebuilt = time.monotonic()
+        self._event = self._backlog.rebuild()
+
     def _turn(self) -> None:
         """Hear, put right, plan, dispatch."""
+        if time.monotonic() - self._rebuilt > REBUILD_EVERY_S:
+            self._rebuild()
         self._event, events = self._ledger.events(self._event, 0 if self._backlog.stale else 100)
         self._backlog.hear(events)
         self._reconciler.sweep()

@@ -147,7 +147,10 @@ def api() -> None:
 
 @app.command()
 def flower() -> None:
-    """Run Flower, with a row for every job. Beyond this machine it asks for LORAYARD_FLOWER_BASIC_AUTH, or user lorayard and the API key."""
+    """Run Flower, with a row for every job.
+
+    On an address that others can reach it asks for LORAYARD_FLOWER_BASIC_AUTH, by default user lorayard with the API key.
+    """
     settings = Settings.load()
     auth = settings.flower_basic_auth
     if settings.flower_host not in ("127.0.0.1", "::1", "localhost") and not auth:
