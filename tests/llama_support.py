@@ -18,9 +18,9 @@ SIZES = {"attn_q": (576, 576), "attn_v": (576, 192)}  # (inputs, outputs) of Smo
 
 
 def write_adapter(
-    path: Path, seed: int, *, scale: float = 0.3, alpha: Any = 8.0, n_in: int = 576, layers: Iterable[int] = range(0, 30, 3)
+    path: Path, seed: int, *, scale: float = 0.3, alpha: Any = 8.0, n_in: int = 576, rank: int = 4, layers: Iterable[int] = range(0, 30, 3)
 ) -> AdapterFile:
-    """A random rank-4 adapter on q and v, strong enough to change what the model says."""
+    """A random adapter on q and v, strong enough to change what the model says."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
@@ -29,8 +29,8 @@ def write_adapter(
     add("adapter.lora.alpha", alpha)
     for layer in layers:
         for module, (_, outputs) in SIZES.items():
-            writer.add_tensor(f"blk.{layer}.{module}.weight.lora_a", (scale * random.standard_normal((4, n_in)) / 8).astype(np.float32))
-            writer.add_tensor(f"blk.{layer}.{module}.weight.lora_b", (scale * random.standard_normal((outputs, 4))).astype(np.float32))
+            writer.add_tensor(f"blk.{layer}.{module}.weight.lora_a", (scale * random.standard_normal((rank, n_in)) / 8).astype(np.float32))
+            writer.add_tensor(f"blk.{layer}.{module}.weight.lora_b", (scale * random.standard_normal((outputs, rank))).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from llama_support import CHAT, finish, item, outcomes, text, work, write_adapter
 
 from lorayard.settings import Settings
+from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Model, quantize
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
@@ -107,7 +109,9 @@ def alone(model: Model, adapters: list[AdapterFile]) -> dict[str, Outcome]:
 
 
 def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench], alone: dict[str, Outcome]) -> None:
-    done = bench().run("b", None, *(_scored(f"base {index}", index) for index in range(len(QUESTIONS))))
+    one = bench()
+    done = one.run("b", None, *(_scored(f"base {index}", index) for index in range(len(QUESTIONS))))
+    assert one.engine.counters.preemptions == 0, "nothing failed and was run again"
     assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
     assert max(outcome.width for outcome in done.values()) == 4
 
@@ -125,6 +129,7 @@ def test_adapters_and_base_interleaved_never_mix(
     finish(one.engine)
     done = outcomes(one.events)
     assert done.keys() == alone.keys()
+    assert one.engine.counters.preemptions == 0
     assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
 
 
@@ -165,6 +170,27 @@ def test_adapters_are_loaded_and_freed_within_the_capacity(bench: Callable[..., 
     assert temperatures == ["disk"] * 15
     assert (one.engine.cache.loads, one.engine.cache.evictions) == (15, 13)
     assert one.run("b", adapters[4], item("again", "Say hello.", max_tokens=2))["again"].temperature == "hot"
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_memory_of_evicted_adapters_is_given_back(model: Model, tmp_path: Path) -> None:
+    files = [write_adapter(tmp_path / f"large{number}.gguf", number, rank=64, layers=range(30)) for number in range(2)]
+    size = Path(files[0].path).stat().st_size
+    assert size > 10_000_000
+    cache = AdapterCache(model, 1)
+    for turn in range(22):
+        if turn == 2:
+            before = _resident()
+        cache.pin(files[turn % 2])
+        with pytest.raises(RuntimeError, match="pinned"):
+            cache.pin(files[1 - turn % 2])
+        cache.unpin(files[turn % 2].digest)
+        cache.check_integrity()
+    assert _resident() - before < 5 * size
+    cache.close()
 
 
 def test_a_loaded_adapter_need_not_be_read_again(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
@@ -272,7 +298,7 @@ def test_what_is_not_supported_is_refused_by_name(bench: Callable[..., Bench], o
 
 
 def test_what_changes_nothing_is_accepted(bench: Callable[..., Bench]) -> None:
-    harmless = {
+    harmless: dict[str, Any] = {
         "n": 1,
         "stream": False,
         "response_format": {"type": "text"},
@@ -281,7 +307,7 @@ def test_what_changes_nothing_is_accepted(bench: Callable[..., Bench]) -> None:
         "seed": None,
         "frequency_penalty": 0,
     }
-    parts: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
+    parts = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]
     assert bench().run("b", None, item("x", "", messages=parts, **harmless))["x"].response
 
 
