@@ -111,15 +111,20 @@ class _Child:
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
         self.connection = Connection(ours.detach())
-        self._sending = threading.Lock()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="to-llama-child", daemon=True)
+        self._sender.start()
         self.send(hello)
 
     def send(self, message: _Hello | Work | Cancel) -> None:
-        """A child that is gone hears nothing; that it is gone shows when its messages end."""
-        with self._sending:
+        """Returns at once: a child that hangs reads nothing, and who waited for it could not kill it any more."""
+        self._outbox.put(_encode(message))
+
+    def _send(self) -> None:
+        while (frame := self._outbox.get()) is not None:
             try:
-                self.connection.send_bytes(_encode(message))
-            except (BrokenPipeError, ConnectionResetError):
+                self.connection.send_bytes(frame)
+            except OSError:  # a child that is gone hears nothing; that it is gone shows when its messages end
                 return
 
     def receive(self) -> Event | _Reading | _Unusable | None:
@@ -136,8 +141,9 @@ class _Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
-        with self._sending:
-            self.connection.close()
+        self._outbox.put(None)
+        self._sender.join()
+        self.connection.close()
         return status
 
 
