@@ -208,14 +208,16 @@ def test_retry_waits_and_counts_and_later_counts_nothing(yard: Yard) -> None:
         batch = yard.claim()
         taken = yard.ledger.take(batch, "w1", "i", 5000)
         assert taken is not None
-        yard.ledger.start(batch, taken.fence, ["acme/a"])
+        yard.ledger.start(batch, taken.fence, ["acme/a", "acme/b"])
         ends = [End("acme/a", "retry", OUTCOME, delay_ms=500), End("acme/b", "later", delay_ms=500)]
         assert yard.ledger.finish(batch, taken.fence, ends) == ["retried" if attempt == 0 else "stored", "retried"]
         assert yard.status("b") == "delayed"
         yard.advance(501)
         assert yard.ledger.reap().woken == (2 if attempt == 0 else 1)
     assert yard.status("a") == "failed"
-    assert yard.status("b") == "queued"
+    (b,) = yard.ledger.show("acme", ["b"])
+    assert b is not None
+    assert (b["status"], b["attempts"]) == ("queued", 0)
 
 
 def test_cancel_at_every_state(yard: Yard) -> None:

@@ -320,6 +320,9 @@ local function finish(keys, args)
       if tokens > 0 then redis.call('HINCRBY', p .. 'served', job.tenant, tokens) end
       local attempts = tonumber(redis.call('HGET', p .. 'run:' .. ref, 'a') or 0)
       if status == 'later' or (status == 'retry' and attempts < job.max) then
+        if status == 'later' and redis.call('HEXISTS', p .. 'run:' .. ref, 's') == 1 then
+          redis.call('HINCRBY', p .. 'run:' .. ref, 'a', -1) -- ly_start counted it
+        end
         redis.call('HDEL', p .. 'run:' .. ref, 'b', 's', 'c')
         if delay > 0 then redis.call('ZADD', p .. 'delayed', at + delay, ref) else push(p, job, touched) end
         count(p, 'retried', 1)
