@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,8 @@ from rich.table import Table
 from lorayard import __version__, embedded
 from lorayard.celery_app import make_app
 from lorayard.client import Client, find_key
-from lorayard.errors import LorayardError, NotFound, SetupError
-from lorayard.fleet import SUPERVISED, Fleet, end_with_parent
+from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
+from lorayard.fleet import START_S, SUPERVISED, Fleet, end_with_parent
 from lorayard.jobs import Status
 from lorayard.ledger.ledger import Ledger, connect
 from lorayard.ledger.registry import KeyRing, open_ledger
@@ -43,21 +44,29 @@ app.add_typer(keys_app, name="keys")
 out = Console()
 err = Console(stderr=True)
 
+_AGAIN = 3  # exit code of a process that its supervisor shall start again
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
-    """Run the command; every foreseen error is one line and exit code 2."""
+    """Run the command; every foreseen error is one line and exit code 2.
+
+    Of a process of the fleet, 2 says that starting it again would not help; a server that is away at the wrong moment is no such case.
+    """
+    supervised = bool(os.environ.get(SUPERVISED))
     try:
-        if os.environ.get(SUPERVISED):
+        if supervised:
             end_with_parent()
+            if os.getppid() == 1:  # the supervisor ended before we asked
+                sys.exit(_AGAIN)
         app()
     except LorayardError as error:
         print(f"lorayard: {error.message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_AGAIN if supervised and isinstance(error, Unavailable) else 2)
     except redis.RedisError as error:
         print(f"lorayard: Redis: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_AGAIN if supervised else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
@@ -81,16 +90,17 @@ def options(version: Annotated[bool, typer.Option("--version", callback=_version
 # -- processes ---------------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _role(name: str) -> Iterator[tuple[Settings, Ledger]]:
-    """Settings and ledger of a long-running process, once its server answers."""
-    configure_logging(name)
+def _serve(role: str) -> None:
+    """Run a long-running role, once its server answers; every role's entry point takes (settings, ledger, celery app)."""
+    configure_logging(role)
     settings = Settings.load()
+    (entry,) = entry_points(group="lorayard.roles", name=role)
+    serve = entry.load()
     url = embedded.redis_url(settings)
     embedded.wait_until_up(url)
     with connect(url) as client:
         embedded.check_server(client)
-        yield settings, open_ledger(client, settings)
+        serve(settings, open_ledger(client, settings), make_app(embedded.broker_url(settings)))
 
 
 @app.command()
@@ -130,19 +140,13 @@ def store() -> None:
 @app.command()
 def scheduler() -> None:
     """Run a scheduler: plans batches, wakes workers, puts right what got lost."""
-    with _role("scheduler") as (settings, ledger):
-        from lorayard_scheduler.dispatcher import serve
-
-        serve(settings, ledger, make_app(embedded.broker_url(settings)))
+    _serve("scheduler")
 
 
 @app.command()
 def api() -> None:
     """Run the HTTP API."""
-    with _role("api") as (settings, ledger):
-        from lorayard_scheduler.api.server import serve
-
-        serve(settings, ledger)
+    _serve("api")
 
 
 @app.command()
@@ -160,7 +164,9 @@ def flower() -> None:
             raise SetupError(
                 f"Flower on {settings.flower_host} would be open to everyone: set LORAYARD_FLOWER_BASIC_AUTH=user:password"
             ) from None
-    embedded.wait_until_up(embedded.redis_url(settings))
+    embedded.wait_until_up(embedded.redis_url(settings), _patience(settings))
+    if os.environ.get(SUPERVISED):
+        end_with_parent(signal.SIGKILL)  # its threads outlive SIGTERM, and it keeps nothing
     import flower  # noqa: F401 — a missing extra is told here
 
     if auth:
@@ -172,10 +178,7 @@ def flower() -> None:
 @worker_app.command("llama")
 def worker_llama() -> None:
     """Run a worker that holds one base model in llama.cpp and a few adapters."""
-    with _role("worker") as (settings, ledger):
-        from lorayard_workers.tasks import serve_llama
-
-        serve_llama(settings, ledger, make_app(embedded.broker_url(settings)))
+    _serve("worker-llama")
 
 
 @worker_app.command("groq")

@@ -28,10 +28,10 @@ _PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG)
 SUPERVISED = "LORAYARD_SUPERVISED"
 
 
-def end_with_parent() -> None:
+def end_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
     """Ask the kernel (Linux) to end this process when its parent ends, however that ends. Must be called from the main thread."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PDEATHSIG, how)
 
 
 class Fleet:
