@@ -49,8 +49,8 @@ class CeleryIntake:
             try:
                 with self._app.connection_for_read() as connection:
                     self._consume(connection)
-            except (*self._app.connection_for_read().connection_errors, OSError) as error:
-                log.warning("broker unavailable, trying again", reason=str(error))
+            except Exception as error:  # whatever broker, ledger or result backend raise: what is not acknowledged comes again
+                log.warning("intake interrupted, trying again", reason=str(error))
                 self._waiting.clear()
                 self._stop.wait(1)
 

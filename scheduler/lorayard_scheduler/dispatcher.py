@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import Counter
 
+import redis
 import structlog
 from celery import Celery
 
@@ -61,12 +63,13 @@ class Dispatcher:
                     self._turn()
                 else:
                     self._stop.wait(0.2)
-            except Unavailable as error:
-                log.warning("ledger unavailable, trying again", reason=error.message)
+            except (Unavailable, redis.RedisError) as error:
+                log.warning("ledger unavailable, trying again", reason=str(error))
                 self._epoch, self._lead_until = 0, 0.0
                 self._stop.wait(0.5)
         if self._epoch:
-            self._ledger.resign(self._me)
+            with contextlib.suppress(Unavailable):  # then the lead lapses
+                self._ledger.resign(self._me)
 
     def _lead(self) -> bool:
         """Keep the lead, renewed at a third of its time; after taking it anew, everything is read anew."""

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, cast
 
 import msgspec
+import redis
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -67,6 +68,9 @@ def handle_errors(app: FastAPI) -> None:
         ours.status = problem.status_code
         return error_response(ours)
 
+    async def store(_: Request, error: Exception) -> Response:
+        return error_response(Unavailable(f"Redis does not answer ({error}); try again"))
+
     async def unexpected(_: Request, error: Exception) -> Response:
         return error_response(LorayardError("an internal error; the log of the API process has it"))
 
@@ -74,6 +78,8 @@ def handle_errors(app: FastAPI) -> None:
         LorayardError: ours,
         RequestValidationError: validation,
         HTTPException: http,
+        redis.ConnectionError: store,
+        redis.TimeoutError: store,
         Exception: unexpected,
     }
     for kind, handler in handlers.items():
