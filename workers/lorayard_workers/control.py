@@ -38,6 +38,7 @@ FetchAdapter = Callable[[str, dict[str, Any]], str]
 
 DRAIN_S = 10.0
 _BACKOFF_MS = (500, 30_000)
+_AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
 
 
 class _Held:
@@ -68,6 +69,7 @@ class Control:
         self._heard: queue.Queue[Event | None] = queue.Queue()
         self._ready = threading.Event()
         self._closing = threading.Event()
+        self._fetching = 0  # adapters on their way here
         self._moved = time.monotonic()
         self._base: dict[str, Any] = {}
         self.info = WorkerInfo(
@@ -97,7 +99,7 @@ class Control:
             raise SetupError(f"the model was not ready within {timeout_s:.0f} s: see the lines above, and LORAYARD_MODEL")
 
     def close(self) -> None:
-        """Give back what has not begun, wait for what has, leave."""
+        """Give back what has not begun, wait a while for what has and give back the rest, leave."""
         self._closing.set()
         self.info.ready = False
         self._beat_once()
@@ -108,8 +110,13 @@ class Control:
         give_up = time.monotonic() + DRAIN_S
         while self._held and time.monotonic() < give_up:
             time.sleep(0.05)
+        with self._lock:
+            held = list(self._held.values())
+        for batch in held:
+            self._put_off(batch)
         self._heard.put(None)
-        self._threads[0].join(5)
+        if self._threads[0].is_alive():
+            self._threads[0].join(_AWAY_S)
         self._runner.close()
         with contextlib.suppress(redis.RedisError, Unavailable):
             self._registry.leave(self.info)
@@ -126,6 +133,9 @@ class Control:
             log.info("batch not current", batch=batch)
             return
         held = _Held(taken)
+        if not self.info.ready:  # the model is being loaded again, or we are leaving: others may have room
+            self._ledger.give_back(batch, held.fence, list(held.jobs))
+            return
         with self._lock:
             if not self._held:
                 self._moved = time.monotonic()
@@ -134,17 +144,34 @@ class Control:
             tenant, job_id = split_ref(job.ref)
             self._events.received(job_id, adapter=job.meta.get("adapter"), tenant=tenant, batch=batch, attempt=job.attempts)
         try:
-            adapter = None if taken.digest == BASE_DIGEST else AdapterFile(taken.digest, self._fetch(taken.digest, self._base))
+            self._submit(held, self._adapter(taken.digest))
         except LorayardError as error:
             log.warning("adapter not usable", adapter=taken.digest[:12], reason=error.message)
             self._fail(held, error.document(), retryable=isinstance(error, Unavailable))
-            return
-        self._submit(held, adapter)
+        if self._closing.is_set():  # it came while `close` looked at what there is to give back
+            self._give_back(held, [ref for ref in held.jobs if ref not in held.begun])
+
+    def _adapter(self, digest: str) -> AdapterFile | None:
+        """Its file here. Raises `LorayardError`: `Unavailable` when another time may go better."""
+        if digest == BASE_DIGEST:
+            return None
+        with self._lock:
+            self._fetching += 1
+        try:
+            return AdapterFile(digest, self._fetch(digest, self._base))
+        except LorayardError:
+            raise
+        except Exception as error:  # a full disk, a broken store: whatever it is, the batch must not be held for ever
+            log.exception("adapter not fetched", adapter=digest[:12])
+            raise Unavailable(f"the adapter could not be fetched ({type(error).__name__})", code="adapter_unavailable") from error
+        finally:
+            self._moved = time.monotonic()
+            with self._lock:
+                self._fetching -= 1
 
     def _submit(self, held: _Held, adapter: AdapterFile | None) -> None:
         items = [
-            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", j.request, solo=j.attempts > 0)
-            for j in held.jobs.values()
+            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", j.request, solo=j.attempts > 0) for j in held.jobs.values()
         ]
         self._runner.submit(Work(held.batch, adapter, items))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
@@ -174,17 +201,24 @@ class Control:
                 return
 
     def _until_stored(self, events: list[Event]) -> None:
-        wait = 0.05
+        wait, waited = 0.05, 0.0
         while True:
             try:
                 return self._handle(events)
-            except Unavailable as error:
-                log.warning("ledger unavailable, results are kept", waiting=self._heard.qsize() + len(events), reason=error.message)
+            except (Unavailable, redis.RedisError) as error:
+                log.warning("ledger unavailable, results are kept", waiting=self._heard.qsize() + len(events), reason=str(error))
+                if self._closing.is_set() and waited > _AWAY_S:
+                    return self._abandon({event.batch for event in events if isinstance(event, Started | Outcome)})
                 time.sleep(wait)
-                wait = min(wait * 2, 2.0)
+                wait, waited = min(wait * 2, 2.0), waited + wait
             except Exception:
-                log.exception("events dropped; their leases will lapse", events=len(events))
-                return None
+                log.exception("events dropped; the leases of their batches will lapse", events=len(events))
+                return self._abandon({event.batch for event in events if isinstance(event, Started | Outcome)})
+
+    def _abandon(self, batches: set[str]) -> None:
+        """Hold them no longer, so that their leases run out."""
+        for held in [self._held[batch] for batch in batches if batch in self._held]:
+            self._drop(held, list(held.jobs))
 
     def _handle(self, events: list[Event]) -> None:
         """Events of one kind."""
@@ -281,9 +315,10 @@ class Control:
         self._beat_once()
         error = {"message": f"the model process died: {event.reason}", "type": "server_error", "code": "worker_died", "param": None}
         running = set(event.running)
-        if not running and self._held:  # it died before any job began: loading what the first batch needs is all it can have been
-            first = next(iter(self._held.values()))
-            running = set(first.jobs)
+        handed = set(event.waiting)
+        first = next((held for held in list(self._held.values()) if handed & held.jobs.keys()), None)
+        if not running and first is not None:  # no job had begun: loading what the first batch needs is all it can have died of
+            running = handed & first.jobs.keys()
             self._commit_starts([Started(first.batch, list(running))])
         for held in list(self._held.values()):
             mine = [ref for ref in held.jobs if ref in running]
@@ -312,7 +347,8 @@ class Control:
         if not held:
             return
         silent = time.monotonic() - self._moved
-        if silent > self._settings.hang_s:
+        computing = self.info.ready and not self._fetching
+        if computing and silent > self._settings.hang_s:
             self._moved = time.monotonic()
             self._runner.kill(f"no progress for {silent:.0f} s")
             return
@@ -340,6 +376,14 @@ class Control:
         self._runner.cancel(refs)
         with contextlib.suppress(Unavailable):
             self._ledger.give_back(held.batch, held.fence, refs)
+        self._forget(held, refs)
+
+    def _put_off(self, held: _Held) -> None:
+        """Queue again, at no cost of an attempt, what is computed too long to wait for."""
+        refs = list(held.jobs)
+        self._runner.cancel(refs)
+        with contextlib.suppress(Unavailable):
+            self._ledger.finish(held.batch, held.fence, [End(ref, "later") for ref in refs])
         self._forget(held, refs)
 
     def _forget(self, held: _Held, refs: Iterable[str]) -> None:
