@@ -26,7 +26,7 @@ from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.fleet import START_S, SUPERVISED, Fleet, end_with_parent
 from lorayard.jobs import Status
-from lorayard.ledger.ledger import Ledger, connect
+from lorayard.ledger.ledger import connect
 from lorayard.ledger.registry import KeyRing, open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import configure_logging
@@ -97,10 +97,15 @@ def _serve(role: str) -> None:
     (entry,) = entry_points(group="lorayard.roles", name=role)
     serve = entry.load()
     url = embedded.redis_url(settings)
-    embedded.wait_until_up(url)
+    embedded.wait_until_up(url, _patience(settings))
     with connect(url) as client:
         embedded.check_server(client)
         serve(settings, open_ledger(client, settings), make_app(embedded.broker_url(settings)))
+
+
+def _patience(settings: Settings) -> float:
+    """Seconds to wait for the store: the fleet's own may have much to read before it answers."""
+    return START_S if settings.redis_url is None else 30.0
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import uvicorn
+from celery import Celery
 
 from lorayard.errors import SetupError
 from lorayard.ledger.ledger import Ledger
@@ -13,7 +14,7 @@ from lorayard.settings import Settings
 from lorayard_scheduler.api.app import make_api
 
 
-def serve(settings: Settings, ledger: Ledger) -> None:
+def serve(settings: Settings, ledger: Ledger, _: Celery) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SetupError` when the port is taken."""
     listener = listen(settings.api_host, settings.api_port)
     KeyRing(ledger.client).ensure_first(settings)
