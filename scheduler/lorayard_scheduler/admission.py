@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+import redis
 
 from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, convert_spec, new_id, parse_spec
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Entry, Ledger, unavailable
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
+
+_BY_ID = "id\x1f"
+"""Begins the idempotency key of a job whose producer chose the id alone; no producer's key can hold such a character."""
 
 
 class Accepted(NamedTuple):
@@ -46,8 +51,11 @@ class Admission:
         """
         specs = [self._read(item) for item in items]
         names = {spec.adapter for spec in specs if isinstance(spec, JobSpec) and spec.adapter}
-        adapters = self._known(tenant, names)
-        limit = self._prompt_limit()
+        try:
+            adapters = self._known(tenant, names)
+            limit = self._prompt_limit()
+        except redis.RedisError as error:
+            raise unavailable(error) from error
         answers: list[Answer | None] = [None] * len(specs)
         entries: list[Entry] = []
         places: list[int] = []
@@ -60,6 +68,8 @@ class Admission:
                 places.append(i)
             except LorayardError as error:
                 answers[i] = error
+            except (RecursionError, TypeError, ValueError) as error:  # JSON has no words for it: a lone surrogate, too deep a nesting
+                answers[i] = BadRequest(f"not a job: cannot be written as JSON ({error})")
         for start in range(0, len(entries), 1000):
             part = entries[start : start + 1000]
             enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued)
@@ -69,10 +79,11 @@ class Admission:
 
     def _answer(self, entry: Entry, job_id: str, status: str) -> Answer:
         if status == "conflict":
+            param, used = ("id", entry.id) if entry.idem.startswith(_BY_ID) else ("idempotency_key", entry.idem)
             return Conflict(
-                f"{entry.idem.removeprefix('id:')!r} was used before, with another body: send the same body or a new idempotency key",
+                f"{param} {used!r} was used before, with another body or id: send the same again, or a new {param}",
                 code="idempotency_conflict",
-                param="id" if entry.idem.startswith("id:") else "idempotency_key",
+                param=param,
             )
         if status == "full":
             most = self._settings.max_queued
@@ -114,14 +125,10 @@ class Admission:
         if spec.adapter and manifest is None:
             raise NotFound(self._unknown(tenant, spec.adapter), code="adapter_not_found", param="adapter")
         request = msgspec.json.encode(spec.request)
-        if len(request) > settings.max_job_bytes:
-            raise TooLarge(
-                f"request: {len(request)} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES", param="request"
-            )
-        if limit and len(request) > limit:
+        if limit and len(request) > limit and (size := _text_bytes(spec.request)) > limit:
             raise PromptTooLong(
-                f"the prompt cannot fit the model's context ({len(request)} bytes): shorten it, or serve it with a larger LORAYARD_N_CTX",
-                param="messages",
+                f"the prompt cannot fit the model's context ({size} bytes of text): shorten it, or serve it with a larger LORAYARD_N_CTX",
+                param="messages" if "messages" in spec.request else "prompt",
             )
         digest = manifest.digest if manifest else BASE_DIGEST
         meta = {
@@ -132,24 +139,37 @@ class Admission:
             "priority": spec.priority,
             "metadata": spec.metadata,
         }
-        idem = spec.idempotency_key or (f"id:{spec.id}" if spec.id else "")
+        meta_line = msgspec.json.encode(meta)
+        if (size := len(request) + len(meta_line)) > settings.max_job_bytes:
+            raise TooLarge(
+                f"the job has {size} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES: shorten request or metadata",
+                param="request" if len(request) > len(meta_line) else "metadata",
+            )
+        idem = spec.idempotency_key or (_BY_ID + spec.id if spec.id else "")
         return Entry(
             id=spec.id or new_id(pool),
             tenant=tenant,
             digest=digest,
             wait_ms=settings.wait_target_ms(spec.priority),
-            deadline_ms=round((spec.deadline_s or 0) * 1000),
-            not_before_ms=round((spec.not_before_s or 0) * 1000),
+            deadline_ms=math.ceil((spec.deadline_s or 0) * 1000),  # never rounded to 0, which would mean none
+            not_before_ms=math.ceil((spec.not_before_s or 0) * 1000),
             max_attempts=settings.max_attempts,
             via=via,
             idem=idem,
             body_hash=spec.body_hash() if idem else "",
-            meta=msgspec.json.encode(meta),
+            meta=meta_line,
             request=request,
         )
 
     def _unknown(self, tenant: str, name: str) -> str:
         have = [m.name for m in self._adapters.list(tenant)]
         near = difflib.get_close_matches(name, have, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(have[:10])}" if have else ""
-        return f"no adapter named {name[:80]!r}{hint} Add one with 'lorayard adapters add NAME PATH'."
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(have[:10])}." if have else "."
+        return f"no adapter named {name[:80]!r}{hint} 'lorayard adapters add NAME PATH' adds one."
+
+
+def _text_bytes(request: dict[str, Any]) -> int:
+    """UTF-8 bytes of the text that a prompt will hold in any case."""
+    messages = request.get("messages") or ()
+    parts = [request.get("prompt"), *(m.get("content") for m in messages if isinstance(m, dict))] if isinstance(messages, list) else []
+    return sum(len(part.encode()) for part in parts if isinstance(part, str))

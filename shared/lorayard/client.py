@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -38,8 +39,11 @@ class Client:
     ) -> None:
         settings = settings or Settings.load()
         self.url = (url or settings.client_url).rstrip("/")
-        headers = {"Authorization": f"Bearer {key or find_key(settings)}"}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {_checked_key(key or find_key(settings))}"}
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s)
+        except httpx.InvalidURL as error:
+            raise SetupError(f"{self.url!r} is not a URL ({error}): correct LORAYARD_API_URL") from None
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +74,7 @@ class Client:
 
     def job(self, job_id: str, *, wait_s: float = 0) -> dict[str, Any]:
         """The job's document; with `wait_s`, as soon as it ends and at most so much later (the API waits 60 s at most)."""
-        document: dict[str, Any] = self._http_call("GET", f"/v1/jobs/{job_id}", params={"wait": wait_s} if wait_s else None)
+        document: dict[str, Any] = self._http_call("GET", f"/v1/jobs/{_segment(job_id)}", params={"wait": wait_s} if wait_s else None)
         return document
 
     def result(self, job_id: str, *, timeout_s: float = 3600.0) -> dict[str, Any]:
@@ -100,14 +104,14 @@ class Client:
             if pending and not done:
                 time.sleep(_POLL_S)
 
-    def jobs(self, *, limit: int = 100, status: str | None = None, before_ms: int | None = None) -> dict[str, Any]:
-        """A page of the tenant's newest jobs, without their responses."""
-        params = {"limit": limit, "status": status, "before_ms": before_ms}
+    def jobs(self, *, limit: int = 100, status: str | None = None, after: str | None = None) -> dict[str, Any]:
+        """A page of the tenant's newest jobs, without their responses; `after` a page's `last_id` comes the next."""
+        params = {"limit": limit, "status": status, "after": after}
         page: dict[str, Any] = self._http_call("GET", "/v1/jobs", params={k: v for k, v in params.items() if v is not None})
         return page
 
     def cancel(self, job_id: str) -> dict[str, Any]:
-        document: dict[str, Any] = self._http_call("DELETE", f"/v1/jobs/{job_id}")
+        document: dict[str, Any] = self._http_call("DELETE", f"/v1/jobs/{_segment(job_id)}")
         return document
 
     # -- adapters -----------------------------------------------------------------------------------------------------------------------
@@ -122,8 +126,9 @@ class Client:
         data: list[dict[str, Any]] = self._http_call("GET", "/v1/adapters")["data"]
         return data
 
-    def remove_adapter(self, name: str) -> None:
-        self._http_call("DELETE", f"/v1/adapters/{name}")
+    def remove_adapter(self, name: str, *, public: bool = False) -> None:
+        """Take a name away from your own adapters; with `public` (the operator's key only) from everyone's."""
+        self._http_call("DELETE", f"/v1/adapters/{_segment(name)}", params={"public": "true"} if public else None)
 
     def ready(self) -> dict[str, Any]:
         """What `/readyz` says: pool, live workers, whether a scheduler leads."""
@@ -147,6 +152,11 @@ class Client:
         raise _error(reply, body)
 
 
+def _segment(name: str) -> str:
+    """A name as one segment of a path, whatever it holds."""
+    return quote(name, safe="").replace(".", "%2E")
+
+
 def _error(reply: httpx.Response, body: Any) -> LorayardError:
     document = body.get("error") if isinstance(body, dict) else None
     if not isinstance(document, dict):
@@ -165,9 +175,15 @@ def find_key(settings: Settings) -> str:
         return settings.api_key
     path = settings.state_dir / "api_key"
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         raise SetupError(f"no API key: set LORAYARD_API_KEY, or run this where the fleet was started ({path} is not readable)") from None
+
+
+def _checked_key(key: str) -> str:
+    if not (key.isascii() and key.isprintable()):
+        raise SetupError("the API key holds characters that no key has: correct LORAYARD_API_KEY or the file api_key")
+    return key
 
 
 def _chunks(lines: list[bytes]) -> Iterator[list[bytes]]:

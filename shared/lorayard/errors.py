@@ -5,6 +5,7 @@ LorayardError
 │   ├── AdapterRejected   400  an adapter's files are broken, unsafe or made for another base
 │   └── PromptTooLong     400  more tokens than the model's context holds
 ├── Unauthorized          401
+├── Forbidden             403  a valid key that may not do this
 ├── NotFound              404  no such job, adapter or pool, or another tenant's
 ├── Conflict              409  the same idempotency key or id with another body
 ├── TooLarge              413
@@ -53,6 +54,12 @@ class Unauthorized(LorayardError):
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(LorayardError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
 
 
 class NotFound(LorayardError):

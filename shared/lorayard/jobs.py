@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 import secrets
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -17,9 +18,11 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 Priority = Literal["high", "normal", "low"]
 Route = Literal["local", "groq", "auto"]
 
-ID_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,99}$")
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")  # to be matched in full: `$` would let a trailing newline through
 _NAME = re.compile(NAME_PATTERN)
 _KEY_MAX = 256
+_CHOICES = {"endpoint": Endpoint, "priority": Priority, "route": Route}
+_NEEDED = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
 
 class Status(StrEnum):
@@ -60,10 +63,10 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         """Raise `BadRequest`, naming the field, where a value of the right type is still not acceptable."""
-        if self.id is not None and not ID_PATTERN.match(self.id):
+        if self.id is not None and not ID_PATTERN.fullmatch(self.id):
             raise BadRequest("id: use 1 to 100 of A-Z a-z 0-9 . _ : -, beginning with a letter or digit", param="id")
-        if self.pool is not None and not _NAME.match(self.pool):
-            raise BadRequest(f"pool: {self.pool!r} is not a pool's name", param="pool")
+        if self.pool is not None and not _NAME.fullmatch(self.pool):
+            raise BadRequest(f"pool: {self.pool[:80]!r} is not a pool's name", param="pool")
         key = self.idempotency_key
         if key is not None and not (0 < len(key) <= _KEY_MAX and key.isprintable()):
             raise BadRequest(f"idempotency_key: use 1 to {_KEY_MAX} printable characters", param="idempotency_key")
@@ -75,6 +78,9 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             raise BadRequest("request.model: leave it out; the job's adapter and pool say what answers", param="request.model")
         if self.request.get("stream"):
             raise BadRequest("request.stream: a queued job has no stream; poll its result or wait for it", param="request.stream")
+        needed = _NEEDED[self.endpoint]
+        if needed not in self.request:
+            raise BadRequest(f"request.{needed} is missing: {self.endpoint} needs it", param=f"request.{needed}")
 
     def body_hash(self) -> str:
         """Digest of what the same idempotency key must carry again: everything but the id and the key."""
@@ -109,9 +115,11 @@ def parse_spec(data: bytes | str) -> JobSpec:
     try:
         spec = msgspec.json.decode(data, type=JobSpec)
     except msgspec.ValidationError as error:
-        raise BadRequest(f"not a job: {error}") from None
-    except msgspec.DecodeError as error:
+        raise _not_a_job(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("not a job: nested too deeply") from None
     spec.check()
     return spec
 
@@ -121,6 +129,21 @@ def convert_spec(data: Any) -> JobSpec:
     try:
         spec = msgspec.convert(data, type=JobSpec)
     except msgspec.ValidationError as error:
-        raise BadRequest(f"not a job: {error}") from None
+        raise _not_a_job(str(error)) from None
+    except RecursionError:
+        raise BadRequest("not a job: nested too deeply") from None
     spec.check()
     return spec
+
+
+def _not_a_job(reason: str) -> BadRequest:
+    """msgspec's reason, with the field in `param` and what may stand there instead."""
+    if unknown := re.search(r"unknown field `(.*)`", reason):
+        name = unknown[1][:80]
+        near = difflib.get_close_matches(name, JobSpec.__struct_fields__, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "the OpenAI body goes under 'request', your own notes under 'metadata'"
+        return BadRequest(f"not a job: unknown field {name!r}; {hint}", param=name)
+    at = re.search(r"`\$\.(\w+)", reason)
+    choices = get_args(_CHOICES.get(at[1])) if at else ()
+    more = f"; use {' or '.join(map(repr, choices))}" if choices else ""
+    return BadRequest(f"not a job: {reason[:300]}{more}", param=at[1] if at else None)

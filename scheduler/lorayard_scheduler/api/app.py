@@ -26,7 +26,7 @@ def make_api(settings: Settings, ledger: Ledger) -> FastAPI:
         yield
         waiting.stop()
 
-    app = FastAPI(title="Lorayard", version=__version__, lifespan=lifespan, default_response_class=Json)
+    app = FastAPI(title="Lorayard", version=__version__, lifespan=lifespan, default_response_class=Json, redirect_slashes=False)
     app.state.keys = KeyRing(ledger.client)
     handle_errors(app)
     app.include_router(jobs.routes(settings, ledger, waiting))

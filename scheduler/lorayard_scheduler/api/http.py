@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.types import Message
 
 from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge, Unavailable
 from lorayard.ledger.registry import Caller, KeyRing
@@ -35,15 +36,25 @@ Auth = Annotated[Caller, Depends(_caller)]
 """Whom the request's API key stands for; 401 without a valid one."""
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The body, refused as soon as it is longer than `most` bytes."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
+def limited(request: Request, most: int, advice: str) -> Request:
+    """The request, whose body is refused (`TooLarge`) by its announced length, or as soon as more than `most` bytes of it have come."""
+
+    def refuse(size: int) -> None:
         if size > most:
-            raise TooLarge(f"the body is larger than {most} bytes: send the jobs in several requests")
-        parts.append(part)
-    return b"".join(parts)
+            raise TooLarge(f"the body is larger than {most} bytes: {advice}")
+
+    announced = request.headers.get("content-length", "")
+    refuse(int(announced) if announced.isdecimal() else 0)
+    size = 0
+
+    async def receive() -> Message:
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
+        refuse(size)
+        return message
+
+    return Request(request.scope, receive)
 
 
 def error_response(error: LorayardError, more: dict[str, Any] | None = None) -> Json:
@@ -66,7 +77,9 @@ def handle_errors(app: FastAPI) -> None:
         problem = cast("HTTPException", error)
         ours = NotFound("no such address; the API is under /v1") if problem.status_code == 404 else BadRequest(str(problem.detail))
         ours.status = problem.status_code
-        return error_response(ours)
+        response = error_response(ours)
+        response.headers.update(problem.headers or {})
+        return response
 
     async def store(_: Request, error: Exception) -> Response:
         return error_response(Unavailable(f"Redis does not answer ({error}); try again"))

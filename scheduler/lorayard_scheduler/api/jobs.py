@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request
@@ -13,11 +13,12 @@ from lorayard.jobs import Status
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.admission import Accepted, Admission, Answer, Item
-from lorayard_scheduler.api.http import Auth, Json, error_response, read_body
+from lorayard_scheduler.api.http import Auth, Json, error_response, limited
 from lorayard_scheduler.api.waiting import Waiting
 
 WAIT_MOST_S = 60.0
 LIST_MOST = 1000
+SCAN_MOST = 5000
 
 
 def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
@@ -28,7 +29,10 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
     @router.post("", status_code=202)
     async def submit(request: Request, who: Auth) -> Json:
         """One job object, `{"jobs": [...]}`, or JSON lines (`Content-Type: application/jsonl`)."""
-        items, many = _items(await read_body(request, settings.max_body_bytes), request.headers.get("content-type", ""))
+        items, many = _items(
+            await limited(request, settings.max_body_bytes, "send the jobs in several requests").body(),
+            request.headers.get("content-type", ""),
+        )
         if len(items) > settings.max_jobs_per_request:
             raise TooLarge(f"{len(items)} jobs in one request, more than {settings.max_jobs_per_request}: send them in several")
         answers = await run_in_threadpool(admission.submit, who.tenant, items)
@@ -39,20 +43,18 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
         who: Auth,
         limit: Annotated[int, Query(ge=1, le=LIST_MOST)] = 100,
         status: Status | None = None,
-        before_ms: Annotated[int | None, Query(ge=0)] = None,
+        after: Annotated[str | None, Query(max_length=100)] = None,
         ids: Annotated[str | None, Query(max_length=40_000)] = None,
     ) -> Json:
-        """The tenant's newest jobs first, without responses; `before_ms` (an `enqueued_ms`) goes on from the last of a page.
+        """The tenant's newest jobs first, without responses; `after` goes on from a page's `last_id`.
 
+        With a status, up to `SCAN_MOST` jobs are looked through for a page, so that one may be short and yet have more behind it.
         With `ids` (comma-separated), those jobs' whole documents instead; what does not exist is left out.
         """
         if ids is not None:
             wanted = list(dict.fromkeys(ids.split(",")))[:LIST_MOST]
             return Json({"object": "list", "data": [d for d in ledger.show(who.tenant, wanted) if d is not None], "has_more": False})
-        rows = ledger.list_ids(who.tenant, limit=limit, before_ms=before_ms)
-        documents = [d for d in ledger.show(who.tenant, [job_id for job_id, _ in rows]) if d is not None]
-        data = [d | {"response": None} for d in documents if status is None or d["status"] == status]
-        return Json({"object": "list", "data": data, "has_more": len(rows) == limit, "next_before_ms": rows[-1][1] if rows else None})
+        return Json(_page(ledger, who.tenant, limit, status, after))
 
     @router.get("/{job_id}")
     async def show(job_id: str, who: Auth, wait: Annotated[float, Query(ge=0)] = 0) -> Json:
@@ -72,6 +74,23 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
     return router
 
 
+def _page(ledger: Ledger, tenant: str, limit: int, status: Status | None, after: str | None) -> dict[str, Any]:
+    data: list[dict[str, Any]] = []
+    step = limit if status is None else max(limit, 200)
+    last, more, scanned = after, True, 0
+    while more and len(data) < limit and scanned < SCAN_MOST:
+        ids = ledger.list_ids(tenant, limit=step + 1, after=last)
+        more = len(ids) > step
+        for job_id, document in zip(ids[:step], ledger.show(tenant, ids[:step]), strict=True):
+            if len(data) == limit:
+                more = True
+                break
+            last, scanned = job_id, scanned + 1
+            if document is not None and status in (None, document["status"]):
+                data.append(document | {"response": None})
+    return {"object": "list", "data": data, "has_more": more, "last_id": last}
+
+
 def _no_job(job_id: str) -> NotFound:
     return NotFound(f"no job {job_id[:100]!r}: it does not exist, or its result has expired", code="job_not_found")
 
@@ -79,6 +98,8 @@ def _no_job(job_id: str) -> NotFound:
 def _items(body: bytes, content_type: str) -> tuple[list[Item], bool]:
     """The jobs of a body, undecoded, and whether it is a list. Raises `BadRequest` where no job can be made out."""
     if "jsonl" in content_type or "ndjson" in content_type:
+        if not body.strip():
+            raise BadRequest("no jobs in the body: a line is one job object")
         return [line for line in body.split(b"\n") if line.strip()], True
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -89,7 +110,9 @@ def _items(body: bytes, content_type: str) -> tuple[list[Item], bool]:
         return [bytes(raw) for raw in msgspec.json.decode(fields["jobs"], type=list[msgspec.Raw])], True
     except msgspec.ValidationError:
         raise BadRequest('the body must be a job object or {"jobs": [job, ...]}') from None
-    except msgspec.DecodeError as error:
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(
             f"the body is not valid JSON ({error}); JSON lines need Content-Type: application/jsonl", code="invalid_json"
         ) from None

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import redis
 import structlog
 from starlette.concurrency import run_in_threadpool
 
@@ -63,15 +64,16 @@ class Waiting:
                 del self._waiters[name]
 
     def _listen(self) -> None:
-        after = "$"
+        after = ""
         while not self._stop.is_set():
             try:
-                after, events = self._ledger.events(after, 500)
+                # From an id, not from "$": nothing between two calls is missed then.
+                after, events = self._ledger.events(after or self._ledger.last_event(), 500)
                 refs = [r for event in events if event.kind == "ended" for r in event.values]
                 if refs and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._wake, refs)
-            except Unavailable as error:
-                log.warning("ledger unavailable, long polls fall back to polling", reason=error.message)
+            except (Unavailable, redis.RedisError) as error:
+                log.warning("ledger unavailable, long polls fall back to polling", reason=str(error))
                 self._stop.wait(1)
             except RuntimeError:  # the loop is closing
                 return

@@ -146,21 +146,22 @@ class Ledger:
                 self.client.function_load(self._library, replace=True)
                 self.client.set(self._prefix + "library", digest)
         except redis.RedisError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     def _loaded(self) -> bool:
         return bool(self.client.function_list("lorayard"))
 
     def _call(self, function: str, *args: Any) -> Any:
         try:
-            return self.client.fcall(function, 1, self._prefix, *args)
-        except redis.ResponseError as error:
-            if "Function not found" not in str(error):
-                raise _unavailable(error) from error
-            self.client.function_load(self._library, replace=True)
-            return self.client.fcall(function, 1, self._prefix, *args)
+            try:
+                return self.client.fcall(function, 1, self._prefix, *args)
+            except redis.ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+                self.client.function_load(self._library, replace=True)
+                return self.client.fcall(function, 1, self._prefix, *args)
         except redis.RedisError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     # -- producers --------------------------------------------------------------------------------------------------------------------
 
@@ -186,21 +187,22 @@ class Ledger:
         words: dict[bytes, Literal["cancelled", "ended", "missing"]] = {b"c": "cancelled", b"t": "ended", b"n": "missing"}
         return [words[code] for code in self._call("ly_cancel", tenant, self._ttl, *ids)]
 
-    def list_ids(self, tenant: str, *, limit: int, before_ms: int | None = None) -> list[tuple[str, int]]:
-        """The newest ids and when they were enqueued (ms), newest first."""
-        top = "+inf" if before_ms is None else f"({before_ms}"
+    def list_ids(self, tenant: str, *, limit: int, after: str | None = None) -> list[str]:
+        """The newest ids, newest first; or those older than the id `after`, none where it is no longer listed."""
         name = f"{self._prefix}by_tenant:{tenant}"
         try:
-            rows: Any = self.client.zrevrangebyscore(name, top, "-inf", start=0, num=limit, withscores=True)
+            # Ranks count from the oldest, so what is enqueued meanwhile moves nothing.
+            end: Any = self.client.zcard(name) if after is None else self.client.zrank(name, after)
+            rows: Any = self.client.zrange(name, max(0, end - limit), end - 1) if end else []
         except redis.RedisError as error:
-            raise _unavailable(error) from error
-        return [(job_id.decode(), int(score)) for job_id, score in rows]
+            raise unavailable(error) from error
+        return [job_id.decode() for job_id in reversed(rows)]
 
     def counts(self) -> dict[str, int]:
         try:
             raw: Any = self.client.hgetall(self._prefix + "counts")
         except redis.RedisError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
         return {name.decode(): int(value) for name, value in raw.items()}
 
     # -- scheduler --------------------------------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ class Ledger:
         try:
             reply: Any = self.client.xread({self._prefix + "events": after}, count=1000, block=block_ms or None)
         except redis.RedisError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
         if not reply:
             return after, []
         rows = (reply[0] if isinstance(reply, list) else next(iter(reply.items())))[1]
@@ -323,7 +325,8 @@ def _view(reply: list[Any], last_event: str) -> View:
     return View(int(reply[0]), groups, flights, served, last_event)
 
 
-def _unavailable(error: redis.RedisError) -> Unavailable:
+def unavailable(error: redis.RedisError) -> Unavailable:
+    """What a caller is told of the server's error."""
     text = str(error)
     if text.startswith("OOM") or "MISCONF" in text or "maxmemory" in text:
         return Unavailable("the ledger's Redis is out of memory or cannot write; nothing was stored, try again later", code="ledger_full")
