@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 
 from lorayard_workers.llama.engine import Engine
@@ -41,7 +42,7 @@ def write_adapter(
 def item(ref: str, question: str, *, solo: bool = False, endpoint: str = CHAT, **options: Any) -> WorkItem:
     """A greedy chat request of at most 8 tokens, unless told otherwise."""
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0} | options
-    return WorkItem(ref, endpoint, json.dumps(body).encode(), solo)
+    return WorkItem(ref, endpoint, msgspec.Raw(json.dumps(body).encode()), solo)
 
 
 def work(batch: str, adapter: AdapterFile | None, *items: WorkItem) -> Work:

@@ -12,6 +12,7 @@ import msgspec
 import redis
 
 from lorayard.adapters import AdapterRegistry, Manifest
+from lorayard.bodies import read_body
 from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, convert_spec, new_id, parse_spec
 from lorayard.ledger.ledger import Entry, Ledger, unavailable
@@ -119,8 +120,7 @@ class Admission:
                 code="route_unavailable",
                 param="route",
             )
-        if spec.endpoint == "/v1/embeddings":
-            raise BadRequest("endpoint: no worker here computes embeddings yet", code="endpoint_unavailable", param="endpoint")
+        read_body(spec.endpoint, spec.request)
         manifest = adapters.get(spec.adapter) if spec.adapter else None
         if spec.adapter and manifest is None:
             raise NotFound(self._unknown(tenant, spec.adapter), code="adapter_not_found", param="adapter")

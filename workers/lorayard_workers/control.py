@@ -171,7 +171,8 @@ class Control:
 
     def _submit(self, held: _Held, adapter: AdapterFile | None) -> None:
         items = [
-            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", j.request, solo=j.attempts > 0) for j in held.jobs.values()
+            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", msgspec.Raw(j.request), solo=j.attempts > 0)
+            for j in held.jobs.values()
         ]
         self._runner.submit(Work(held.batch, adapter, items))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))

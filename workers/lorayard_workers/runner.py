@@ -17,7 +17,7 @@ class WorkItem(msgspec.Struct, frozen=True, array_like=True):
 
     ref: str  # tenant/id: unique in the pool
     endpoint: str
-    request: bytes  # JSON of an OpenAI request body without `model`
+    request: msgspec.Raw  # JSON of an OpenAI request body without `model`
     solo: bool = False
 
 

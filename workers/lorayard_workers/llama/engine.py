@@ -88,7 +88,7 @@ class Engine:
         for item in work.items:
             reading(item.ref)
             try:
-                request = self.reader.read(item.endpoint, item.request)
+                request = self.reader.read(item.endpoint, bytes(item.request))
                 queued.waiting.append(Sequence(work.batch, work.adapter, item, request, received))
             except LorayardError as error:
                 queued.refused.append(_failure(work.batch, item.ref, error))

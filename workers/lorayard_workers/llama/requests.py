@@ -1,4 +1,4 @@
-"""OpenAI request bodies in, OpenAI responses out: what this backend understands, and a refusal by name of what it does not."""
+"""OpenAI request bodies into tokens and sampling, generated tokens into OpenAI responses."""
 
 from __future__ import annotations
 
@@ -6,75 +6,19 @@ import codecs
 import json
 from datetime import datetime
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
 
+from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, read_body
 from lorayard.errors import BadRequest, PromptTooLong, SetupError
 from lorayard_workers.llama.sampling import Logprob, SamplingParams
 
 if TYPE_CHECKING:
     from lorayard_workers.llama.bindings import Model
-
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-_MAX_STOPS = 4
-
-# Fields whose given value changes nothing, so that ordinary clients need not be rewritten. Any other field is refused by name.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "stream": (False,),
-    "store": (False,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "modalities": (["text"],),
-}
-
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-
-
-class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    presence_penalty: _Penalty = 0.0
-    frequency_penalty: _Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    seed: int | None = None
-    user: str | None = None
-
-
-class _Part(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
-    name: str | UnsetType = UNSET
-
-
-class _Chat(_Common):
-    messages: Annotated[list[_Message], Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-
-
-class _Completion(_Common):
-    prompt: str | list[str | int]
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -98,21 +42,19 @@ class RequestReader:
 
     def read(self, endpoint: str, body: bytes) -> Request:
         """Raises `BadRequest` that names the field at fault, or `PromptTooLong`."""
-        if endpoint not in (CHAT, COMPLETION):
-            raise BadRequest(f"{endpoint}: the llama.cpp workers of this pool answer only {CHAT} and {COMPLETION}", param="endpoint")
-        fields = _known_fields(body, _Chat if endpoint == CHAT else _Completion)
-        prompt = self._chat_prompt(fields) if isinstance(fields, _Chat) else self._completion_prompt(fields)
+        fields = read_body(endpoint, msgspec.json.decode(body, type=dict[str, Any]))
+        prompt = self._chat_prompt(fields) if isinstance(fields, ChatBody) else self._completion_prompt(fields)
         if not prompt:
             raise BadRequest("the prompt is empty", param="prompt")
         if len(prompt) > self.max_prompt:
             raise self._too_long(f"{len(prompt)}")
         limit = fields.max_tokens
-        if isinstance(fields, _Chat):
+        if isinstance(fields, ChatBody):
             limit = fields.max_completion_tokens or limit
         elif limit is None:
             limit = 16  # OpenAI's default for completions
         room = self._n_ctx - len(prompt)
-        return Request(endpoint, prompt, min(limit or room, room), _stops(fields.stop), self._sampling(fields))
+        return Request(endpoint, prompt, min(limit or room, room), fields.stops, self._sampling(fields))
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
@@ -131,10 +73,10 @@ class RequestReader:
             raise self._too_long(f"more than {least}")
         return self._model.tokenize(data)
 
-    def _chat_prompt(self, fields: _Chat) -> list[int]:
+    def _chat_prompt(self, fields: ChatBody) -> list[int]:
         if self._template is None:
             raise BadRequest(f"this model has no chat template: use {COMPLETION}", param="messages")
-        messages = [_plain(message) for message in fields.messages]
+        messages = [message.plain for message in fields.messages]
         try:
             text = self._template.render(
                 messages=messages,
@@ -146,7 +88,7 @@ class RequestReader:
             raise BadRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
         return self._tokens(text, "messages")
 
-    def _completion_prompt(self, fields: _Completion) -> list[int]:
+    def _completion_prompt(self, fields: CompletionBody) -> list[int]:
         prompt = fields.prompt
         if isinstance(prompt, str):
             return self._tokens(prompt, "prompt")
@@ -160,13 +102,11 @@ class RequestReader:
             raise BadRequest(f"prompt: token ids are 0 to {self._model.n_vocab - 1}", param="prompt")
         return tokens
 
-    def _sampling(self, fields: _Common) -> SamplingParams:
+    def _sampling(self, fields: CommonBody) -> SamplingParams:
         top: int | None = None
-        if isinstance(fields, _Chat):
-            if fields.top_logprobs is not None and not fields.logprobs:
-                raise BadRequest("top_logprobs: set logprobs to true with it", param="top_logprobs")
+        if isinstance(fields, ChatBody):
             top = (fields.top_logprobs or 0) if fields.logprobs else None
-        elif isinstance(fields, _Completion):
+        elif isinstance(fields, CompletionBody):
             top = fields.logprobs
         bias: dict[int, float] = {}
         for token, value in fields.logit_bias.items():
@@ -184,44 +124,6 @@ class RequestReader:
             seed=None if fields.seed is None else fields.seed % 2**64,
             top_logprobs=top,
         )
-
-
-def _known_fields(body: bytes, kind: type[_Chat] | type[_Completion]) -> _Chat | _Completion:
-    try:
-        raw = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
-        raise BadRequest(f"the request is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(raw, dict):
-        raise BadRequest("the request must be a JSON object")
-    given = {name: value for name, value in raw.items() if value is not None}
-    for name, value in list(given.items()):
-        if name in kind.__struct_fields__:
-            continue
-        if value not in _HARMLESS.get(name, ()):
-            raise BadRequest(f"{name}: this backend does not support it; leave it out", code="unsupported_parameter", param=name)
-        del given[name]
-    try:
-        return msgspec.convert(given, kind)
-    except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        param = where.rstrip("`").lstrip(".")
-        if not param and "missing required field" in text:
-            param = text.split("`")[1]
-        raise BadRequest(f"{param or 'request'}: {text}", param=param or None) from None
-
-
-def _stops(stop: str | list[str] | None) -> list[bytes]:
-    texts = [stop] if isinstance(stop, str) else stop or []
-    if len(texts) > _MAX_STOPS or not all(texts):
-        raise BadRequest(f"stop: give up to {_MAX_STOPS} strings, none of them empty", param="stop")
-    return [text.encode("utf-8", "replace") for text in texts]
-
-
-def _plain(message: _Message) -> dict[str, str]:
-    """A message as chat templates know them: text content, and no role that only OpenAI has."""
-    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-    plain = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return plain if message.name is UNSET else {**plain, "name": str(message.name)}
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
