@@ -212,7 +212,9 @@ def main() -> None:
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.1)
-    step, started, mean = 0, time.monotonic(), 0.0
+    base_score = exact_match(model, dev, pad, shared)  # the adapter begins as nothing, so this is the base model
+    print(f"base model: exact match on {len(dev)} held-out lines: {base_score:.3f}", flush=True)
+    step, started, mean, score = 0, time.monotonic(), 0.0, 0.0
     while step < steps:
         for batch in batches(train, args.batch, rng):
             logits, target, _ = forward(model, batch, pad, shared)
@@ -230,7 +232,8 @@ def main() -> None:
             if step % 300 == 0 or step == steps:
                 save(model, out, args.rank, args.alpha, targets)
                 part = dev if step == steps else dev[:300]
-                print(f"step {step}: exact match on {len(part)} held-out lines: {exact_match(model, part, pad, shared):.3f}", flush=True)
+                score = exact_match(model, part, pad, shared)
+                print(f"step {step}: exact match on {len(part)} held-out lines: {score:.3f}", flush=True)
             if step == steps:
                 break
     card = {
@@ -238,6 +241,8 @@ def main() -> None:
         "data": task.data,
         "licence": task.licence,
         "steps": steps,
+        "score": round(score, 4),
+        "base_score": round(base_score, 4),
         "max_tokens": task.max_tokens,
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
