@@ -170,6 +170,7 @@ class Admission:
 
 def _text_bytes(request: dict[str, Any]) -> int:
     """UTF-8 bytes of the text that a prompt will hold in any case."""
-    messages = request.get("messages") or ()
-    parts = [request.get("prompt"), *(m.get("content") for m in messages if isinstance(m, dict))] if isinstance(messages, list) else []
+    messages = request.get("messages")
+    parts = [request.get("prompt")]
+    parts += [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
     return sum(len(part.encode()) for part in parts if isinstance(part, str))

@@ -181,8 +181,8 @@ def find_key(settings: Settings) -> str:
 
 
 def _checked_key(key: str) -> str:
-    if not (key.isascii() and key.isprintable()):
-        raise SetupError("the API key holds characters that no key has: correct LORAYARD_API_KEY or the file api_key")
+    if not (key and key.isascii() and key.isprintable()):
+        raise SetupError("the API key is empty or holds characters that no key has: correct LORAYARD_API_KEY or the file api_key")
     return key
 
 

@@ -1,0 +1,122 @@
+"""An API process's app on a real port, and a hand that ends jobs as a worker would; no scheduler, no model."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import uvicorn
+
+from lorayard.ledger.ledger import End, Ledger, connect
+from lorayard.ledger.registry import KeyRing, open_ledger
+from lorayard.settings import Settings
+from lorayard_scheduler.api.app import make_api
+from lorayard_scheduler.api.server import listen
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+ANSWER = {
+    "object": "chat.completion",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "seven"}, "finish_reason": "stop"}],
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def job(text: str = "How many?", **fields: Any) -> dict[str, Any]:
+    """A job object that is in order."""
+    return {"request": {"messages": [{"role": "user", "content": text}], "max_tokens": 4}, **fields}
+
+
+class Api:
+    """One running API process's app, its ledger, and a key each of two tenants and the operator."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self.url = settings.client_url
+        self.keys: dict[str, str] = {}
+        self._http = httpx.Client(base_url=self.url, timeout=30)
+        self._batches = 0
+
+    def close(self) -> None:
+        self._http.close()
+
+    def new_keys(self) -> None:
+        ring = KeyRing(self.ledger.client)
+        self.keys = {tenant: ring.create(tenant) for tenant in ("acme", "globex")}
+        self.keys["root"] = ring.create("default", operator=True)
+
+    def call(self, method: str, path: str, who: str = "acme", **kwargs: Any) -> httpx.Response:
+        """A request with that tenant's key."""
+        headers = {"Authorization": f"Bearer {self.keys[who]}", **kwargs.pop("headers", {})}
+        return self._http.request(method, path, headers=headers, **kwargs)
+
+    def raw(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        """A request without a key."""
+        return self._http.request(method, path, **kwargs)
+
+    def post(self, *jobs: dict[str, Any], who: str = "acme") -> list[dict[str, Any]]:
+        """Enqueue; every job must be accepted or refused with 202, 4xx or 503 and an entry of its own."""
+        rows: list[dict[str, Any]] = self.call("POST", "/v1/jobs", who, json={"jobs": list(jobs)}).json()["jobs"]
+        return rows
+
+    def lines(self, body: bytes, who: str = "acme") -> httpx.Response:
+        return self.call("POST", "/v1/jobs", who, content=body, headers={"Content-Type": "application/jsonl"})
+
+    def run(self, tenant: str, n: int = 1, *, digest: str = "base", finish: bool = True) -> list[str]:
+        """Do a worker's part for a tenant's `n` most due jobs, up to their start, or end; their ids."""
+        return run(self.ledger, tenant, n, digest=digest, finish=finish)
+
+
+def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish: bool = True) -> list[str]:
+    """Claim, take, start and (if `finish`) end a tenant's `n` most due jobs through the ledger; their ids."""
+    epoch = ledger.lead("test", 60_000)
+    batch = f"b{time.monotonic_ns()}"
+    answer, _ = ledger.claim(
+        epoch=epoch, worker=f"w-{batch}", most=9, batch=batch, digest=digest, delivery_ms=60_000, why="a test", takes=[(tenant, n)]
+    )
+    assert answer == "ok", answer
+    taken = ledger.take(batch, f"w-{batch}", "i", 60_000)
+    assert taken is not None
+    refs = [taken_job.ref for taken_job in taken.jobs]
+    assert ledger.start(batch, taken.fence, refs) == []
+    if finish:
+        outcome = msgspec.json.encode({"response": ANSWER, "timings_ms": {"prefill": 1, "decode": 2}})
+        assert set(ledger.finish(batch, taken.fence, [End(ref, "succeeded", outcome, 3) for ref in refs])) == {"stored"}
+    return [ref.partition("/")[2] for ref in refs]
+
+
+@contextlib.contextmanager
+def serving(redis_url: str, state: Path, **settings: Any) -> Iterator[Api]:
+    """The API's app under uvicorn in a thread, with these settings beside its own address."""
+    made = Settings(redis_url=redis_url, state_dir=state, api_port=free_port(), **settings)
+    with connect(redis_url) as client:
+        ledger = open_ledger(client, made)
+        config = uvicorn.Config(make_api(made, ledger), log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        listener = listen(made.api_host, made.api_port)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        api = Api(made, ledger)
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.01)
+            yield api
+        finally:
+            api.close()
+            server.should_exit = True
+            thread.join()
+            listener.close()
