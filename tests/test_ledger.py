@@ -124,9 +124,10 @@ def test_a_full_backlog_refuses_and_stores_nothing(yard: Yard) -> None:
 def test_the_most_due_job_goes_first(yard: Yard) -> None:
     yard.put("late", wait_ms=9000)
     yard.put("soon", wait_ms=10)
-    taken = yard.ledger.take(yard.claim(1), "w1", "i", 5000)
+    yard.put("sooner", wait_ms=5)
+    taken = yard.ledger.take(yard.claim(2), "w1", "i", 5000)
     assert taken is not None
-    assert taken.jobs[0].ref == "acme/soon"
+    assert [job.ref for job in taken.jobs] == ["acme/sooner", "acme/soon"]
 
 
 def test_a_lost_wake_up_costs_no_attempt(yard: Yard) -> None:

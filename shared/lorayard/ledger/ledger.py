@@ -56,7 +56,7 @@ class TakenJob(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A batch under a lease. Times are the ledger's, in milliseconds."""
+    """A batch under a lease, the most due job first. Times are the ledger's, in milliseconds."""
 
     batch: str
     fence: int
@@ -262,10 +262,13 @@ class Ledger:
         if not reply:
             return None
         fence, digest, claimed, taken = reply[:4]
-        jobs = []
+        rows = []
         for ref, attempts, value in zip(reply[4::3], reply[5::3], reply[6::3], strict=True):
-            _, meta, request = value.split(b"\n", 2)
-            jobs.append(TakenJob(ref.decode(), int(attempts), msgspec.json.decode(meta), request))
+            header, meta, request = value.split(b"\n", 2)
+            due = int(header.split(b"\t", 1)[0])
+            rows.append((due, TakenJob(ref.decode(), int(attempts), msgspec.json.decode(meta), request)))
+        rows.sort(key=lambda row: (row[0], row[1].ref))
+        jobs = [job for _, job in rows]
         return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
 
     def start(self, batch: str, fence: int, refs: Sequence[str]) -> list[str]:
