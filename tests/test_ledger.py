@@ -221,6 +221,16 @@ def test_retry_waits_and_counts_and_later_counts_nothing(yard: Yard) -> None:
     assert (b["status"], b["attempts"]) == ("queued", 0)
 
 
+def test_what_fails_before_it_starts_is_not_tried_for_ever(yard: Yard) -> None:
+    yard.put("a", max_attempts=2)
+    for expected in ("retried", "stored"):
+        batch = yard.claim()
+        taken = yard.ledger.take(batch, "w1", "i", 5000)
+        assert taken is not None
+        assert yard.ledger.finish(batch, taken.fence, [End("acme/a", "retry", OUTCOME)]) == [expected]
+    assert yard.status("a") == "failed"
+
+
 def test_cancel_at_every_state(yard: Yard) -> None:
     yard.put("queued", "running")
     yard.put("delayed", not_before_ms=1000)

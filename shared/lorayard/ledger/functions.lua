@@ -318,7 +318,11 @@ local function finish(keys, args)
       end
     else
       if tokens > 0 then redis.call('HINCRBY', p .. 'served', job.tenant, tokens) end
-      local attempts = tonumber(redis.call('HGET', p .. 'run:' .. ref, 'a') or 0)
+      local run = redis.call('HMGET', p .. 'run:' .. ref, 'a', 's')
+      local attempts = tonumber(run[1] or 0)
+      if status == 'retry' and not run[2] then -- it failed before it was started: without this it would be tried for ever
+        attempts = redis.call('HINCRBY', p .. 'run:' .. ref, 'a', 1)
+      end
       if status == 'later' or (status == 'retry' and attempts < job.max) then
         if status == 'later' and redis.call('HEXISTS', p .. 'run:' .. ref, 's') == 1 then
           redis.call('HINCRBY', p .. 'run:' .. ref, 'a', -1) -- ly_start counted it
