@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from lorayard_scheduler.admission import Accepted, Admission, Item
 log = structlog.get_logger()
 
 _MOST = 500
+SWEEP_S = 5.0
 _PENDING = "ly:{celery}:pending"  # SET of the ids of jobs that came as Celery tasks and whose end is not published yet
 
 
@@ -56,7 +58,8 @@ class CeleryIntake:
 
     def _consume(self, connection: Connection) -> None:
         queue = Queue(INFER_QUEUE, routing_key=INFER_QUEUE)
-        consumer = Consumer(connection, queues=[queue], callbacks=[lambda _, message: self._waiting.append(message)], prefetch_count=_MOST)
+        # Not `callbacks`, for which kombu decodes each body and stops at one that it cannot: it would come again for ever.
+        consumer = Consumer(connection, queues=[queue], on_message=lambda m: self._waiting.append(m), accept=["json"], prefetch_count=_MOST)
         with consumer:
             while not self._stop.is_set():
                 try:
@@ -82,22 +85,30 @@ class CeleryIntake:
                 message.requeue()
             self._stop.wait(1)
             return
+        later = 0
         for message, answer in zip(messages, answers, strict=True):
             if isinstance(answer, Unavailable):
                 message.requeue()
+                later += 1
                 continue
             if isinstance(answer, LorayardError):
                 log.warning("task refused", task=_task_id(message), reason=answer.message)
-                self._app.backend.store_result(_task_id(message), answer, states.FAILURE)
+                if _task_id(message):
+                    self._app.backend.store_result(_task_id(message), answer, states.FAILURE)
             message.ack()
+        if later:
+            log.warning("tasks left with the broker", tasks=later, reason="the backlog is full")
+            self._stop.wait(1)  # they come again at once
 
     def publish(self) -> None:
         """Store the ends of pending jobs in the result backend; by events at once, by a sweep when an event was lost."""
         client = self._ledger.client
-        after, sweep = "0-0", True
+        after, sweep, swept = "0-0", True, 0.0
         while not self._stop.is_set():
             try:
-                if sweep:
+                # Also while events never cease: a job may have ended before it was noted as pending.
+                if sweep or time.monotonic() - swept > SWEEP_S:
+                    swept = time.monotonic()
                     after = self._ledger.last_event()
                     pending: Any = client.smembers(_PENDING)
                     self._publish([i.decode() for i in pending])
@@ -137,7 +148,7 @@ def _item(message: Message) -> Item:
     try:
         args, kwargs, _ = message.payload
     except Exception as error:  # whatever the sender's serializer did
-        return BadRequest(f"cannot decode the task's body: {error}")
-    if args:
-        return BadRequest(f"{INFER} takes keyword arguments only: one job object")
+        return BadRequest(f"cannot decode the task's body: {error}; send it as JSON")
+    if args or not isinstance(kwargs, dict):
+        return BadRequest(f"{INFER} takes keyword arguments only: the fields of one job object")
     return {**kwargs, "id": task_id, "idempotency_key": task_id}

@@ -1,0 +1,225 @@
+"""A plain Celery application, without our code, sends `lorayard.infer` by name and reads results; the scheduler's intake takes it in."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from api_support import job, run
+from celery import Celery
+from celery.result import AsyncResult
+from kombu import Connection
+
+from lorayard import embedded
+from lorayard.celery_app import INFER, INFER_QUEUE, make_app
+from lorayard.ledger.ledger import Ledger, connect
+from lorayard.ledger.registry import open_ledger
+from lorayard.settings import Settings
+from lorayard_scheduler.celery_intake import CeleryIntake
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")  # of redis-py, at what Celery calls
+
+PRODUCER = """
+import sys
+from celery import Celery
+app = Celery(broker=sys.argv[1], backend=sys.argv[1])
+message = {"role": "user", "content": "How many?"}
+result = app.send_task("lorayard.infer", kwargs={"request": {"messages": [message]}, "priority": "high"}, queue="lorayard.infer")
+print(result.id, flush=True)
+print(result.get(timeout=30)["response"]["choices"][0]["message"]["content"])
+assert not any(name.startswith("lorayard") for name in sys.modules)
+"""
+
+
+class Intake:
+    """A scheduler's Celery intake in its two threads, started and stopped at will."""
+
+    def __init__(self, redis_url: str, ledger: Ledger) -> None:
+        self.url = redis_url
+        self.ledger = ledger
+        self.running: CeleryIntake | None = None
+        self.threads: list[threading.Thread] = []
+
+    def start(self, **settings: Any) -> None:
+        self.running = CeleryIntake(Settings(**settings), self.ledger, make_app(self.url))
+        self.threads = [threading.Thread(target=loop) for loop in (self.running.run, self.running.publish)]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+            for thread in self.threads:
+                thread.join()
+            self.running = None
+
+    def show(self, job_id: str, tenant: str = "default") -> dict[str, Any] | None:
+        return self.ledger.show(tenant, [job_id])[0]
+
+
+@pytest.fixture
+def intake(redis_url: str, store: redis.Redis, tmp_path: Path) -> Iterator[Intake]:
+    with connect(redis_url) as client:
+        made = Intake(redis_url, open_ledger(client, Settings(state_dir=tmp_path)))
+        yield made
+        made.stop()
+
+
+@pytest.fixture
+def producer(redis_url: str, store: redis.Redis) -> Iterator[Celery]:
+    with Celery(broker=redis_url, backend=redis_url, set_as_current=False) as app:
+        yield app
+        gc.collect()  # results of Celery's talk to the server when they are dropped
+        app.backend.result_consumer.stop()
+
+
+def send(app: Celery, task_id: str | None = None, **kwargs: Any) -> AsyncResult[Any]:
+    return app.send_task(INFER, kwargs=kwargs, queue=INFER_QUEUE, task_id=task_id)
+
+
+def until(what: Callable[[], Any], seconds: float = 20.0) -> Any:
+    give_up = time.monotonic() + seconds
+    while not (answer := what()):
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.02)
+    return answer
+
+
+def all_taken(app: Celery, intake: Intake) -> None:
+    """Wait until every message sent before has been dealt with: the broker keeps their order."""
+    last = send(app, **job("last", not_before_s=1000))
+    until(lambda: intake.show(last.id))
+
+
+def test_a_producer_without_our_code_gets_its_answer(intake: Intake) -> None:
+    intake.start()
+    with subprocess.Popen([sys.executable, "-c", PRODUCER, intake.url], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        task_id = process.stdout.readline().strip()
+        document = until(lambda: intake.show(task_id))
+        assert (document["id"], document["status"], document["priority"]) == (task_id, "queued", "high")
+        assert run(intake.ledger, "default") == [task_id]
+        assert process.stdout.readline() == "seven\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "cancelled"])
+def test_the_result_is_the_document(intake: Intake, producer: Celery, ending: str) -> None:
+    intake.start()
+    result = send(producer, **job(metadata={"n": 1}))
+    until(lambda: intake.show(result.id))
+    assert result.state == "PENDING"
+    if ending == "succeeded":
+        run(intake.ledger, "default")
+    else:
+        intake.ledger.cancel("default", [result.id])
+    document = result.get(timeout=20)
+    assert document == intake.show(result.id)
+    assert document["status"] == ending
+    assert document["metadata"] == {"n": 1}
+
+
+def test_a_message_that_comes_again_is_the_same_job(intake: Intake, producer: Celery) -> None:
+    results = [send(producer, "the-task", **job()) for _ in range(3)]
+    intake.start()
+    all_taken(producer, intake)
+    send(producer, "the-task", **job())
+    all_taken(producer, intake)
+    assert intake.ledger.counts() == {"queued": 1, "enqueued": 3}
+    run(intake.ledger, "default")
+    assert results[0].get(timeout=20)["id"] == "the-task"
+    send(producer, "the-task", **job())
+    all_taken(producer, intake)
+    assert intake.ledger.counts()["enqueued"] == 4
+    assert results[0].get(timeout=20)["status"] == "succeeded"
+
+
+def test_what_is_no_job_fails_with_the_reason_and_holds_nothing_up(intake: Intake, producer: Celery) -> None:
+    bad: list[tuple[AsyncResult[Any], str]] = [
+        (send(producer, requests={}), "unknown field 'requests'; did you mean 'request'?"),
+        (send(producer), "missing required field `request`"),
+        (send(producer, **job(adapter="nope")), "no adapter named 'nope'"),
+        (send(producer, **job(route="groq")), "no hosted worker"),
+        (send(producer, **job("\ud800")), "cannot be written as JSON"),
+        (send(producer, "no id", **job()), "id: use 1 to 100"),
+        (producer.send_task(INFER, args=[1], queue=INFER_QUEUE), "keyword arguments only"),
+        (producer.send_task("other.task", kwargs=job(), queue=INFER_QUEUE), "takes the task lorayard.infer only"),
+    ]
+    with Connection(intake.url) as connection, connection.Producer() as raw:
+        raw.publish(b"not json", routing_key=INFER_QUEUE, content_type="application/json", headers={"task": INFER, "id": "raw-1"})
+        raw.publish({"task": INFER, "id": "raw-2", "kwargs": job()}, routing_key=INFER_QUEUE)  # Celery's first message protocol
+        raw.publish([[], "kwargs", {}], routing_key=INFER_QUEUE, headers={"task": INFER, "id": "raw-3"})
+    bad += [(producer.AsyncResult("raw-1"), "cannot decode"), (producer.AsyncResult("raw-3"), "keyword arguments only")]
+    good = send(producer, **job())
+    intake.start()
+    until(lambda: intake.show(good.id))
+    for result, words in bad:
+        with pytest.raises(Exception, match=re.escape(words)) as failure:
+            result.get(timeout=20)
+        assert type(failure.value).__name__ in ("BadRequest", "NotFound")
+        assert result.state == "FAILURE"
+    all_taken(producer, intake)
+    assert intake.ledger.counts() == {"queued": 1, "enqueued": 2}
+
+
+def test_a_full_backlog_leaves_messages_with_the_broker(intake: Intake, producer: Celery) -> None:
+    results = [send(producer, **job(str(i))) for i in range(3)]
+    intake.start(max_queued=2)
+    until(lambda: intake.ledger.counts().get("queued") == 2)
+    time.sleep(1.5)  # it comes, and is left, at least once more
+    assert [result.state for result in results] == ["PENDING"] * 3
+    ended = set(run(intake.ledger, "default", 2))
+    (last,) = {result.id for result in results} - ended
+    assert until(lambda: intake.show(last))["status"] == "queued"
+    run(intake.ledger, "default")
+    assert [result.get(timeout=20)["status"] for result in results] == ["succeeded"] * 3
+
+
+def test_while_the_ledgers_server_is_away_messages_stay_with_the_broker(redis_url: str, producer: Celery, tmp_path: Path) -> None:
+    settings = Settings(state_dir=tmp_path)
+    with embedded.running(settings) as url:
+        client = connect(url)
+        intake = Intake(redis_url, open_ledger(client, settings))
+    try:
+        intake.start()
+        result = send(producer, **job())
+        time.sleep(1.5)
+        assert result.state == "PENDING"
+        with embedded.running(settings):
+            assert until(lambda: intake.show(result.id))["status"] == "queued"
+            run(intake.ledger, "default")
+            assert result.get(timeout=20)["status"] == "succeeded"
+            intake.stop()
+    finally:
+        intake.stop()
+        client.close()
+
+
+def test_jobs_that_end_while_no_scheduler_runs_are_published_by_the_next(intake: Intake, producer: Celery) -> None:
+    intake.start()
+    results = [send(producer, **job(str(i))) for i in range(3)]
+    until(lambda: intake.ledger.counts().get("queued") == 3)
+    intake.stop()
+    run(intake.ledger, "default", 3)
+    assert [result.state for result in results] == ["PENDING"] * 3
+    intake.start()
+    assert {result.get(timeout=20)["status"] for result in results} == {"succeeded"}
+    until(lambda: not intake.ledger.client.scard("ly:{celery}:pending"))
+
+
+def test_the_tenant_is_a_setting(intake: Intake, producer: Celery) -> None:
+    intake.start(celery_tenant="acme")
+    result = send(producer, **job())
+    until(lambda: intake.show(result.id, "acme"))
+    assert intake.show(result.id) is None
+    run(intake.ledger, "acme")
+    assert result.get(timeout=20) == intake.show(result.id, "acme")
