@@ -18,7 +18,7 @@ import redis
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorayard import __version__, embedded
 from lorayard.celery_app import make_app
@@ -65,7 +65,8 @@ def main() -> None:
         print(f"lorayard: {error.message}", file=sys.stderr)
         sys.exit(_AGAIN if supervised and isinstance(error, Unavailable) else 2)
     except redis.RedisError as error:
-        print(f"lorayard: Redis: {error}", file=sys.stderr)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"lorayard: Redis: {reason}: is the fleet up? 'lorayard up' starts it; or correct LORAYARD_REDIS_URL", file=sys.stderr)
         sys.exit(_AGAIN if supervised else 2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -227,13 +228,10 @@ def submit(
 ) -> None:
     """Submit a file of jobs. Lines that are refused are told by number; the others are submitted all the same."""
     numbered = _read_lines(file)
+    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # told before anything is submitted
+        raise SetupError(f"cannot write {output}: give a file in a folder that exists and that you may write to")
     with Client() as client, _progress() as bar:
-        task = bar.add_task("submit", total=len(numbered))
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(numbered), 1000):
-            part = [line for _, line in numbered[start : start + 1000]]
-            rows += client.submit(part)
-            bar.advance(task, len(part))
+        rows = _submit_all(client, bar, [line for _, line in numbered])
         if wait:
             ids = [row["id"] for row in rows if "id" in row]
             task = bar.add_task("answers", total=len(set(ids)))
@@ -245,6 +243,23 @@ def submit(
     lines = [row | {"line": number} for (number, _), row in zip(numbered, rows, strict=True)]
     _write_lines(output, lines)
     _end_of_submit(file, lines, wait)
+
+
+def _submit_all(client: Client, bar: Progress, lines: list[bytes]) -> list[dict[str, Any]]:
+    """An answer a line. An API that goes away half-way refuses the rest: the ids of what it has accepted are not lost with it."""
+    task = bar.add_task("submit", total=len(lines))
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(lines), 1000):
+        part = lines[start : start + 1000]
+        try:
+            rows += client.submit(part)
+        except LorayardError as error:
+            if not rows:
+                raise
+            rows += [{"error": error.document()}] * (len(lines) - start)
+            break
+        bar.advance(task, len(part))
+    return rows
 
 
 def _end_of_submit(file: str, lines: list[dict[str, Any]], waited: bool) -> None:
@@ -294,7 +309,16 @@ def jobs_list(
     if as_json:
         _print_json(rows)
         return
-    table = Table("id", "status", "adapter", "priority", "attempts", "total ms", "worker")
+    # Ids are to be copied: a narrow terminal shortens the other columns.
+    table = Table(
+        Column("id", no_wrap=True, min_width=max((len(r["id"]) for r in rows), default=2)),
+        "status",
+        "adapter",
+        "priority",
+        "attempts",
+        "total ms",
+        "worker",
+    )
     for r in rows:
         total = r["latencies_ms"].get("total")
         cells = (
@@ -357,10 +381,13 @@ def adapters_list(as_json: AsJson = False) -> None:
 
 
 @adapters_app.command("remove")
-def adapters_remove(name: str) -> None:
+def adapters_remove(
+    name: str,
+    public: Annotated[bool, typer.Option("--public", help="One that all tenants have (the operator's key only).")] = False,
+) -> None:
     """Take a name away; jobs already enqueued with it are still run."""
     with Client() as client:
-        client.remove_adapter(name)
+        client.remove_adapter(name, public=public)
     print(f"{name} removed")
 
 
@@ -408,4 +435,6 @@ def _print_json(value: Any) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err, disable=not err.is_terminal
+    )

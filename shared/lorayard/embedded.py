@@ -112,6 +112,8 @@ def wait_until_up(url: str, timeout_s: float = 30.0) -> None:
             with connect(url, timeout_s=2) as client:
                 client.ping()
             return
+        except redis.AuthenticationError as error:  # to redis-py a ConnectionError, but waiting does not help
+            raise SetupError(f"Redis at {url.rpartition('@')[2]} refuses: {error}; correct the password in LORAYARD_REDIS_URL") from None
         except (redis.ConnectionError, redis.TimeoutError) as error:
             if time.monotonic() > give_up:
                 shown = url.rpartition("@")[2]

@@ -69,6 +69,8 @@ class Fleet:
             from lorayard.embedded import prepare
 
             prepare(self.settings)
+        else:
+            self._check_store(self.settings.redis_url)
         config = Path(self._run_dir.name) / "supervisord.conf"
         config.write_text(self._config())
         command = [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "-c", str(config)]
@@ -82,6 +84,16 @@ class Fleet:
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
+
+    @staticmethod
+    def _check_store(url: str) -> None:
+        """Tell at once of a store that no process could use."""
+        from lorayard.embedded import check_server, wait_until_up
+        from lorayard.ledger.ledger import connect
+
+        wait_until_up(url, 3)
+        with connect(url) as client:
+            check_server(client)
 
     def stop(self) -> None:
         """Stop all, in order: producers of work first, the store last. Waits until they are gone."""
