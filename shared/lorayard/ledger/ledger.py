@@ -333,8 +333,8 @@ def _view(reply: list[Any], last_event: str) -> View:
 
 
 def unavailable(error: redis.RedisError) -> Unavailable:
-    """What a caller is told of the server's error."""
+    """What a caller is told of the server's error: not where the server is, which is the operator's business."""
     text = str(error)
     if text.startswith("OOM") or "MISCONF" in text or "maxmemory" in text:
         return Unavailable("the ledger's Redis is out of memory or cannot write; nothing was stored, try again later", code="ledger_full")
-    return Unavailable(f"the ledger's Redis does not answer ({text.splitlines()[0] if text else type(error).__name__}); try again")
+    return Unavailable(f"the ledger's Redis does not answer ({type(error).__name__}); try again")
