@@ -70,7 +70,7 @@ class Control:
         self._ready = threading.Event()
         self._closing = threading.Event()
         self._fetching = 0  # adapters on their way here
-        self._moved = time.monotonic()
+        self._moved = self._looked = time.monotonic()  # when the runner last told something, and when we last checked that
         self._base: dict[str, Any] = {}
         self.info = WorkerInfo(
             name=settings.worker,
@@ -343,6 +343,10 @@ class Control:
             time.sleep(self._settings.heartbeat_ms / 1000)
 
     def _renew(self) -> None:
+        now = time.monotonic()
+        if now - self._looked > 3 * self._settings.heartbeat_ms / 1000:  # we stood still, or the ledger did: the model may be well
+            self._moved = now
+        self._looked = now
         with self._lock:
             held = dict(self._held)
         if not held:
