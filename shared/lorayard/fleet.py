@@ -184,12 +184,11 @@ class Fleet:
             "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
         ]
         for priority, (name, arguments) in enumerate(programs.items()):
-            # Flower's threads outlive its own shutdown; it keeps nothing, so it need not be waited for.
-            stop_s = 2 if name == "flower" else STOP_S
+            how = "KILL" if name == "flower" else "TERM"  # Flower's threads outlive its own shutdown; it keeps nothing
             command = shlex.join([sys.executable, "-m", "lorayard", *arguments.split()]).replace("%", "%%")
             parts.append(
                 f"[program:{name}]\ncommand={command}\npriority={priority}\nautorestart=unexpected\nexitcodes=2\nstartsecs=0\n"
-                f"startretries=1000000\nstopsignal=TERM\nstopwaitsecs={stop_s}\nredirect_stderr=true\n"
+                f"startretries=1000000\nstopsignal={how}\nstopwaitsecs={STOP_S}\nredirect_stderr=true\n"
                 f"stdout_logfile={_quoted(self.state / 'logs' / (name + '.log'))}\nstdout_logfile_maxbytes=20MB\nstdout_logfile_backups=2"
             )
         return "\n\n".join(parts) + "\n"
