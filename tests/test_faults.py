@@ -145,6 +145,16 @@ def test_a_lost_store_is_no_wrong_setting() -> None:
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 3
 
 
+def test_a_log_that_nobody_reads_stops_nobody() -> None:
+    """As after a kill of the supervisor, when a worker still has to give back what it holds."""
+    script = "import structlog; from lorayard.telemetry import configure_logging as c; c('worker'); structlog.get_logger().info('x'); print('on')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as log:
+        done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=log, text=True, check=False)
+    assert done.stdout == "on\n"
+
+
 def test_two_workers(fleet: FleetProcess, rng: random.Random) -> None:
     """A worker that stands still loses its lease, and its late results are refused; one that is told to stop gives back what it has."""
     with fleet.another_worker("second") as second:

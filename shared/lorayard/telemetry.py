@@ -7,7 +7,7 @@ import logging
 import queue
 import sys
 import threading
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 from celery import Celery
@@ -24,11 +24,23 @@ def configure_logging(role: str) -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Lossy())),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
     structlog.contextvars.bind_contextvars(role=role)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+
+
+class _Lossy:
+    """Standard error, for as long as somebody reads it: a log line that cannot be written must not stop who is putting things in order."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 class JobEvents:
