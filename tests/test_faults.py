@@ -147,7 +147,7 @@ def test_a_lost_store_is_no_wrong_setting() -> None:
 
 def test_a_log_that_nobody_reads_stops_nobody() -> None:
     """As after a kill of the supervisor, when a worker still has to give back what it holds."""
-    script = "import structlog; from lorayard.telemetry import configure_logging as c; c('worker'); structlog.get_logger().info('x'); print('on')"
+    script = "import structlog, lorayard.telemetry as t; t.configure_logging('worker'); structlog.get_logger().info('x'); print('on')"
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as log:
