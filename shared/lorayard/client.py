@@ -22,6 +22,7 @@ CHUNK_JOBS = 1000
 CHUNK_BYTES = 32 * 1024 * 1024
 QUERY_IDS = 100
 _POLL_S = 0.2
+_AWAY_S = 30.0
 
 
 class Client:
@@ -78,11 +79,12 @@ class Client:
         return document
 
     def result(self, job_id: str, *, timeout_s: float = 3600.0) -> dict[str, Any]:
-        """Wait for the job's end. Raises `Unavailable` when that takes longer than `timeout_s`."""
+        """Wait for the job's end, through a restart of the API too. Raises `Unavailable` when that takes longer than `timeout_s`."""
         give_up = time.monotonic() + timeout_s
         while True:
             left = give_up - time.monotonic()
-            document = self.job(job_id, wait_s=max(0.0, min(30.0, left)))
+            wait_s = max(0.0, min(30.0, left))
+            document: dict[str, Any] = self._poll(f"/v1/jobs/{_segment(job_id)}", {"wait": wait_s})
             if document["status"] in TERMINAL:
                 return document
             if left <= 0:
@@ -95,7 +97,7 @@ class Client:
             ended, gone = [], set()
             for start in range(0, min(len(pending), 10 * QUERY_IDS), QUERY_IDS):
                 part = pending[start : start + QUERY_IDS]
-                found = self._http_call("GET", "/v1/jobs", params={"ids": ",".join(part)})["data"]
+                found = self._poll("/v1/jobs", {"ids": ",".join(part)})["data"]
                 ended += [document for document in found if document["status"] in TERMINAL]
                 gone |= set(part) - {document["id"] for document in found}
             yield from ended
@@ -134,6 +136,17 @@ class Client:
         """What `/readyz` says: pool, live workers, whether a scheduler leads."""
         document: dict[str, Any] = self._http_call("GET", "/readyz")
         return document
+
+    def _poll(self, path: str, params: dict[str, Any]) -> Any:
+        """Ask again while the API is away: it may be starting again, and asking twice changes nothing."""
+        give_up = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                return self._http_call("GET", path, params=params)
+            except Unavailable:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(_POLL_S)
 
     def _http_call(self, method: str, path: str, *, refused: bool = False, **kwargs: Any) -> Any:
         """The decoded answer. `refused`: an error answer that lists every job's error is an answer too."""

@@ -14,11 +14,11 @@ from celery import Celery
 
 
 def configure_logging(role: str) -> None:
-    """One line an event on standard error, in colour on a terminal; the role is bound to each."""
+    """One line an event on standard error, in colour on a terminal; each says the role."""
     renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.LogfmtRenderer()
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            lambda _, __, event: {**event, "role": role},
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -27,7 +27,6 @@ def configure_logging(role: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Lossy())),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
-    structlog.contextvars.bind_contextvars(role=role)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
 
 
