@@ -1,10 +1,14 @@
-"""Flower's Celery application, against a real broker."""
+"""Flower: its Celery application against a real broker, and its start."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import redis
@@ -26,3 +30,14 @@ def test_questions_asked_at_once_do_not_wait_for_each_other(store: redis.Redis, 
     for thread in threads:
         thread.join(max(0.0, give_up - time.monotonic()))
     assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(("supervised", "code"), [({}, 2), ({"LORAYARD_SUPERVISED": "1"}, 3)])
+def test_an_open_address_without_a_key_ends_it_unless_the_fleet_is_about_to_write_one(
+    supervised: dict[str, str], code: int, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAYARD_")}
+    environment |= {"LORAYARD_STATE_DIR": str(tmp_path), "LORAYARD_FLOWER_HOST": "0.0.0.0", **supervised}
+    command = [sys.executable, "-m", "lorayard", "flower"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "LORAYARD_FLOWER_BASIC_AUTH" in done.stderr) == (code, True)

@@ -167,7 +167,9 @@ def flower() -> None:
         try:
             auth = f"lorayard:{find_key(settings)}"
         except SetupError:
-            raise SetupError(
+            # In a fleet that starts for the first time the API is about to write the key.
+            kind = Unavailable if os.environ.get(SUPERVISED) else SetupError
+            raise kind(
                 f"Flower on {settings.flower_host} would be open to everyone: set LORAYARD_FLOWER_BASIC_AUTH=user:password"
             ) from None
     embedded.wait_until_up(embedded.redis_url(settings), _patience(settings))
