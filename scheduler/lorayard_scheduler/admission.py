@@ -24,7 +24,7 @@ _BY_ID = "id\x1f"
 
 
 class Accepted(NamedTuple):
-    """`status` is queued or delayed; `exists` when the same idempotency key and body had been accepted before."""
+    """`status` is queued or delayed; of a job that the same idempotency key and body had made before, what it is now."""
 
     id: str
     status: str
@@ -76,7 +76,14 @@ class Admission:
             enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued)
             for i, entry, (job_id, status) in zip(places[start : start + 1000], part, enqueued, strict=True):
                 answers[i] = self._answer(entry, job_id, status)
-        return [answer for answer in answers if answer is not None]
+        return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
+
+    def _as_they_are(self, tenant: str, answers: list[Answer]) -> list[Answer]:
+        """Jobs that existed before, with their status now."""
+        known = [a.id for a in answers if isinstance(a, Accepted) and a.status == "exists"]
+        found = dict(zip(known, self._ledger.show(tenant, known), strict=True))
+        now = {job_id: document["status"] if document else "expired" for job_id, document in found.items()}
+        return [Accepted(a.id, now[a.id]) if isinstance(a, Accepted) and a.id in now else a for a in answers]
 
     def _answer(self, entry: Entry, job_id: str, status: str) -> Answer:
         if status == "conflict":

@@ -64,6 +64,7 @@ def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
             pool="threads",
             concurrency=THREADS,
             loglevel="WARNING",
+            quiet=True,
             without_gossip=True,
             without_mingle=True,
         ).start()

@@ -121,10 +121,7 @@ def _items(body: bytes, content_type: str) -> tuple[list[Item], bool]:
 def _answers(answers: list[Answer], many: bool) -> Json:
     """202 with an entry a job. Where every job is refused, the first error's status and, beside the entries, the error itself."""
     rows = [
-        {"id": a.id, "status": "queued" if a.status == "exists" else a.status}
-        if isinstance(a, Accepted)
-        else {"index": i, "error": a.document()}
-        for i, a in enumerate(answers)
+        {"id": a.id, "status": a.status} if isinstance(a, Accepted) else {"index": i, "error": a.document()} for i, a in enumerate(answers)
     ]
     errors = [a for a in answers if isinstance(a, LorayardError)]
     if not errors or len(errors) < len(answers):
