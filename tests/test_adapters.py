@@ -241,7 +241,6 @@ def test_missing_and_pickled_files_are_refused(tmp_path: Path) -> None:
     rejected(b"", "not a zip")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links")
 def test_links_and_pipes_in_a_folder_are_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(save(small_tensors()))
