@@ -1,6 +1,6 @@
 """Do the shipped adapters answer through the fleet as they do alone?
 
-    python -m benchmarks.accuracy [--quick] [--json PATH] [--write-cards]
+    python -m benchmarks.accuracy [--quick] [--compare N] [--json PATH] [--write-cards]
 
 Held-out questions of all adapters go through a whole fleet at once, in random order, with and without the adapter. The same questions, with
 the adapter, are then asked of llama-cpp-python's own `Llama`, one at a time: other code for template, sampling and stopping, the same
@@ -52,10 +52,12 @@ def ask(example: Example, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [job | {"metadata": job["metadata"] | {"line": i}} for i, job in enumerate(jobs)]
 
 
-def through_the_fleet(settings: Settings, questions: dict[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def through_the_fleet(
+    settings: Settings, questions: dict[str, list[dict[str, Any]]], compare: int | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The documents of all jobs, and the base model as the worker told it."""
     jobs = [job for rows in questions.values() for job in rows]
-    jobs += [job | {"adapter": None} for job in jobs]
+    jobs += [job | {"adapter": None} for rows in questions.values() for job in rows[:compare]]
     random.Random(3).shuffle(jobs)
     with Fleet(settings) as fleet:
         for _ in fleet.wait_ready():
@@ -78,20 +80,22 @@ def directly(model: Path, gguf: Path, jobs: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = report.arguments(__doc__)
-    parser.add_argument("--alone", type=int, metavar="N", help="ask llama-cpp-python only the first N questions of each adapter")
+    parser.add_argument(
+        "--compare", type=int, metavar="N", help="ask the base model, and llama-cpp-python, only N questions of each adapter"
+    )
     parser.add_argument("--write-cards", action="store_true", help="write score and base_score into the adapters' cards")
     args = parser.parse_args()
     examples = {example.name: example for example in shipped()}
     questions = {name: ask(example, held_out(example, args.quick)) for name, example in examples.items()}
     with tempfile.TemporaryDirectory(prefix="lorayard-") as folder:
         settings = Settings.load().model_copy(update={"state_dir": Path(folder)})
-        documents, base = through_the_fleet(settings, questions)
+        documents, base = through_the_fleet(settings, questions, args.compare)
         table = Table("adapter", "questions", "fleet", "base model", "alone", "fleet on those", "same text", "another's labels")
         metrics: dict[str, Any] = {}
         for name, example in examples.items():
             gguf = Path(folder) / f"{name}.gguf"
             write_gguf(read_adapter(EXAMPLES / "adapters" / name), msgspec.convert(base, BaseModel), gguf)
-            alone = directly(resolve_model(settings), gguf, questions[name][: args.alone])
+            alone = directly(resolve_model(settings), gguf, questions[name][: args.compare])
             row = compare(name, questions, documents, alone)
             metrics |= {f"{name}_{key}": value for key, value in row.items()}
             shares = (f"{row[key]:.1%}" for key in ("fleet", "base", "alone", "fleet_on_those", "same_text"))
