@@ -108,7 +108,9 @@ class FleetProcess:
         """Until it would run jobs."""
         with self._output.open("ab") as output:
             self._output.write_bytes(b"")
-            self._up = subprocess.Popen([sys.executable, "-m", "lorayard", "up"], env=self.environment, stdout=output, stderr=output)
+            # With SIGINT ignored, as a shell starts what runs in its background.
+            command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "lorayard", "up"]
+            self._up = subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
         until(lambda: "The fleet is up" in self._output.read_text() or self._died(), timeout_s)
         self.processes()
 

@@ -114,17 +114,21 @@ def up() -> None:
     """Start the whole fleet on this machine; Ctrl-C stops it."""
     settings = Settings.load()
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a script started us in its background, with SIGINT ignored
+        signal.signal(number, lambda *_: stop.set())
     with Fleet(settings) as fleet:
         _wait_ready(fleet, stop)
-        for name, address in fleet.addresses():
-            out.print(f"{name:>24}  {address}", highlight=False, soft_wrap=True)
+        _print_addresses(fleet)
         out.print("The fleet is up. Ctrl-C stops it.")
-        with contextlib.suppress(KeyboardInterrupt):
-            while not stop.wait(1):
-                fleet.check()
+        while not stop.wait(1):
+            fleet.check()
         out.print("Stopping …")
     out.print("Stopped.")
+
+
+def _print_addresses(fleet: Fleet) -> None:
+    for name, address in fleet.addresses():
+        out.print(f"{name:>24}  {address}", highlight=False, soft_wrap=True)
 
 
 def _wait_ready(fleet: Fleet, stop: threading.Event | None = None) -> None:
@@ -204,11 +208,11 @@ def demo(
     from lorayard.demo import run_demo
 
     settings = Settings.load()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Fleet(settings) as fleet:
         _wait_ready(fleet)
         run_demo(settings, out, jobs=jobs)
-        for name, address in fleet.addresses():
-            out.print(f"{name:>24}  {address}", highlight=False, soft_wrap=True)
+        _print_addresses(fleet)
         if keep:
             out.print("The fleet stays up. Ctrl-C stops it.")
             with contextlib.suppress(KeyboardInterrupt):
