@@ -256,14 +256,19 @@ def test_another_tenant_sees_and_cancels_nothing(yard: Yard) -> None:
 
 
 def test_a_deadline_expires_what_was_not_started(yard: Yard) -> None:
-    yard.put("a", deadline_ms=1000)
-    yard.put("run", deadline_ms=1000, digest="d1")
+    yard.put("queued", deadline_ms=1000)
+    yard.put("waits", "runs", deadline_ms=1000, digest="d1")
     batch = yard.claim(digest="d1")
-    yard.ledger.take(batch, "w1", "i", 60_000)
+    taken = yard.ledger.take(batch, "w1", "i", 60_000)
+    assert taken is not None
+    yard.ledger.start(batch, taken.fence, ["acme/runs"])
     yard.advance(1001)
-    assert yard.ledger.reap().expired == 1
-    assert yard.status("a") == "expired"
-    assert yard.status("run") == "claimed"
+    assert yard.ledger.reap().expired == 2
+    assert [yard.status(i) for i in ("queued", "waits", "runs")] == ["expired", "expired", "running"]
+    assert yard.ledger.start(batch, taken.fence, ["acme/waits"]) == ["acme/waits"]
+    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([], ["acme/waits"])
+    assert yard.ledger.finish(batch, taken.fence, [End("acme/runs", "succeeded", OUTCOME)]) == ["stored"]
+    assert yard.ledger.snapshot().in_flight == []
     assert yard.counts_are_exact()
 
 

@@ -212,13 +212,15 @@ def demo(
     with Fleet(settings) as fleet:
         _wait_ready(fleet)
         run_demo(settings, out, jobs=jobs)
-        _print_addresses(fleet)
         if keep:
+            _print_addresses(fleet)
             out.print("The fleet stays up. Ctrl-C stops it.")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
                     threading.Event().wait(1)
                     fleet.check()
+        else:
+            out.print(f"It ran with Flower on {settings.flower_port} and the API on {settings.api_port}; with --keep they stay up.")
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 from xmlrpc.client import Fault, ServerProxy
 
 from lorayard.client import Client
-from lorayard.errors import LorayardError, SetupError, Unavailable
+from lorayard.errors import LorayardError, SetupError
 from lorayard.settings import Settings
 
 START_S = 900.0
@@ -214,13 +214,3 @@ def check_free(variable: str, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise SetupError(f"port {port} on {host} is not free ({error.strerror}): set {variable} to another") from None
-
-
-def is_up(settings: Settings) -> bool:
-    """Whether a fleet answers at the settings' address with the key at hand."""
-    try:
-        with Client(settings=settings, timeout_s=5) as client:
-            client.jobs(limit=1)
-            return bool(client.ready()["workers"])
-    except (SetupError, Unavailable, LorayardError):
-        return False

@@ -314,6 +314,7 @@ class Control:
         log.warning("model process died", reason=event.reason, running=len(event.running), waiting=len(event.waiting))
         self.info.ready = False
         self._beat_once()
+        self._ledger.hello(self.info.name, self.info.incarnation)  # the scheduler hears of it at once and sends nothing meanwhile
         error = {"message": f"the model process died: {event.reason}", "type": "server_error", "code": "worker_died", "param": None}
         running = set(event.running)
         handed = set(event.waiting)

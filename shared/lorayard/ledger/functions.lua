@@ -117,6 +117,13 @@ local function close_if_empty(p, bid)
   end
 end
 
+-- Take an ended job out of a batch that a worker has; the worker hears of it when it renews, or when it would start the job.
+local function stop_at_worker(p, ref, bid)
+  redis.call('SADD', p .. 'stop:' .. bid, ref)
+  redis.call('SREM', p .. 'members:' .. bid, ref)
+  close_if_empty(p, bid)
+end
+
 -- A job at its attempt cap goes to the dead letters with its request, so that it can be retried by hand.
 local function bury(p, ref, job, fence, outcome, ttl, at)
   store(p, ref, job, 'failed', fence, outcome, ttl, at)
@@ -401,11 +408,7 @@ local function cancel(keys, args)
         if not leave_queue(p, job) then redis.call('ZREM', p .. 'delayed', ref) end
         store(p, ref, job, 'cancelled', 0, CANCELLED, args[2], at)
         drop_request(p, ref)
-        if bid then
-          redis.call('SADD', p .. 'stop:' .. bid, ref)
-          redis.call('SREM', p .. 'members:' .. bid, ref)
-          close_if_empty(p, bid)
-        end
+        if bid then stop_at_worker(p, ref, bid) end
         ended[#ended + 1] = ref
         reply[#reply + 1] = 'c'
       end
@@ -440,8 +443,16 @@ local function reap(keys, args)
       ended[#ended + 1] = ref
       expired = expired + 1
     elseif job then
-      -- at a worker: let it finish; should it come back to its queue, the next sweep finds it again
-      redis.call('ZADD', p .. 'deadlines', at + 1000, ref)
+      local run = redis.call('HMGET', p .. 'run:' .. ref, 'b', 's')
+      if run[1] and not run[2] then -- it waits at a worker
+        store(p, ref, job, 'expired', 0, EXPIRED, ttl, at)
+        drop_request(p, ref)
+        stop_at_worker(p, ref, run[1])
+        ended[#ended + 1] = ref
+        expired = expired + 1
+      else -- it runs: let it finish; should it come back to its queue, the next sweep finds it again
+        redis.call('ZADD', p .. 'deadlines', at + 1000, ref)
+      end
     end
   end
   tell_groups(p, touched)
