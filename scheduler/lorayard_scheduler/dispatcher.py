@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
 
 import redis
 import structlog
@@ -50,7 +49,6 @@ class Dispatcher:
         self._event = "$"
         self._rebuilt = 0.0
         self._stop = threading.Event()
-        self.dispatches: Counter[str] = Counter()
 
     def stop(self) -> None:
         self._stop.set()
@@ -132,7 +130,6 @@ class Dispatcher:
             self._epoch, self._lead_until = 0, 0.0
         if answer != "ok":
             return
-        self.dispatches[dispatch.digest] += 1
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
         try:
             self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(dispatch.worker), ignore_result=True, retry=False)

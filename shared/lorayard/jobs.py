@@ -1,4 +1,4 @@
-"""What a job is: as a producer writes it (`JobSpec`), as the ledger keeps it (`Job`), and what its life can be (`Status`)."""
+"""What a job is as a producer writes it (`JobSpec`), and what its life can be (`Status`). How it is kept: `ledger/functions.lua`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,6 @@ class Status(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
-
-    @property
-    def terminal(self) -> bool:
-        return self in TERMINAL
 
 
 TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED, Status.EXPIRED})
@@ -89,20 +85,8 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         return hashlib.blake2b(msgspec.json.encode(body, order="sorted"), digest_size=12).hexdigest()
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The immutable request as the ledger keeps it, JSON behind a header line that the function library reads."""
-
-    id: str
-    tenant: str
-    adapter: str | None
-    digest: str  # content digest of the adapter, pinned when it was enqueued; "base" for the base model
-    endpoint: Endpoint
-    request: msgspec.Raw
-    priority: Priority = "normal"
-    metadata: dict[str, Any] | None = None
-
-
 BASE_DIGEST = "base"
+"""Stands where a digest is wanted and the base model is meant."""
 
 
 def new_id(pool: str) -> str:

@@ -32,7 +32,6 @@ class Settings(BaseSettings):
     pool: str = Field("main", pattern=NAME_PATTERN)
     model: Path | None = None  # None: the demo model
     model_names: Annotated[tuple[str, ...], NoDecode] = ()  # base names that adapters trained on the model may carry
-    hosted_model: str | None = None  # the same base at Groq; None: hosted routes are refused
 
     # HTTP
     api_host: str = "127.0.0.1"
@@ -83,11 +82,6 @@ class Settings(BaseSettings):
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
-
-    @field_validator("model_names", mode="after")
-    @classmethod
-    def _tuple(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(value)
 
     @classmethod
     def load(cls) -> Settings:

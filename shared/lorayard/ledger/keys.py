@@ -5,9 +5,6 @@ from __future__ import annotations
 WORKERS = "ly:{workers}:"
 """Followed by a pool's name: HASH worker -> JSON of what it last told of itself; with `:base`, STRING JSON of the pool's base model."""
 
-POOLS = "ly:{workers}-pools"
-"""SET of the pools that have ever had a worker or a scheduler."""
-
 KEYS = "ly:{tenants}:keys"
 """HASH SHA-256 of an API key -> JSON {tenant, created_ms, note}."""
 

@@ -73,15 +73,10 @@ class WorkerRegistry:
     def announce_base(self, pool: str, base: dict[str, Any]) -> None:
         """Write what the pool's base model is, so that adapters can be checked against it where the model is not at hand."""
         self._client.set(f"{keys.WORKERS}{pool}:base", msgspec.json.encode(base))
-        self._client.sadd(keys.POOLS, pool)
 
     def base(self, pool: str) -> dict[str, Any] | None:
         raw: Any = self._client.get(f"{keys.WORKERS}{pool}:base")
         return msgspec.json.decode(raw) if raw else None
-
-    def pools(self) -> set[str]:
-        raw: Any = self._client.smembers(keys.POOLS)
-        return {name.decode() for name in raw}
 
 
 class KeyRing:
