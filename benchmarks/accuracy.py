@@ -29,7 +29,7 @@ from lorayard.client import Client
 from lorayard.demo import EXAMPLES, Example, is_right, job_for, shipped
 from lorayard.embedded import redis_url
 from lorayard.fleet import Fleet
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_workers.llama.process import resolve_model

@@ -14,7 +14,8 @@ import httpx
 import msgspec
 import uvicorn
 
-from lorayard.ledger.ledger import End, Ledger, connect
+from lorayard.ledger.connection import connect
+from lorayard.ledger.ledger import End, Ledger
 from lorayard.ledger.registry import KeyRing, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.api.app import make_api

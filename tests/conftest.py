@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from lorayard import embedded
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.settings import Settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before llama.cpp is loaded into this process: its threads would spin

@@ -21,7 +21,8 @@ from lorayard import embedded
 from lorayard.client import Client
 from lorayard.demo import Example, job_for, shipped
 from lorayard.errors import Unavailable
-from lorayard.ledger.ledger import Ledger, connect
+from lorayard.ledger.connection import connect
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
 

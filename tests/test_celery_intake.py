@@ -21,7 +21,8 @@ from kombu import Connection
 
 from lorayard import embedded
 from lorayard.celery_app import INFER, INFER_QUEUE, make_app
-from lorayard.ledger.ledger import Ledger, connect
+from lorayard.ledger.connection import connect
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.celery_intake import CeleryIntake

@@ -22,7 +22,7 @@ import typer
 from api_support import EXAMPLES, Api, free_port, job, serving
 
 from lorayard import __version__, cli, embedded
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
 

@@ -26,7 +26,7 @@ from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.fleet import START_S, SUPERVISED, Fleet, end_with_parent
 from lorayard.jobs import Status
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.ledger.registry import KeyRing, open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import configure_logging

@@ -19,7 +19,7 @@ from rich.table import Table
 from lorayard import embedded
 from lorayard.client import Client
 from lorayard.errors import LorayardError, SetupError
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
 

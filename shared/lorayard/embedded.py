@@ -15,7 +15,7 @@ from pathlib import Path
 import redis
 
 from lorayard.errors import SetupError
-from lorayard.ledger.ledger import connect
+from lorayard.ledger.connection import connect
 from lorayard.settings import Settings
 
 

@@ -89,7 +89,7 @@ class Fleet:
     def _check_store(url: str) -> None:
         """Tell at once of a store that no process could use."""
         from lorayard.embedded import check_server, wait_until_up
-        from lorayard.ledger.ledger import connect
+        from lorayard.ledger.connection import connect
 
         wait_until_up(url, 3)
         with connect(url) as client:

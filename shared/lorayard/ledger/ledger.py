@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from lorayard.errors import SetupError, Unavailable
+from lorayard.errors import Unavailable
 from lorayard.ledger import documents, keys
 
 LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
@@ -117,17 +117,6 @@ class Reaped(NamedTuple):
     batches: int
     woken: int
     expired: int
-
-
-def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
-    """A client with the time-outs every role uses; bytes in, bytes out. Raises `SetupError` for what is no address."""
-    try:
-        return redis.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, socket_keepalive=True, health_check_interval=30, protocol=2
-        )
-    except ValueError as error:
-        shown = url.rpartition("@")[2]
-        raise SetupError(f"LORAYARD_REDIS_URL: {shown!r} is no address of a Redis ({error}); write redis://HOST:PORT/0") from None
 
 
 class Ledger:

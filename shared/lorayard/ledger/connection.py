@@ -1,0 +1,156 @@
+"""The way to the ledger's server: one that is named, or the one that Sentinels name; after a fail-over, to the new one.
+
+    redis://[[USER]:PASSWORD@]HOST[:6379][/DB]          rediss:// the same with TLS
+    sentinel://[[USER]:PASSWORD@]HOST[:26379],HOST2[:26379],.../DB?service=NAME[&sentinel_username=USER][&sentinel_password=PASSWORD]
+
+USER and PASSWORD before the @ are the server's own; those of the Sentinels stand behind the question mark. Percent-encode what is no
+letter or digit in them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection, SSLConnection
+from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from lorayard.errors import SetupError
+
+SENTINEL = "sentinel://"
+_FORM = "write redis://HOST:PORT/0, or sentinel://HOST:26379,HOST2:26379/0?service=NAME"
+_SENTINEL_S = 2.0
+
+
+class SentinelAddress(NamedTuple):
+    """What a `sentinel://` URL says. `sentinels` are (host, port); `login` and `sentinel_login` username and password, where given."""
+
+    sentinels: list[tuple[str, int]]
+    service: str
+    db: int
+    login: dict[str, str]
+    sentinel_login: dict[str, str]
+
+    def sentinel_options(self, timeout_s: float = _SENTINEL_S) -> dict[str, Any]:
+        """Of the connections to the Sentinels. One that is away must not keep us from asking the next."""
+        return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0), **self.sentinel_login}
+
+
+def shown(url: str) -> str:
+    """An address as it may stand in messages and logs: without passwords."""
+    rest = url.rpartition("@")[2]
+    host, _, query = rest.partition("?")
+    options = [f"{name}={value}" for name, value in parse_qsl(query) if "password" not in name]
+    return host + ("?" + "&".join(options) if options else "")
+
+
+def connect(url: str, *, timeout_s: float = 5.0) -> redis.Redis:
+    """A client with the time-outs every role uses; bytes in, bytes out. Thread-safe. Raises `SetupError` for what is no address.
+
+    It never repeats a call by itself. It leaves a server that turns out to be a read-only replica: that call fails with redis'
+    `ConnectionError`, the next one looks for the primary again.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+        "protocol": 2,
+    }
+    try:
+        return _through_sentinel(sentinel_address(url), options) if url.startswith(SENTINEL) else _directly(url, options)
+    except ValueError as error:
+        raise SetupError(f"LORAYARD_REDIS_URL: {shown(url)!r} is no address of a Redis ({error}); {_FORM}") from None
+
+
+def sentinel_address(url: str) -> SentinelAddress:
+    """Raises `ValueError` with the reason."""
+    parts = urlsplit(url)
+    user, _, hosts = parts.netloc.rpartition("@")
+    sentinels = []
+    for host in hosts.split(","):
+        one = urlsplit("//" + host)
+        if not one.hostname or ";" in host:
+            raise ValueError(f"{host!r} is no HOST:PORT of a Sentinel; separate them by commas")
+        sentinels.append((one.hostname, one.port or 26379))
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    service = query.pop("service", "")
+    if not service:
+        raise ValueError("'?service=NAME', what the Sentinels call the server, is missing")
+    login = urlsplit(f"//{user}@host")
+    sentinel_login = {
+        name.removeprefix("sentinel_"): query.pop(name) for name in ("sentinel_username", "sentinel_password") if name in query
+    }
+    if query:
+        raise ValueError(f"{next(iter(query))!r} is no option of it")
+    db = parts.path.strip("/") or "0"
+    if not db.isdecimal():
+        raise ValueError(f"{db!r} is no number of a database")
+    given = (("username", login.username), ("password", login.password))
+    return SentinelAddress(sentinels, service, int(db), {name: unquote(value) for name, value in given if value}, sentinel_login)
+
+
+def is_sentinel(client: redis.Redis) -> bool:
+    return isinstance(client.connection_pool, SentinelConnectionPool)
+
+
+def _directly(url: str, options: dict[str, Any]) -> redis.Redis:
+    if not url.startswith(("redis://", "rediss://")):
+        raise ValueError("it begins with none of redis://, rediss://, sentinel://")
+    client = redis.Redis.from_url(url, **options)
+    pool = client.connection_pool
+    pool.connection_class = _SecurePrimary if pool.connection_class is SSLConnection else _Primary
+    try:
+        pool.connection_class(**pool.connection_kwargs)
+    except TypeError as error:  # whatever stands in the query is an argument to redis-py
+        raise ValueError(f"{str(error).rpartition(' ')[2]} is no option of it") from None
+    return client
+
+
+class _Primary(Connection):
+    """A server that was demoted keeps its connections: whoever stays with it can never write again.
+
+    Where an address is moved to the new primary, as DNS names of managed services are, connecting anew leads there.
+    """
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().read_response(*args, **kwargs)
+        except redis.ReadOnlyError as error:
+            self.disconnect()
+            raise redis.ConnectionError(f"the server has become a replica: {error}") from None
+
+
+class _SecurePrimary(_Primary, SSLConnection):
+    pass
+
+
+def _through_sentinel(address: SentinelAddress, options: dict[str, Any]) -> redis.Redis:
+    asking = address.sentinel_options(min(_SENTINEL_S, options["socket_timeout"])) | {"protocol": 2}
+    sentinels = _Sentinels(address.sentinels, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call]
+        address.service, connection_pool_class=_Pool, db=address.db, **address.login
+    )
+    return client
+
+
+class _Sentinels(Sentinel):
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        """As the library's, which reorders a list in place: two threads at once may drop a Sentinel out of it."""
+        asked = copy.copy(self)
+        asked.sentinels = list(self.sentinels)
+        found: tuple[str, int] = Sentinel.discover_master(asked, service_name)  # type: ignore[no-untyped-call]
+        self.sentinels = asked.sentinels
+        return found
+
+
+class _Pool(SentinelConnectionPool):
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        """With the client, the connections to the Sentinels are closed; not when only a new primary was found."""
+        super().disconnect(inuse_connections)  # type: ignore[no-untyped-call]
+        if inuse_connections:
+            self.sentinel_manager.close()
