@@ -15,6 +15,7 @@ from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.bodies import read_body
 from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, convert_spec, new_id, parse_spec
+from lorayard.ledger.documents import meta_line
 from lorayard.ledger.ledger import Entry, Ledger, unavailable
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
@@ -73,7 +74,7 @@ class Admission:
                 answers[i] = BadRequest(f"not a job: cannot be written as JSON ({error})")
         for start in range(0, len(entries), 1000):
             part = entries[start : start + 1000]
-            enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued)
+            enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued, max_memory=self._settings.max_memory)
             for i, entry, (job_id, status) in zip(places[start : start + 1000], part, enqueued, strict=True):
                 answers[i] = self._answer(entry, job_id, status)
         return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
@@ -96,6 +97,9 @@ class Admission:
         if status == "full":
             most = self._settings.max_queued
             return Unavailable(f"the backlog is full ({most} jobs): try again later", code="backlog_full", retry_after=10)
+        if status == "memory":
+            message = "the ledger's Redis is nearly full: try again when jobs have ended, or give it more with maxmemory"
+            return Unavailable(message, code="ledger_full", retry_after=10)
         return Accepted(job_id, status)
 
     @staticmethod
@@ -138,19 +142,11 @@ class Admission:
                 param="messages" if "messages" in spec.request else "prompt",
             )
         digest = manifest.digest if manifest else BASE_DIGEST
-        meta = {
-            "adapter": spec.adapter,
-            "digest": manifest.digest if manifest else None,
-            "pool": pool,
-            "endpoint": spec.endpoint,
-            "priority": spec.priority,
-            "metadata": spec.metadata,
-        }
-        meta_line = msgspec.json.encode(meta)
-        if (size := len(request) + len(meta_line)) > settings.max_job_bytes:
+        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata)
+        if (size := len(request) + len(meta)) > settings.max_job_bytes:
             raise TooLarge(
                 f"the job has {size} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES: shorten request or metadata",
-                param="request" if len(request) > len(meta_line) else "metadata",
+                param="request" if len(request) > len(meta) else "metadata",
             )
         idem = spec.idempotency_key or (_BY_ID + spec.id if spec.id else "")
         return Entry(
@@ -164,7 +160,7 @@ class Admission:
             via=via,
             idem=idem,
             body_hash=spec.body_hash() if idem else "",
-            meta=meta_line,
+            meta=meta,
             request=request,
         )
 

@@ -21,6 +21,8 @@ Route = Literal["local", "groq", "auto"]
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")  # to be matched in full: `$` would let a trailing newline through
 _NAME = re.compile(NAME_PATTERN)
 _KEY_MAX = 256
+ENDPOINT: Endpoint = "/v1/chat/completions"
+PRIORITY: Priority = "normal"
 _CHOICES = {"endpoint": Endpoint, "priority": Priority, "route": Route}
 _NEEDED = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
@@ -47,10 +49,10 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     request: dict[str, Any]
     adapter: str | None = None
-    endpoint: Endpoint = "/v1/chat/completions"
+    endpoint: Endpoint = ENDPOINT
     id: str | None = None
     idempotency_key: str | None = None
-    priority: Priority = "normal"
+    priority: Priority = PRIORITY
     deadline_s: float | None = None
     not_before_s: float | None = None
     route: Route = "local"

@@ -48,6 +48,7 @@ class Settings(BaseSettings):
 
     # Ledger
     max_queued: int = Field(2_000_000, ge=1)
+    max_memory: float = Field(0.85, gt=0, le=1)  # part of the server's maxmemory beyond which jobs are refused
     result_ttl_s: int = Field(7 * 24 * 3600, ge=1)
     max_attempts: int = Field(3, ge=1)
     lease_ms: int = Field(5_000, ge=200)

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from lorayard.jobs import Status
+from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, Status
 
 
-def document(job_id: str, reply: list[Any]) -> dict[str, Any] | None:
+def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
     """The document from a reply of `ly_show`; None where there is no such job.
 
     `latencies_ms` of an ended job that ran: queued, dispatched, on_deck, adapter_load, adapter_switch, prefill, decode, stored, total; they
@@ -17,20 +17,35 @@ def document(job_id: str, reply: list[Any]) -> dict[str, Any] | None:
     """
     if not reply:
         return None
-    return _ended(job_id, reply[0]) if len(reply) == 1 else _living(job_id, reply)
+    return _ended(job_id, pool, reply[0]) if len(reply) == 1 else _living(job_id, pool, reply)
 
 
-def _base(job_id: str, status: Status, meta: dict[str, Any]) -> dict[str, Any]:
+def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[str, Any] | None) -> bytes:
+    """What stays public of a job, one line of JSON; what is usual is left out, for there may be millions."""
+    meta: dict[str, Any] = {}
+    if adapter is not None:
+        meta["adapter"] = adapter
+    if endpoint != ENDPOINT:
+        meta["endpoint"] = endpoint
+    if priority != PRIORITY:
+        meta["priority"] = priority
+    if metadata is not None:
+        meta["metadata"] = metadata
+    return msgspec.json.encode(meta)
+
+
+def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: str, via: str) -> dict[str, Any]:
     return {
         "id": job_id,
         "object": "job",
         "status": status.value,
-        "pool": meta.get("pool"),
+        "pool": pool,
         "adapter": meta.get("adapter"),
-        "adapter_digest": meta.get("digest"),
-        "endpoint": meta.get("endpoint"),
-        "priority": meta.get("priority"),
+        "adapter_digest": None if digest == BASE_DIGEST else digest,
+        "endpoint": meta.get("endpoint", ENDPOINT),
+        "priority": meta.get("priority", PRIORITY),
         "metadata": meta.get("metadata"),
+        "via": via,
         "response": None,
         "error": None,
         "latencies_ms": {},
@@ -42,17 +57,17 @@ def _base(job_id: str, status: Status, meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _living(job_id: str, reply: list[Any]) -> dict[str, Any]:
-    value, batch, attempts, started, delayed, worker, size, why = reply
+def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
+    value, batch, attempts, started, delayed, worker, size, why, laters = reply
     header, meta, _ = value.split(b"\n", 2)
-    due, enqueued = header.split(b"\t")[:2]
+    due, enqueued, _, digest, _, _, via, _ = header.decode().split("\t")
     status = Status.QUEUED
     if batch:
         status = Status.RUNNING if started else Status.CLAIMED
     elif delayed:
         status = Status.DELAYED
-    doc = _base(job_id, status, msgspec.json.decode(meta))
-    doc |= {"attempts": attempts, "enqueued_ms": int(enqueued), "due_ms": int(due)}
+    doc = _base(job_id, pool, status, msgspec.json.decode(meta), digest, via)
+    doc |= {"attempts": attempts, "postponed": laters, "enqueued_ms": int(enqueued), "due_ms": int(due)}
     if batch:
         doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
     if delayed:
@@ -60,12 +75,11 @@ def _living(job_id: str, reply: list[Any]) -> dict[str, Any]:
     return doc
 
 
-def _ended(job_id: str, value: bytes) -> dict[str, Any]:
-    header, meta_line, outcome_line = value.split(b"\n", 2)
-    fields = [field.decode() for field in header.split(b"\t")]
-    status, _, ended, enqueued, claimed, taken, attempts, worker, batch, size, _, why = fields
+def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
+    header, meta, outcome_line = value.split(b"\n", 2)
+    status, _, ended, enqueued, claimed, taken, attempts, worker, batch, size, via, why, digest, _ = header.decode().split("\t")
     outcome = msgspec.json.decode(outcome_line)
-    doc = _base(job_id, Status(status), msgspec.json.decode(meta_line))
+    doc = _base(job_id, pool, Status(status), msgspec.json.decode(meta), digest, via)
     times = {name: int(v) for name, v in (("enqueued_ms", enqueued), ("claimed_ms", claimed), ("taken_ms", taken), ("ended_ms", ended))}
     doc |= {
         "attempts": int(attempts),
@@ -82,7 +96,7 @@ def _ended(job_id: str, value: bytes) -> dict[str, Any]:
     }
     response = outcome.get("response")
     if response is not None:
-        doc["response"] = {"id": job_id, **response, "created": times["ended_ms"] // 1000, "model": doc["adapter"] or doc["pool"]}
+        doc["response"] = {"id": job_id, **response, "created": times["ended_ms"] // 1000, "model": doc["adapter"] or pool}
     return doc
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +17,11 @@ from lorayard.ledger import documents, keys
 LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
 
 EndStatus = Literal["succeeded", "failed", "retry", "later"]
-EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full"]
-_ENQUEUE: dict[str, EnqueueStatus] = {"q": "queued", "d": "delayed", "e": "exists", "c": "conflict", "f": "full"}
+EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory"]
+_ENQUEUE: dict[str, EnqueueStatus] = {"q": "queued", "d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
+Audited = Literal["jobs", "entries", "batches", "worker", "totals"]
+MAX_MEMORY = 0.85
+"""The part of the server's maxmemory beyond which jobs are refused: results, and the broker's messages, need the rest."""
 
 
 class Entry(NamedTuple):
@@ -47,10 +51,12 @@ class Enqueued(NamedTuple):
 
 
 class TakenJob(NamedTuple):
-    """`attempts` counts those before this one."""
+    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost."""
 
     ref: str
     attempts: int
+    most: int
+    laters: int
     meta: dict[str, Any]
     request: bytes
 
@@ -114,7 +120,10 @@ class Event(NamedTuple):
 
 
 class Reaped(NamedTuple):
-    batches: int
+    """What was put right: batches never taken, batches whose lease ran out, delayed jobs now queued, jobs expired."""
+
+    undelivered: int
+    lapsed: int
     woken: int
     expired: int
 
@@ -133,16 +142,16 @@ class Ledger:
 
     def install(self) -> None:
         """Load the function library unless the server has this very text."""
-        digest = hashlib.sha256(self._library.encode()).hexdigest()
         try:
-            if self.client.get(self._prefix + "library") != digest.encode() or not self._loaded():
+            if not self.installed():
                 self.client.function_load(self._library, replace=True)
-                self.client.set(self._prefix + "library", digest)
         except redis.RedisError as error:
             raise unavailable(error) from error
 
-    def _loaded(self) -> bool:
-        return bool(self.client.function_list("lorayard"))
+    def installed(self) -> bool:
+        """Whether the server has this very text of the library."""
+        found: Any = self.client.function_list("lorayard", withcode=True)
+        return any(self._library.encode() in row for row in found)
 
     def _call(self, function: str, *args: Any) -> Any:
         try:
@@ -158,9 +167,13 @@ class Ledger:
 
     # -- producers --------------------------------------------------------------------------------------------------------------------
 
-    def enqueue(self, entries: Sequence[Entry], *, max_queued: int) -> list[Enqueued]:
-        """Write jobs; durable when it returns (with the server's fsync policy). One answer an entry, in order."""
-        args: list[Any] = [max_queued]
+    def enqueue(self, entries: Sequence[Entry], *, max_queued: int, max_memory: float = MAX_MEMORY) -> list[Enqueued]:
+        """Write jobs; durable when it returns (with the server's fsync policy). One answer an entry, in order.
+
+        Refused are jobs beyond `max_queued` ("full"), and those for which more than the part `max_memory` of the server's maxmemory would
+        be used ("memory"); without a maxmemory, none of these.
+        """
+        args: list[Any] = [max_queued, max_memory]
         for e in entries:
             args += e[:10]
             args.append(b"%b\n%b" % (e.meta, e.request))
@@ -174,15 +187,23 @@ class Ledger:
     def show(self, tenant: str, ids: Sequence[str]) -> list[dict[str, Any] | None]:
         """The documents of a tenant's jobs; None for what it has no job of."""
         replies = self._call("ly_show", *(keys.ref(tenant, i) for i in ids)) if ids else []
-        return [documents.document(job_id, reply) for job_id, reply in zip(ids, replies, strict=True)]
+        return [documents.document(job_id, self.pool, reply) for job_id, reply in zip(ids, replies, strict=True)]
 
     def cancel(self, tenant: str, ids: Sequence[str]) -> list[Literal["cancelled", "ended", "missing"]]:
         words: dict[bytes, Literal["cancelled", "ended", "missing"]] = {b"c": "cancelled", b"t": "ended", b"n": "missing"}
         return [words[code] for code in self._call("ly_cancel", tenant, self._ttl, *ids)]
 
-    def list_ids(self, tenant: str, *, limit: int, after: str | None = None) -> list[str]:
-        """The newest ids, newest first; or those older than the id `after`, none where it is no longer listed."""
-        name = f"{self._prefix}by_tenant:{tenant}"
+    def delete(self, tenant: str, ids: Sequence[str]) -> list[Literal["deleted", "missing"]]:
+        """Remove jobs at any state, with results, listing entries and idempotency keys; a worker that has one is told to stop."""
+        return ["deleted" if code == b"d" else "missing" for code in self._call("ly_delete", tenant, *ids)]
+
+    def revive(self, tenant: str, ids: Sequence[str]) -> list[Literal["queued", "missing"]]:
+        """Queue dead letters again as if they were new, without the deadline they had; "missing" is whatever is no dead letter."""
+        return ["queued" if code == b"q" else "missing" for code in self._call("ly_revive", tenant, *ids)]
+
+    def list_ids(self, tenant: str, *, limit: int, after: str | None = None, dead: bool = False) -> list[str]:
+        """The newest ids, newest first; or those older than the id `after`, none where it is no longer listed. `dead`: of dead letters."""
+        name = f"{self._prefix}{'dead' if dead else 'by_tenant'}:{tenant}"
         try:
             # Ranks count from the oldest, so what is enqueued meanwhile moves nothing.
             end: Any = self.client.zcard(name) if after is None else self.client.zrank(name, after)
@@ -221,15 +242,30 @@ class Ledger:
 
     def claim(
         self, *, epoch: int, worker: str, most: int, batch: str, digest: str, delivery_ms: int, why: str, takes: Iterable[tuple[str, int]]
-    ) -> tuple[Literal["ok", "epoch", "busy", "empty"], int]:
+    ) -> tuple[Literal["ok", "epoch", "busy", "paused", "empty"], int]:
         """Move the most due jobs of a digest, `n` of each named tenant, into a new batch. The number moved, or why none was."""
         pairs = [value for take in takes for value in take]
-        reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, self._ttl, why, *pairs)
+        reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, why, *pairs)
         return reply[0].decode(), int(reply[2]) if len(reply) > 1 else 0
 
     def reap(self, *, limit: int = 200) -> Reaped:
         """Queue again what was not taken in time or whose lease ran out, wake what was delayed, expire what is past its deadline."""
         return Reaped(*map(int, self._call("ly_reap", limit, self._ttl)))
+
+    def pause(self, what: str) -> bool:
+        """Plan no more of "pool", "adapter:DIGEST" or "tenant:TENANT"; what workers have already goes on. False if it was paused."""
+        return bool(self._call("ly_pause", "SADD", what))
+
+    def resume(self, what: str) -> bool:
+        """The end of a pause of that name. False if there was none."""
+        return bool(self._call("ly_pause", "SREM", what))
+
+    def paused(self) -> list[str]:
+        try:
+            raw: Any = self.client.smembers(self._prefix + "paused")
+        except redis.RedisError as error:
+            raise unavailable(error) from error
+        return sorted(what.decode() for what in raw)
 
     def lift(self, tenant: str, to: int) -> None:
         self._call("ly_lift", tenant, to)
@@ -238,6 +274,14 @@ class Ledger:
         """Drop listing entries of jobs whose results have expired."""
         now_s, now_us = self._time()
         return int(self._call("ly_forget", tenant, now_s * 1000 + now_us // 1000 - self._ttl * 1000, limit))
+
+    def audit(self, what: Audited, names: Sequence[str], *, repair: bool) -> list[tuple[str, str]]:
+        """Check the named things, and put right what is wrong; (kind, name) of each finding. See `audit.py`, which knows what to name."""
+        rows: list[tuple[str, str]] = []
+        for start in range(0, max(1, len(names)), 3000):  # a multiple of the three words of an entry
+            reply = self._call(f"ly_audit_{what}", int(repair), *names[start : start + 3000])
+            rows += [(kind.decode(), name.decode()) for kind, name in reply]
+        return rows
 
     def _time(self) -> tuple[int, int]:
         seconds, micros = self.client.time()
@@ -251,15 +295,16 @@ class Ledger:
 
     def take(self, batch: str, worker: str, incarnation: str, lease_ms: int) -> Taken | None:
         """Begin the lease. None when the batch is no longer current, or taken already: then there is nothing to do."""
-        reply = self._call("ly_take", batch, worker, incarnation, lease_ms)
+        token = secrets.token_hex(8)  # the client repeats a call whose reply is lost; that is no second taking
+        reply = self._call("ly_take", batch, worker, incarnation, lease_ms, token)
         if not reply:
             return None
         fence, digest, claimed, taken = reply[:4]
         rows = []
-        for ref, attempts, value in zip(reply[4::3], reply[5::3], reply[6::3], strict=True):
+        for ref, attempts, laters, value in zip(reply[4::4], reply[5::4], reply[6::4], reply[7::4], strict=True):
             header, meta, request = value.split(b"\n", 2)
-            due = int(header.split(b"\t", 1)[0])
-            rows.append((due, TakenJob(ref.decode(), int(attempts), msgspec.json.decode(meta), request)))
+            due, _, _, _, _, most, _ = header.split(b"\t", 6)
+            rows.append((int(due), TakenJob(ref.decode(), int(attempts), int(most), int(laters), msgspec.json.decode(meta), request)))
         rows.sort(key=lambda row: (row[0], row[1].ref))
         jobs = [job for _, job in rows]
         return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
@@ -272,6 +317,17 @@ class Ledger:
         """Renew leases by (batch, fence); the batches that are lost, and the refs that were cancelled."""
         lost, stop = self._call("ly_renew", lease_ms, *(value for pair in batches for value in pair))
         return [b.decode() for b in lost], [r.decode() for r in stop]
+
+    def stops(self, worker: str, until: threading.Event) -> Iterator[list[str]]:
+        """Refs of jobs at this worker that are cancelled or deleted, as it happens, until the event is set. A hint: `renew` tells all."""
+        try:
+            with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
+                channel.subscribe(f"{self._prefix}stop:{worker}")
+                while not until.is_set():
+                    if message := channel.get_message(timeout=1.0):
+                        yield message["data"].decode().split(" ")
+        except redis.RedisError as error:
+            raise unavailable(error) from error
 
     def finish(self, batch: str, fence: int, ends: Sequence[End]) -> list[Literal["stored", "retried", "already", "stale"]]:
         """Commit ends of jobs, fenced; safe to repeat."""

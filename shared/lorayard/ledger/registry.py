@@ -70,6 +70,13 @@ class WorkerRegistry:
     def alive(self, pool: str, now_ms: int) -> list[WorkerInfo]:
         return [w for w in self.workers(pool) if w.ready and now_ms - w.seen_ms < ALIVE_MS]
 
+    def strike_off(self, pool: str, silent_ms: int) -> list[WorkerInfo]:
+        """Forget the workers that have told nothing for so long; these."""
+        seconds, micros = self._client.time()
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        lost = [worker for worker in self.workers(pool) if now_ms - worker.seen_ms > silent_ms]
+        return [worker for worker in lost if self._client.hdel(keys.WORKERS + pool, worker.name)]
+
     def announce_base(self, pool: str, base: dict[str, Any]) -> None:
         """Write what the pool's base model is, so that adapters can be checked against it where the model is not at hand."""
         self._client.set(f"{keys.WORKERS}{pool}:base", msgspec.json.encode(base))
