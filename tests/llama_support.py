@@ -39,10 +39,10 @@ def write_adapter(
     return AdapterFile(f"digest-{path.stem}", str(path))
 
 
-def item(ref: str, question: str, *, solo: bool = False, endpoint: str = CHAT, **options: Any) -> WorkItem:
+def item(ref: str, question: str, *, company: int = 0, endpoint: str = CHAT, **options: Any) -> WorkItem:
     """A greedy chat request of at most 8 tokens, unless told otherwise."""
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0} | options
-    return WorkItem(ref, endpoint, msgspec.Raw(json.dumps(body).encode()), solo)
+    return WorkItem(ref, endpoint, msgspec.Raw(json.dumps(body).encode()), company)
 
 
 def work(batch: str, adapter: AdapterFile | None, *items: WorkItem) -> Work:

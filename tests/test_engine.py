@@ -381,16 +381,24 @@ def test_cancel_takes_effect_within_a_step(bench: Callable[..., Bench]) -> None:
     assert not outcomes(one.events)
 
 
-def test_a_solo_job_runs_with_nothing_beside_it(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+def test_suspects_run_among_themselves_in_companies_no_larger_than_allowed(
+    bench: Callable[..., Bench], adapters: list[AdapterFile]
+) -> None:
     one = bench()
     story = "Tell me a story."
-    one.engine.submit(work("1", None, item("1", story), item("alone", story, solo=True), item("3", story)))
+    pairs = [item(f"pair-{number}", story, company=2) for number in range(3)]
+    one.engine.submit(work("1", None, item("1", story), item("alone", story, company=1), *pairs, item("3", story)))
     one.engine.submit(work("2", adapters[0], item("4", story)))
+    seen = set()
     while one.engine.step():
-        active = [sequence.item.ref for sequence in one.engine.active]
-        assert "alone" not in active or active == ["alone"]
+        active = {sequence.item.ref for sequence in one.engine.active}
+        seen.add(len(active & {"pair-0", "pair-1", "pair-2"}))
+        assert "alone" not in active or active == {"alone"}
+        assert not any(ref.startswith("pair") for ref in active) or len(active) <= 2
+        assert {ref.startswith("pair") for ref in active} != {True, False}, "no innocent beside a suspect"
+    assert 2 in seen
     done = outcomes(one.events)
-    assert len(done) == 4
+    assert len(done) == 7
     assert done["alone"].width == 1
 
 

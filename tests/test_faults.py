@@ -102,7 +102,7 @@ def test_a_job_that_kills_the_model_is_given_up_and_its_batch_mates_succeed(flee
         assert answer(mate)
         assert mate["attempts"] <= 2
     with fleet.ledger() as ledger:
-        assert f"default/{poison}".encode() in ledger.client.zrange(f"ly:{{{ledger.pool}}}:dead", 0, -1)
+        assert poison in ledger.list_ids("default", limit=9, dead=True)
     fleet.assert_settled()
 
 

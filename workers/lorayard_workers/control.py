@@ -1,7 +1,7 @@
 """The control process of a worker: takes batches, feeds the runner, renews leases while there is progress, commits ends.
 
 Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: Celery's call `run_batch`; the runner's call `_hear`; one
-thread commits what was heard, in order and many at a time; one beats.
+thread commits what was heard, in order and many at a time; one beats; one hears of jobs that were cancelled.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import random
 import secrets
 import socket
 import threading
@@ -23,12 +22,13 @@ import redis
 import structlog
 
 from lorayard.errors import LorayardError, SetupError, Unavailable
-from lorayard.jobs import BASE_DIGEST
+from lorayard.jobs import BASE_DIGEST, ENDPOINT
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
+from lorayard_workers.retries import backoff_ms, company
 from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Runner, Started, Work, WorkItem
 
 log = structlog.get_logger()
@@ -37,7 +37,6 @@ FetchAdapter = Callable[[str, dict[str, Any]], str]
 """(digest, base) -> path of the adapter's file here; fetches and converts it when it is not on disk."""
 
 DRAIN_S = 10.0
-_BACKOFF_MS = (500, 30_000)
 _AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
 
 
@@ -80,7 +79,8 @@ class Control:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        self._threads = [threading.Thread(target=self._commit_loop, name="commit"), threading.Thread(target=self._beat_loop, name="beat")]
+        loops = {"commit": self._commit_loop, "beat": self._beat_loop, "stops": self._stop_loop}
+        self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
 
     # -- life ---------------------------------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,6 @@ class Control:
         if requeued:
             log.info("batches of this worker's last process queued again", batches=requeued)
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
         self._runner.start(self._hear)
 
@@ -147,7 +146,7 @@ class Control:
             self._submit(held, self._adapter(taken.digest))
         except LorayardError as error:
             log.warning("adapter not usable", adapter=taken.digest[:12], reason=error.message)
-            self._fail(held, error.document(), retryable=isinstance(error, Unavailable))
+            self._fail(held, error.document(), later=isinstance(error, Unavailable))
         if self._closing.is_set():  # it came while `close` looked at what there is to give back
             self._give_back(held, [ref for ref in held.jobs if ref not in held.begun])
 
@@ -171,17 +170,23 @@ class Control:
 
     def _submit(self, held: _Held, adapter: AdapterFile | None) -> None:
         items = [
-            WorkItem(j.ref, j.meta.get("endpoint") or "/v1/chat/completions", msgspec.Raw(j.request), solo=j.attempts > 0)
-            for j in held.jobs.values()
+            WorkItem(
+                job.ref,
+                job.meta.get("endpoint", ENDPOINT),
+                msgspec.Raw(job.request),
+                company(job.attempts, job.most, self.info.width),
+            )
+            for job in held.jobs.values()
         ]
         self._runner.submit(Work(held.batch, adapter, items))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
 
-    def _fail(self, held: _Held, error: dict[str, Any], *, retryable: bool) -> None:
-        """End every job of a batch that could not be run."""
-        self._heard.put(Started(held.batch, list(held.jobs)))
+    def _fail(self, held: _Held, error: dict[str, Any], *, later: bool) -> None:
+        """End every job of a batch that could not be run, or put it off at no cost of an attempt."""
+        if not later:
+            self._heard.put(Started(held.batch, list(held.jobs)))
         for ref in list(held.jobs):
-            self._heard.put(Outcome(held.batch, ref, error=error, retryable=retryable))
+            self._heard.put(Outcome(held.batch, ref, error=error, later=later))
 
     # -- the runner tells -----------------------------------------------------------------------------------------------------------------
 
@@ -278,12 +283,12 @@ class Control:
         line = msgspec.json.encode(document)
         if outcome.error is None:
             return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome))
-        if not outcome.retryable:
-            return End(outcome.ref, "failed", line)
         job = held.jobs.get(outcome.ref)
-        low, high = _BACKOFF_MS
-        delay = min(high, low * 2 ** (job.attempts if job else 0)) * random.uniform(0.5, 1.5)  # noqa: S311 — jitter
-        return End(outcome.ref, "retry", line, delay_ms=round(delay))
+        if outcome.later:
+            return End(outcome.ref, "later", line, delay_ms=backoff_ms("later", job.laters if job else 0))
+        if outcome.retryable:
+            return End(outcome.ref, "retry", line, delay_ms=backoff_ms(str(outcome.error.get("code")), job.attempts if job else 0))
+        return End(outcome.ref, "failed", line)
 
     def _tell(self, held: _Held, outcome: Outcome, answer: str) -> None:
         job_id = split_ref(outcome.ref)[1]
@@ -366,6 +371,17 @@ class Control:
             mine = [ref for ref in stop if ref in batch.jobs]
             if mine:
                 self._drop(batch, mine)
+
+    def _stop_loop(self) -> None:
+        """What is cancelled stops within a decode step; should the word be lost, at the next heartbeat."""
+        while not self._closing.is_set():
+            try:
+                for refs in self._ledger.stops(self.info.name, self._closing):
+                    for held in list(self._held.values()):
+                        if mine := [ref for ref in refs if ref in held.jobs]:
+                            self._drop(held, mine)
+            except Unavailable:
+                self._closing.wait(1)
 
     def _beat_once(self) -> None:
         with contextlib.suppress(redis.RedisError):

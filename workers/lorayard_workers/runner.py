@@ -13,12 +13,13 @@ import msgspec
 
 
 class WorkItem(msgspec.Struct, frozen=True, array_like=True):
-    """One job for a runner. `solo`: its last attempt ended with a dead process, so it must run with nothing beside it."""
+    """One job for a runner. `company`: an attempt of it ended with a dead process, so it runs beside other such jobs only, at most so many
+    at once with itself (`retries.company`); 0 for a job under no suspicion."""
 
     ref: str  # tenant/id: unique in the pool
     endpoint: str
     request: msgspec.Raw  # JSON of an OpenAI request body without `model`
-    solo: bool = False
+    company: int = 0
 
 
 class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
@@ -53,7 +54,8 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     """One job's end. `response` is an OpenAI response without `id` and `model`; or `error` is OpenAI's error object.
 
     `timings_ms` has `adapter_load`, `adapter_switch`, `prefill`, `decode` (each ≥ 0) and `on_deck` (from receiving the work to its start).
-    `retryable`: the same job may succeed another time. `temperature`: hot, loaded or disk, what its adapter was when it began.
+    `retryable`: the same job may succeed another time; `later`: it may, and this time it was not to blame. `temperature`: hot, loaded or
+    disk, what its adapter was when it began.
     """
 
     batch: str
@@ -61,6 +63,7 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     response: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     retryable: bool = False
+    later: bool = False
     timings_ms: dict[str, float] = {}
     temperature: str = ""
     width: int = 1  # sequences that were decoded beside it, itself included, when it began

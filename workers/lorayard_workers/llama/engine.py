@@ -203,11 +203,14 @@ class Engine:
         self._works = deque(work for work in self._works if work.waiting)
 
     def _may_start(self, sequence: Sequence) -> bool:
-        """Whether a place is left beside what runs; a solo job shares the engine with nobody."""
+        """Whether a place is left beside what runs. Jobs suspected of having killed a process share the engine with such jobs only."""
         active = self.active
-        if sequence.solo:
-            return not active
-        return len(active) < self._settings.width and not any(other.solo for other in active)
+        if not active:
+            return True
+        companies = {other.company for other in active} | {sequence.company}
+        if companies == {0}:
+            return len(active) < self._settings.width
+        return len(active) < min(companies | {self._settings.width})
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
@@ -295,7 +298,7 @@ class Engine:
         suspects = list(slot.running)
         for sequence in reversed(suspects):
             self._preempt(sequence)
-            sequence.solo = True
+            sequence.company = 1
         slot.context.clear(data=True)
         if len(suspects) == 1:
             self._forget({suspects[0].item.ref})

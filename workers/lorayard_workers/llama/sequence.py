@@ -26,7 +26,7 @@ class Sequence:
     item: WorkItem
     request: Request
     received_ms: float
-    solo: bool = field(init=False)  # shares the engine with nobody
+    company: int = field(init=False)  # as in WorkItem
     tokens: list[int] = field(init=False)
     sampler: Sampler = field(init=False)
     computed: int = 0
@@ -40,7 +40,7 @@ class Sequence:
     first_token_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        self.solo = self.item.solo
+        self.company = self.item.company
         self.tokens = list(self.request.prompt)
         self.sampler = Sampler(self.request.sampling)
 
