@@ -14,6 +14,7 @@ import httpx
 import msgspec
 import uvicorn
 
+from lorayard.celery_app import make_app
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import End, Ledger
 from lorayard.ledger.registry import KeyRing, open_ledger
@@ -105,7 +106,9 @@ def serving(redis_url: str, state: Path, **settings: Any) -> Iterator[Api]:
     made = Settings(redis_url=redis_url, state_dir=state, api_port=free_port(), **settings)
     with connect(redis_url) as client:
         ledger = open_ledger(client, made)
-        config = uvicorn.Config(make_api(made, ledger), log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            make_api(made, ledger, make_app(redis_url)), log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         listener = listen(made.api_host, made.api_port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -278,6 +278,11 @@ ROUTES = [
     ("POST", "/v1/jobs"),
     ("GET", "/v1/jobs/ID"),
     ("DELETE", "/v1/jobs/ID"),
+    ("POST", "/v1/jobs/ID/cancel"),
+    ("POST", "/v1/jobs/ID/retry"),
+    ("POST", "/v1/pause"),
+    ("POST", "/v1/resume"),
+    ("GET", "/v1/paused"),
     ("GET", "/v1/adapters"),
     ("POST", "/v1/adapters"),
     ("GET", "/v1/adapters/ID"),
@@ -311,6 +316,8 @@ def test_another_tenants_job_looks_like_none(api: Api) -> None:
         ("GET", f"/v1/jobs/{theirs['id']}"),
         ("GET", f"/v1/jobs/{theirs['id']}?wait=20"),
         ("DELETE", f"/v1/jobs/{theirs['id']}"),
+        ("POST", f"/v1/jobs/{theirs['id']}/cancel"),
+        ("POST", f"/v1/jobs/{theirs['id']}/retry"),
         ("GET", f"/v1/jobs?ids={theirs['id']},globex/{theirs['id']},../globex/{theirs['id']}"),
         ("GET", f"/v1/jobs?after={theirs['id']}"),
         ("GET", "/v1/jobs"),
@@ -324,7 +331,7 @@ def test_another_tenants_job_looks_like_none(api: Api) -> None:
     ring._admit(api.keys["acme"], "acme", operator=False)
     without = [api.call(*ask) for ask in asks]
     assert [(r.status_code, r.content) for r in with_it] == [(r.status_code, r.content) for r in without]
-    assert [r.status_code for r in with_it] == [404, 404, 404, 200, 200, 200, 404]
+    assert [r.status_code for r in with_it] == [404, 404, 404, 404, 404, 200, 200, 200, 404]
 
 
 # -- waiting, cancelling, listing --------------------------------------------------------------------------------------------------------
@@ -366,16 +373,16 @@ def test_cancelling_wakes_who_waits_and_is_final(api: Api) -> None:
     thread = threading.Thread(target=lambda: found.append(api.call("GET", f"/v1/jobs/{row['id']}?wait=30").json()))
     thread.start()
     time.sleep(0.2)
-    cancelled = api.call("DELETE", f"/v1/jobs/{row['id']}")
+    cancelled = api.call("POST", f"/v1/jobs/{row['id']}/cancel")
     thread.join()
     assert cancelled.status_code == 200
     assert found == [cancelled.json()]
     assert (found[0]["status"], found[0]["error"]["code"]) == ("cancelled", "cancelled")
-    assert api.call("DELETE", f"/v1/jobs/{row['id']}").json() == found[0]
+    assert api.call("POST", f"/v1/jobs/{row['id']}/cancel").json() == found[0]
     (running,) = api.post(job())
     assert api.run("acme", finish=False) == [running["id"]]
     assert api.call("GET", f"/v1/jobs/{running['id']}").json()["status"] == "running"
-    assert api.call("DELETE", f"/v1/jobs/{running['id']}").json()["status"] == "cancelled"
+    assert api.call("POST", f"/v1/jobs/{running['id']}/cancel").json()["status"] == "cancelled"
 
 
 def pages(api: Api, **params: Any) -> list[list[dict[str, Any]]]:
@@ -512,7 +519,7 @@ def test_health_and_metrics_need_no_key_and_tell_nothing_of_tenants(api: Api, ba
     api.run("acme")
     assert api.raw("GET", "/healthz").json() == {"status": "ok"}
     ready = api.raw("GET", "/readyz").json()
-    assert ready == {"status": "ready", "pool": "main", "workers": ["w1"], "scheduler": True}
+    assert ready == {"status": "ready", "pool": "main", "workers": ["w1"], "scheduler": True, "paused": False}
     metrics = api.raw("GET", "/metrics")
     assert metrics.headers["content-type"].startswith("text/plain")
     samples = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))

@@ -17,7 +17,7 @@ from celery import Celery
 from lorayard.celery_app import RUN_BATCH, worker_queue
 from lorayard.errors import Unavailable
 from lorayard.ledger.ledger import Ledger
-from lorayard.ledger.registry import KeyRing, WorkerInfo, WorkerRegistry
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.planner import Dispatch, Policy, plan
@@ -41,7 +41,7 @@ class Dispatcher:
         self._policy = Policy(quantum_ms=round(settings.quantum_s * 1000), rows_per_width=settings.batch_rows_per_width)
         self._backlog = Backlog(ledger)
         self._registry = WorkerRegistry(ledger.client)
-        self._reconciler = Reconciler(ledger, KeyRing(ledger.client))
+        self._reconciler = Reconciler(ledger, app)
         self._workers: list[WorkerInfo] = []
         self._workers_read = 0.0
         self._epoch = 0

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +33,7 @@ from lorayard.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 worker_app = typer.Typer(no_args_is_help=True, help="Run a worker process.")
-jobs_app = typer.Typer(no_args_is_help=True, help="Look at jobs, and cancel them.")
+jobs_app = typer.Typer(no_args_is_help=True, help="Look at jobs, cancel, retry and delete them.")
 adapters_app = typer.Typer(no_args_is_help=True, help="Add, list and remove adapters.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of tenants (talks to Redis, so only where the fleet runs).")
 app.add_typer(worker_app, name="worker")
@@ -309,11 +309,12 @@ def _write_lines(output: Path | None, lines: list[dict[str, Any]]) -> None:
 def jobs_list(
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
     status: Annotated[Status | None, typer.Option(help="Only jobs in this status.")] = None,
+    dead: Annotated[bool, typer.Option("--dead", help="Only dead letters: jobs that failed at their last attempt.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The newest jobs."""
     with Client() as client:
-        rows = client.jobs(limit=limit, status=status.value if status else None)["data"]
+        rows = client.jobs(limit=limit, status=status.value if status else None, dead=dead)["data"]
     if as_json:
         _print_json(rows)
         return
@@ -355,6 +356,68 @@ def jobs_cancel(job_ids: list[str]) -> None:
     with Client() as client:
         for job_id in job_ids:
             print(f"{job_id} {client.cancel(job_id)['status']}")
+
+
+@jobs_app.command("retry")
+def jobs_retry(
+    job_ids: Annotated[list[str] | None, typer.Argument()] = None,
+    every: Annotated[bool, typer.Option("--all", help="All dead letters.")] = False,
+) -> None:
+    """Queue dead letters again, with all their attempts."""
+    _each_job(job_ids, every, lambda client, job_id: str(client.retry(job_id)["status"]))
+
+
+@jobs_app.command("delete")
+def jobs_delete(
+    job_ids: Annotated[list[str] | None, typer.Argument()] = None,
+    dead: Annotated[bool, typer.Option("--dead", help="All dead letters.")] = False,
+) -> None:
+    """Remove jobs at any state, with requests, results and idempotency keys."""
+
+    def delete(client: Client, job_id: str) -> str:
+        client.delete(job_id)
+        return "deleted"
+
+    _each_job(job_ids, dead, delete)
+
+
+def _each_job(job_ids: list[str] | None, every_dead: bool, act: Callable[[Client, str], str]) -> None:
+    """Do something with the named jobs, or with all dead letters; one line each."""
+    if bool(job_ids) == every_dead:
+        raise SetupError("name jobs, or all dead letters with the option: 'lorayard jobs list --dead' shows them")
+    with Client() as client:
+        ids, after = list(job_ids or ()), None
+        while every_dead:
+            page = client.jobs(limit=1000, dead=True, after=after)
+            ids += [row["id"] for row in page["data"]]
+            after, every_dead = page["last_id"], page["has_more"]
+        for job_id in ids:
+            print(f"{job_id} {act(client, job_id)}")
+
+
+# -- holding back ------------------------------------------------------------------------------------------------------------------------
+
+OfAdapter = Annotated[
+    str | None, typer.Option("--adapter", help="Its jobs: yours, or with a public adapter and the operator's key everyone's.")
+]
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="Its jobs (of another tenant: the operator's key only).")]
+
+
+@app.command()
+def pause(adapter: OfAdapter = None, tenant: OfTenant = None) -> None:
+    """Hold back the pool's jobs, or an adapter's or a tenant's. They are accepted all the same; what runs goes on."""
+    with Client() as client:
+        changed = client.pause(pool=not (adapter or tenant), adapter=adapter, tenant=tenant)
+    print("paused; 'lorayard resume' with the same options ends it" if changed else "was paused already")
+
+
+@app.command()
+def resume(adapter: OfAdapter = None, tenant: OfTenant = None) -> None:
+    """End a pause of the same options."""
+    with Client() as client:
+        changed = client.resume(pool=not (adapter or tenant), adapter=adapter, tenant=tenant)
+        left = client.paused()
+    print(("resumed" if changed else "was not paused") + (f"; still paused: {', '.join(left)}" if left else ""))
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------------------------

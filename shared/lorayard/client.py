@@ -106,15 +106,40 @@ class Client:
             if pending and not done:
                 time.sleep(_POLL_S)
 
-    def jobs(self, *, limit: int = 100, status: str | None = None, after: str | None = None) -> dict[str, Any]:
-        """A page of the tenant's newest jobs, without their responses; `after` a page's `last_id` comes the next."""
-        params = {"limit": limit, "status": status, "after": after}
+    def jobs(self, *, limit: int = 100, status: str | None = None, after: str | None = None, dead: bool = False) -> dict[str, Any]:
+        """A page of the tenant's newest jobs, or dead letters, without their responses; `after` a page's `last_id` comes the next."""
+        params = {"limit": limit, "status": status, "after": after, "dead": "true" if dead else None}
         page: dict[str, Any] = self._http_call("GET", "/v1/jobs", params={k: v for k, v in params.items() if v is not None})
         return page
 
     def cancel(self, job_id: str) -> dict[str, Any]:
-        document: dict[str, Any] = self._http_call("DELETE", f"/v1/jobs/{_segment(job_id)}")
+        """Cancel it at any state; one that has ended stays as it is. Its document."""
+        document: dict[str, Any] = self._http_call("POST", f"/v1/jobs/{_segment(job_id)}/cancel")
         return document
+
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Queue a dead letter again. Its document."""
+        document: dict[str, Any] = self._http_call("POST", f"/v1/jobs/{_segment(job_id)}/retry")
+        return document
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job at any state, with its request, its result and its idempotency key."""
+        self._http_call("DELETE", f"/v1/jobs/{_segment(job_id)}")
+
+    # -- holding back -------------------------------------------------------------------------------------------------------------------
+
+    def pause(self, *, pool: bool = False, adapter: str | None = None, tenant: str | None = None) -> bool:
+        """Hold back the pool's, an adapter's or a tenant's jobs. What runs goes on, and jobs are accepted. False if they were held back."""
+        return bool(self._http_call("POST", "/v1/pause", json=_what(pool, adapter, tenant))["changed"])
+
+    def resume(self, *, pool: bool = False, adapter: str | None = None, tenant: str | None = None) -> bool:
+        """The end of the pause of the same name. False if there was none."""
+        return bool(self._http_call("POST", "/v1/resume", json=_what(pool, adapter, tenant))["changed"])
+
+    def paused(self) -> list[str]:
+        """What is paused: pool, adapter:DIGEST, tenant:TENANT, group:DIGEST:TENANT."""
+        data: list[str] = self._http_call("GET", "/v1/paused")["data"]
+        return data
 
     # -- adapters -----------------------------------------------------------------------------------------------------------------------
 
@@ -163,6 +188,10 @@ class Client:
         if reply.is_success or (refused and "jobs" in body):
             return body
         raise _error(reply, body)
+
+
+def _what(pool: bool, adapter: str | None, tenant: str | None) -> dict[str, Any]:
+    return {key: value for key, value in (("pool", pool), ("adapter", adapter), ("tenant", tenant)) if value}
 
 
 def _segment(name: str) -> str:

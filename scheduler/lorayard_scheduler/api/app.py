@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from celery import Celery
 from fastapi import FastAPI
 
 from lorayard import __version__
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
-from lorayard_scheduler.api import adapters, health, jobs
+from lorayard_scheduler.api import adapters, health, jobs, pauses
 from lorayard_scheduler.api.http import Json, handle_errors
 from lorayard_scheduler.api.waiting import Waiting
 
 
-def make_api(settings: Settings, ledger: Ledger) -> FastAPI:
+def make_api(settings: Settings, ledger: Ledger, celery: Celery) -> FastAPI:
     """The application of one API process."""
     waiting = Waiting(ledger)
 
@@ -29,7 +30,8 @@ def make_api(settings: Settings, ledger: Ledger) -> FastAPI:
     app = FastAPI(title="Lorayard", version=__version__, lifespan=lifespan, default_response_class=Json, redirect_slashes=False)
     app.state.keys = KeyRing(ledger.client)
     handle_errors(app)
-    app.include_router(jobs.routes(settings, ledger, waiting))
+    app.include_router(jobs.routes(settings, ledger, waiting, celery))
     app.include_router(adapters.routes(settings, ledger))
+    app.include_router(pauses.routes(settings, ledger))
     app.include_router(health.routes(settings, ledger))
     return app

@@ -28,7 +28,8 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
         """Ready when jobs can be accepted; `workers` and `scheduler` tell whether they would also be run."""
         now = ledger.snapshot().now
         alive = workers.alive(settings.pool, now)
-        return Json({"status": "ready", "pool": settings.pool, "workers": [w.name for w in alive], "scheduler": ledger.has_leader(now)})
+        document = {"status": "ready", "pool": settings.pool, "workers": [w.name for w in alive], "scheduler": ledger.has_leader(now)}
+        return Json(document | {"paused": "pool" in ledger.paused()})
 
     @router.get("/metrics")
     def prometheus() -> Response:

@@ -1,14 +1,16 @@
-"""Routes of jobs: submit, list, show (with a long poll), cancel."""
+"""Routes of jobs: submit, list, show (with a long poll), cancel, delete; dead letters: list, retry."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 import msgspec
+from celery import Celery
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 
-from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge
+from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, TooLarge
 from lorayard.jobs import Status
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
@@ -21,7 +23,7 @@ LIST_MOST = 1000
 SCAN_MOST = 5000
 
 
-def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
+def routes(settings: Settings, ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
     """`/v1/jobs`."""
     router = APIRouter(prefix="/v1/jobs")
     admission = Admission(settings, ledger)
@@ -45,8 +47,9 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
         status: Status | None = None,
         after: Annotated[str | None, Query(max_length=100)] = None,
         ids: Annotated[str | None, Query(max_length=40_000)] = None,
+        dead: bool = False,
     ) -> Json:
-        """The tenant's newest jobs first, without responses; `after` goes on from a page's `last_id`.
+        """The tenant's newest jobs first, without responses; `after` goes on from a page's `last_id`. `dead`: dead letters only.
 
         With a status, up to `SCAN_MOST` jobs are looked through for a page, so that one may be short and yet have more behind it.
         With `ids` (comma-separated), those jobs' whole documents instead; what does not exist is left out.
@@ -54,7 +57,15 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
         if ids is not None:
             wanted = list(dict.fromkeys(ids.split(",")))[:LIST_MOST]
             return Json({"object": "list", "data": [d for d in ledger.show(who.tenant, wanted) if d is not None], "has_more": False})
-        return Json(_page(ledger, who.tenant, limit, status, after))
+        return Json(_page(ledger, who.tenant, limit, status, after, dead))
+
+    router.include_router(_single(ledger, waiting, celery))
+    return router
+
+
+def _single(ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
+    """What is done with one job."""
+    router = APIRouter()
 
     @router.get("/{job_id}")
     async def show(job_id: str, who: Auth, wait: Annotated[float, Query(ge=0)] = 0) -> Json:
@@ -64,22 +75,46 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting) -> APIRouter:
             raise _no_job(job_id)
         return Json(document)
 
-    @router.delete("/{job_id}")
+    @router.post("/{job_id}/cancel")
     def cancel(job_id: str, who: Auth) -> Json:
         """Cancel it, at any state; a job that has ended stays as it is."""
         if ledger.cancel(who.tenant, [job_id]) == ["missing"]:
             raise _no_job(job_id)
         return Json(ledger.show(who.tenant, [job_id])[0])
 
+    @router.post("/{job_id}/retry")
+    def retry(job_id: str, who: Auth) -> Json:
+        """Queue a dead letter again, with all its attempts and without the deadline it had."""
+        if ledger.revive(who.tenant, [job_id]) == ["missing"]:
+            (document,) = ledger.show(who.tenant, [job_id])
+            if document is None:
+                raise _no_job(job_id)
+            raise Conflict(
+                f"job {job_id} is {document['status']} and no dead letter: only a job that failed at its last attempt can be retried",
+                code="not_a_dead_letter",
+            )
+        return Json(ledger.show(who.tenant, [job_id])[0])
+
+    @router.delete("/{job_id}")
+    def delete(job_id: str, who: Auth) -> Json:
+        """Remove it at any state, with its request, its result and its idempotency key."""
+        (document,) = ledger.show(who.tenant, [job_id])
+        if document is None or ledger.delete(who.tenant, [job_id]) == ["missing"]:
+            raise _no_job(job_id)
+        if document["via"] == "celery":
+            with contextlib.suppress(NotImplementedError):  # a broker without a result backend
+                celery.AsyncResult(job_id).forget()
+        return Json({"id": job_id, "object": "job", "deleted": True})
+
     return router
 
 
-def _page(ledger: Ledger, tenant: str, limit: int, status: Status | None, after: str | None) -> dict[str, Any]:
+def _page(ledger: Ledger, tenant: str, limit: int, status: Status | None, after: str | None, dead: bool) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     step = limit if status is None else max(limit, 200)
     last, more, scanned = after, True, 0
     while more and len(data) < limit and scanned < SCAN_MOST:
-        ids = ledger.list_ids(tenant, limit=step + 1, after=last)
+        ids = ledger.list_ids(tenant, limit=step + 1, after=last, dead=dead)
         more = len(ids) > step
         for job_id, document in zip(ids[:step], ledger.show(tenant, ids[:step]), strict=True):
             if len(data) == limit:

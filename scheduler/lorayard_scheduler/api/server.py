@@ -14,11 +14,11 @@ from lorayard.settings import Settings
 from lorayard_scheduler.api.app import make_api
 
 
-def serve(settings: Settings, ledger: Ledger, _: Celery) -> None:
+def serve(settings: Settings, ledger: Ledger, celery: Celery) -> None:
     """Serve until SIGTERM or SIGINT. Raises `SetupError` when the port is taken."""
     listener = listen(settings.api_host, settings.api_port)
     KeyRing(ledger.client).ensure_first(settings)
-    config = uvicorn.Config(make_api(settings, ledger), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(make_api(settings, ledger, celery), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -1,0 +1,69 @@
+"""Routes that hold work back: pause and resume the pool, an adapter, a tenant. Jobs are accepted meanwhile, and what runs goes on."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from lorayard.adapters import PUBLIC, AdapterRegistry
+from lorayard.errors import BadRequest, Forbidden
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.registry import Caller
+from lorayard.settings import Settings
+from lorayard_scheduler.api.http import Auth, Json
+
+
+class _What(msgspec.Struct, forbid_unknown_fields=True):
+    """Of the pool, a tenant, an adapter (by name; of one tenant or, a public one, of all)."""
+
+    pool: bool = False
+    tenant: str | None = None
+    adapter: str | None = None
+
+
+def routes(settings: Settings, ledger: Ledger) -> APIRouter:
+    """`/v1/pause`, `/v1/resume`, `/v1/paused`."""
+    router = APIRouter(prefix="/v1")
+    registry = AdapterRegistry(ledger.client)
+
+    def name(body: bytes, who: Caller) -> str:
+        """Of what the ledger shall pause. A tenant may hold back its own jobs only."""
+        try:
+            what = msgspec.json.decode(body or b"{}", type=_What)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BadRequest(f'say what: {{"pool": true}}, {{"tenant": NAME}} or {{"adapter": NAME}} ({error})') from None
+        if what.pool == bool(what.tenant or what.adapter):
+            raise BadRequest('say what: {"pool": true}, or {"tenant": NAME} or {"adapter": NAME} or both')
+        if not who.operator and (what.pool or what.tenant not in (None, who.tenant)):
+            raise Forbidden("only the operator's key may pause the pool or another tenant", code="operator_only")
+        if what.pool:
+            return "pool"
+        if what.adapter is None:
+            return f"tenant:{what.tenant}"
+        tenant = what.tenant or who.tenant
+        manifest = registry.get(tenant, what.adapter)
+        for_all = who.operator and what.tenant is None and manifest.tenant == PUBLIC
+        return f"adapter:{manifest.digest}" if for_all else f"group:{manifest.digest}:{tenant}"
+
+    @router.post("/pause")
+    async def pause(request: Request, who: Auth) -> Json:
+        """Plan none of its jobs until `resume`. A new version of an adapter is another adapter."""
+        what = name(await request.body(), who)
+        return Json({"paused": what, "changed": ledger.pause(what)})
+
+    @router.post("/resume")
+    async def resume(request: Request, who: Auth) -> Json:
+        what = name(await request.body(), who)
+        return Json({"resumed": what, "changed": ledger.resume(what)})
+
+    @router.get("/paused")
+    def paused(who: Auth) -> Json:
+        """What is paused; of a tenant, what touches its own jobs."""
+        return Json({"object": "list", "data": [what for what in ledger.paused() if who.operator or _concerns(what, who.tenant)]})
+
+    return router
+
+
+def _concerns(what: str, tenant: str) -> bool:
+    kind, _, rest = what.partition(":")
+    return kind in ("pool", "adapter") or rest.rpartition(":")[2] == tenant
