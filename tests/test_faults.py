@@ -100,7 +100,7 @@ def test_a_job_that_kills_the_model_is_given_up_and_its_batch_mates_succeed(flee
     assert (document["status"], document["attempts"], document["error"]["code"]) == ("failed", MAX_ATTEMPTS, "worker_died")
     for mate in fleet.ended(others):
         assert answer(mate)
-        assert mate["attempts"] <= 2
+        assert mate["attempts"] <= MAX_ATTEMPTS
     with fleet.ledger() as ledger:
         assert poison in ledger.list_ids("default", limit=9, dead=True)
     fleet.assert_settled()

@@ -114,8 +114,9 @@ class Control:
         for batch in held:
             self._put_off(batch)
         self._heard.put(None)
-        if self._threads[0].is_alive():
-            self._threads[0].join(_AWAY_S)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_AWAY_S)
         self._runner.close()
         with contextlib.suppress(redis.RedisError, Unavailable):
             self._registry.leave(self.info)

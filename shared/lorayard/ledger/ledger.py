@@ -324,7 +324,7 @@ class Ledger:
             with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
                 channel.subscribe(f"{self._prefix}stop:{worker}")
                 while not until.is_set():
-                    if message := channel.get_message(timeout=1.0):
+                    if message := channel.get_message(timeout=0.5):
                         yield message["data"].decode().split(" ")
         except redis.RedisError as error:
             raise unavailable(error) from error
