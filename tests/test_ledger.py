@@ -98,7 +98,7 @@ def test_a_job_from_enqueue_to_its_document(yard: Yard) -> None:
     view = yard.ledger.snapshot()
     assert view.served == {"acme": 12}
     assert view.in_flight == []
-    for part in ("job:", "run:", "batch:", "members:", "queue:", "leases"):
+    for part in ("tries", "begun:", "batch:", "members:", "queue:", "leases"):
         assert not yard.client.keys(f"ly:{{t}}:{part}*")
 
 
@@ -240,7 +240,7 @@ def test_cancel_at_every_state(yard: Yard) -> None:
     assert taken is not None
     yard.ledger.start(batch, taken.fence, ["acme/running"])
     assert yard.ledger.cancel("acme", ["running", "delayed", "queued", "none"]) == ["cancelled", "cancelled", "ended", "missing"]
-    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([batch], ["acme/running"])
+    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([batch], [(batch, "acme/running")])
     assert yard.ledger.finish(batch, taken.fence, [End("acme/running", "succeeded", OUTCOME)]) == ["stale"]
     assert [yard.status(i) for i in ("queued", "running", "delayed")] == ["cancelled"] * 3
     yard.advance(2000)
@@ -266,7 +266,7 @@ def test_a_deadline_expires_what_was_not_started(yard: Yard) -> None:
     assert yard.ledger.reap().expired == 2
     assert [yard.status(i) for i in ("queued", "waits", "runs")] == ["expired", "expired", "running"]
     assert yard.ledger.start(batch, taken.fence, ["acme/waits"]) == ["acme/waits"]
-    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([], ["acme/waits"])
+    assert yard.ledger.renew([(batch, taken.fence)], 5000) == ([], [(batch, "acme/waits")])
     assert yard.ledger.finish(batch, taken.fence, [End("acme/runs", "succeeded", OUTCOME)]) == ["stored"]
     assert yard.ledger.snapshot().in_flight == []
     assert yard.counts_are_exact()

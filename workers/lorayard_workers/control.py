@@ -368,19 +368,14 @@ class Control:
         for name in lost:
             log.warning("lease lost", batch=name)
             self._drop(held[name], list(held[name].jobs))
-        for batch in held.values():
-            mine = [ref for ref in stop if ref in batch.jobs]
-            if mine:
-                self._drop(batch, mine)
+        self._stop(stop)
 
     def _stop_loop(self) -> None:
         """What is cancelled stops within a decode step; should the word be lost, at the next heartbeat."""
         while not self._closing.is_set():
             try:
-                for refs in self._ledger.stops(self.info.name, self._closing):
-                    for held in list(self._held.values()):
-                        if mine := [ref for ref in refs if ref in held.jobs]:
-                            self._drop(held, mine)
+                for stop in self._ledger.stops(self.info.name, self._closing):
+                    self._stop([stop])
             except Unavailable:
                 self._closing.wait(1)
 
@@ -392,6 +387,13 @@ class Control:
         """Stop computing what is no longer ours, or no longer wanted."""
         self._runner.cancel(refs)
         self._forget(held, refs)
+
+    def _stop(self, jobs: Iterable[tuple[str, str]]) -> None:
+        """What was cancelled or deleted while we had it."""
+        for batch, ref in jobs:
+            held = self._held.get(batch)
+            if held is not None and ref in held.jobs:
+                self._drop(held, [ref])
 
     def _give_back(self, held: _Held, refs: list[str]) -> None:
         if not refs:

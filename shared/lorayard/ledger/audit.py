@@ -20,12 +20,9 @@ _WORDS = {
     "job_in_two_places": "{} is in two places, and could be run twice",
     "job_not_listed": "{} is missing from its tenant's listing",
     "deadline_not_watched": "{} has a deadline that nobody watches",
-    "request_of_ended_job": "the request of {} is kept although it has ended",
-    "run_of_ended_job": "{} has a record of its run but no request",
     "entry_without_job": "{} stands for a job that is not there",
     "lease_without_batch": "a lease on the batch {}, which is not there",
     "members_without_batch": "jobs belong to the batch {}, which is not there",
-    "member_of_no_or_another_batch": "{}: a batch lists a job that it does not have",
     "batch_without_lease": "the batch {} has no lease, and would never come back from a lost worker",
     "batch_not_outstanding": "the batch {} is not counted against its worker",
     "batch_without_jobs": "the batch {} has no jobs left and is still open",
@@ -72,10 +69,10 @@ def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[lis
     for name in names:
         kind, _, rest = name.partition(":")
         by_kind.setdefault(kind, []).append(rest)
-    yield _call(ledger, "jobs", repair, set(by_kind.get("job", []) + by_kind.get("run", [])))
-    batches = set(by_kind.get("batch", []) + by_kind.get("members", []))
+    yield _call(ledger, "jobs", repair, by_kind.get("job", []))
+    batches = set(by_kind.get("batch", []) + by_kind.get("members", []) + by_kind.get("begun", []))
     for name in names:
-        if name in ("delayed", "deadlines") or name.startswith(("queue:", "members:")):
+        if name in ("delayed", "deadlines", "tries") or name.startswith(("queue:", "members:")):
             yield from _of_index(ledger, name, repair)
         elif name == "leases":
             batches |= {member for page in _members(ledger, name) for member in page}
@@ -87,13 +84,18 @@ def _of_index(ledger: Ledger, index: str, repair: bool) -> Iterator[list[Finding
     """Of the members of a queue (ids) or of another index (refs)."""
     tenant = index.rpartition(":")[2] if index.startswith("queue:") else ""
     for page in _members(ledger, index):
-        entries = [(index, member, keys.ref(tenant, member) if tenant else member) for member in page]
+        entries = [(index, _type(index), member, keys.ref(tenant, member) if tenant else member) for member in page]
         yield _call(ledger, "entries", repair, [part for entry in entries for part in entry])
+
+
+def _type(index: str) -> str:
+    return "set" if index.startswith("members:") else "hash" if index == "tries" else "zset"
 
 
 def _members(ledger: Ledger, index: str) -> Iterator[list[str]]:
     name = keys.prefix(ledger.pool) + index
-    scan: Any = ledger.client.sscan if index.startswith("members:") else ledger.client.zscan
+    client = ledger.client
+    scan: Any = {"set": client.sscan, "hash": client.hscan, "zset": client.zscan}[_type(index)]
     cursor = None
     while cursor != 0:
         try:

@@ -17,13 +17,23 @@ import redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelConnectionPool
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
 from lorayard.errors import SetupError
 
 SENTINEL = "sentinel://"
 _FORM = "write redis://HOST:PORT/0, or sentinel://HOST:26379,HOST2:26379/0?service=NAME"
 _SENTINEL_S = 2.0
+
+
+class _Once(Retry):
+    """Try once. It can be shown as JSON, because Celery shows all of its options to whoever asks a worker, as Flower does."""
+
+    def __init__(self) -> None:
+        super().__init__(NoBackoff(), 0)
+
+    def __json__(self) -> str:
+        return "once"
 
 
 class SentinelAddress(NamedTuple):
@@ -37,7 +47,7 @@ class SentinelAddress(NamedTuple):
 
     def sentinel_options(self, timeout_s: float = _SENTINEL_S) -> dict[str, Any]:
         """Of the connections to the Sentinels. One that is away must not keep us from asking the next."""
-        return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": Retry(NoBackoff(), 0), **self.sentinel_login}
+        return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": _Once(), **self.sentinel_login}
 
 
 def shown(url: str) -> str:
@@ -143,7 +153,12 @@ class _Sentinels(Sentinel):
         """As the library's, which reorders a list in place: two threads at once may drop a Sentinel out of it."""
         asked = copy.copy(self)
         asked.sentinels = list(self.sentinels)
-        found: tuple[str, int] = Sentinel.discover_master(asked, service_name)  # type: ignore[no-untyped-call]
+        try:
+            found: tuple[str, int] = Sentinel.discover_master(asked, service_name)  # type: ignore[no-untyped-call]
+        except MasterNotFoundError as error:  # its text has the connections' whole configuration
+            names = ", ".join("{host}:{port}".format_map(s.connection_pool.connection_kwargs) for s in self.sentinels)
+            why = "their password is wrong" if "Authentication" in str(error) else "they are away, or know of none"
+            raise MasterNotFoundError(f"no primary of {service_name!r} from the Sentinels {names}: {why}") from None
         self.sentinels = asked.sentinels
         return found
 

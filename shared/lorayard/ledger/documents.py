@@ -59,8 +59,9 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
 
 def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
     value, batch, attempts, started, delayed, worker, size, why, laters = reply
-    header, meta, _ = value.split(b"\n", 2)
-    due, enqueued, _, digest, _, _, via, _ = header.decode().split("\t")
+    head, birth, meta, _ = value.split(b"\n", 3)
+    _, due, _, digest, _, _, _ = head.decode().split("\t")
+    enqueued, via = birth.decode().split("\t")
     status = Status.QUEUED
     if batch:
         status = Status.RUNNING if started else Status.CLAIMED
@@ -76,8 +77,9 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
 
 
 def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
-    header, meta, outcome_line = value.split(b"\n", 2)
-    status, _, ended, enqueued, claimed, taken, attempts, worker, batch, size, via, why, digest, _ = header.decode().split("\t")
+    end, birth, meta, outcome_line, *_ = value.split(b"\n", 4)
+    status, _, ended, claimed, taken, attempts, worker, batch, size, why, digest, _ = end.decode().split("\t")
+    enqueued, via = birth.decode().split("\t")
     outcome = msgspec.json.decode(outcome_line)
     doc = _base(job_id, pool, Status(status), msgspec.json.decode(meta), digest, via)
     times = {name: int(v) for name, v in (("enqueued_ms", enqueued), ("claimed_ms", claimed), ("taken_ms", taken), ("ended_ms", ended))}

@@ -5,9 +5,8 @@
 -- A job is named by its ref, TENANT/ID: one tenant's ids can therefore never reach another tenant's jobs.
 -- Every function may be called again with the same arguments, as a client does whose reply was lost, and changes nothing then.
 --
---   job:REF              STRING  header \n meta \n request                       from enqueue to its end (dead letters keep it)
---   run:REF              STRING  batch \t attempts \t started ms \t laters        from first claim to its end
---   result:REF           STRING  header \n meta \n outcome, with a TTL           from its end on
+--   job:REF              STRING  of a living job: head \n birth \n meta \n request
+--                                of an ended one, with a TTL: end \n birth \n meta \n outcome; a dead letter has two more lines, head \n request
 --   queue:DIGEST:TENANT  ZSET    id -> due ms
 --   groups               SET     DIGEST:TENANT of every queue that is not empty
 --   paused               SET     pool | adapter:DIGEST | tenant:TENANT | group:DIGEST:TENANT
@@ -16,9 +15,11 @@
 --   batch:BID            HASH    w worker, i incarnation, k token of the take, d digest, f fence, c claimed ms, t taken ms, n jobs,
 --                                by tenants, y why
 --   members:BID          SET     refs not ended yet
+--   begun:BID            SET     those that were started
 --   stop:BID             SET     refs cancelled while at a worker, until the worker has heard of it
 --   leases               ZSET    batch -> expiry ms (of the delivery until it is taken, of the lease from then on)
 --   outstanding:WORKER   SET     batches
+--   tries                HASH    ref -> attempts \t laters, of living jobs that came back from a worker
 --   dead:TENANT          ZSET    id -> ms; dead letters: failed at the attempt cap
 --   idem:TENANT:KEY      STRING  id \t digest of the body
 --   by_tenant:TENANT     ZSET    id -> enqueued ms
@@ -27,11 +28,15 @@
 --   leader               HASH    id, epoch, until
 --   fence                STRING  counter
 --   events               STREAM  k kind, v value; capped: a hint, never the truth
---   stop:WORKER          CHANNEL refs to stop, at once; lossy, `stop:BID` is what counts
+--   stop:WORKER          CHANNEL "BID REF" to stop at once; lossy, `stop:BID` is what counts
 --
--- job header:    due \t enqueued \t deadline \t digest \t tenant \t max attempts \t via \t idem
--- result header: status \t fence \t ended \t enqueued \t claimed \t taken \t attempts \t worker \t batch \t batch size \t via \t why \t digest \t idem
+-- head:  flag \t due \t deadline \t digest \t tenant \t max attempts \t idem     flag: '-' with neither deadline nor idem, 'x' with one
+-- birth: enqueued \t via
+-- end:   status \t fence \t ended \t claimed \t taken \t attempts \t worker \t batch \t batch size \t why \t digest \t idem
 -- Totals: enqueued + revived = succeeded + failed + cancelled + expired + deleted_live + the jobs that live.
+--
+-- What is said for each job is kept short, and what commands can take for many is given to them at once: a call of one command costs 1 µs,
+-- and this is one thread for everybody (docs/benchmarks.md).
 
 local EVENTS_KEPT = 20000
 local MOST = 2000 -- arguments of one command: what Lua's stack surely holds
@@ -41,15 +46,35 @@ local function now() -- ms; the only clock of the ledger
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
+local function digits(number) -- redis.call would print it as a floating point number, which takes longer
+  return string.format('%d', number)
+end
+
 -- What one call of a function changes beside jobs themselves, told once at its end.
 local function begin(keys)
-  return { p = keys[1], at = now(), groups = {}, ended = {}, counts = {}, doomed = {} }
+  local at = now()
+  return { p = keys[1], at = at, at_text = digits(at), groups = {}, ended = {}, counts = {} }
 end
 
 local function chunks(list, call)
   for i = 1, #list, MOST do
     call(unpack(list, i, math.min(i + MOST - 1, #list)))
   end
+end
+
+-- Replies of a command that answers with a list, over any number of arguments.
+local function gather(command, key, list)
+  local values = {}
+  for i = 1, #list, MOST do
+    local part
+    if key then
+      part = redis.call(command, key, unpack(list, i, math.min(i + MOST - 1, #list)))
+    else
+      part = redis.call(command, unpack(list, i, math.min(i + MOST - 1, #list)))
+    end
+    for k = 1, #part do values[i + k - 1] = part[k] end
+  end
+  return values
 end
 
 local function count(c, what, by)
@@ -67,7 +92,6 @@ local function tell(p, kind, list)
 end
 
 local function commit(c)
-  chunks(c.doomed, function(...) redis.call('DEL', ...) end)
   for what, by in pairs(c.counts) do
     if by ~= 0 then redis.call('HINCRBY', c.p .. 'counts', what, by) end
   end
@@ -78,29 +102,21 @@ local function commit(c)
   tell(c.p, 'ended', c.ended)
 end
 
-local function doom(c, key)
-  c.doomed[#c.doomed + 1] = key
+-- -- one job -----------------------------------------------------------------------------------------------------------------------------
+
+local function lives(value) -- its first character tells
+  local first = value and string.byte(value)
+  return first == 45 or first == 120 -- '-' 'x'
 end
 
--- Values of the keys PREFIX..ref, false where there is none.
-local function read_all(prefix, refs)
-  local names, values = {}, {}
-  for i = 1, #refs do names[i] = prefix .. refs[i] end
-  for i = 1, #names, MOST do
-    local part = redis.call('MGET', unpack(names, i, math.min(i + MOST - 1, #names)))
-    for k = 1, #part do values[i + k - 1] = part[k] end
-  end
-  return values
-end
-
--- A job out of the value of job:REF, or nil.
+-- A living job, or nil.
 local function parse_job(ref, value)
-  if not value then return nil end
-  local due, enqueued, deadline, digest, tenant, max, via, idem, meta =
-    string.match(value, '^(%d+)\t(%d+)\t(%d+)\t([^\t]+)\t([^\t]+)\t(%d+)\t([^\t]*)\t([^\n]*)\n([^\n]*)\n')
+  if not lives(value) then return nil end
+  local flag, due, deadline, digest, tenant, max, idem, birth, meta, request =
+    string.match(value, '^(.)\t(%d+)\t(%d+)\t([^\t]+)\t([^\t]+)\t(%d+)\t([^\n]*)\n([^\n]*)\n([^\n]*)\n(.*)$')
   return {
-    ref = ref, due = due, enqueued = enqueued, deadline = tonumber(deadline), digest = digest, tenant = tenant,
-    max = tonumber(max), via = via, idem = idem, meta = meta, id = string.sub(ref, #tenant + 2), value = value,
+    ref = ref, flag = flag, due = due, deadline = tonumber(deadline), digest = digest, tenant = tenant, max = tonumber(max), idem = idem,
+    birth = birth, meta = meta, request = request, id = string.sub(ref, #tenant + 2),
   }
 end
 
@@ -108,35 +124,8 @@ local function read_job(p, ref)
   return parse_job(ref, redis.call('GET', p .. 'job:' .. ref))
 end
 
--- batch ('' while queued again), attempts, started ms (nil before), laters
-local function parse_run(value)
-  if not value then return { batch = '', attempts = 0, laters = 0 } end
-  local batch, attempts, started, laters = string.match(value, '^(.-)\t(%d+)\t(%d*)\t(%d+)$')
-  return { batch = batch, attempts = tonumber(attempts), started = tonumber(started), laters = tonumber(laters) }
-end
-
-local function read_run(p, ref)
-  return parse_run(redis.call('GET', p .. 'run:' .. ref))
-end
-
-local function run_value(run)
-  return run.batch .. '\t' .. run.attempts .. '\t' .. (run.started or '') .. '\t' .. run.laters
-end
-
-local NO_BATCH = { id = '', worker = '', claimed = 0, taken = 0, size = 0, why = '' }
-
-local function read_batch(p, bid)
-  if bid == '' then return NO_BATCH end
-  local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'f', 'c', 't', 'n', 'y', 'i', 'k', 'd')
-  if not b[1] then return NO_BATCH end
-  return {
-    id = bid, worker = b[1], fence = b[2], claimed = b[3], taken = b[4] or 0, size = b[5], why = b[6] or '', incarnation = b[7], token = b[8],
-    digest = b[9],
-  }
-end
-
-local function header_of(job)
-  return table.concat({ job.due, job.enqueued, job.deadline, job.digest, job.tenant, job.max, job.via, job.idem }, '\t')
+local function head_of(job)
+  return table.concat({ job.flag, job.due, digits(job.deadline), job.digest, job.tenant, job.max, job.idem }, '\t')
 end
 
 local function group_of(job)
@@ -158,37 +147,54 @@ local function leave_queue(c, job) -- true if it was queued
   return true
 end
 
--- The one way into a terminal status. `outcome` is JSON.
-local function store(c, job, status, fence, outcome, ttl, run, batch)
-  local header = table.concat({
-    status, fence, c.at, job.enqueued, batch.claimed, batch.taken, run.attempts, batch.worker, batch.id, batch.size, job.via, batch.why,
-    job.digest, job.idem,
-  }, '\t')
-  redis.call('SET', c.p .. 'result:' .. job.ref, header .. '\n' .. job.meta .. '\n' .. outcome, 'EX', ttl)
-  doom(c, c.p .. 'run:' .. job.ref)
-  if job.deadline > 0 then redis.call('ZREM', c.p .. 'deadlines', job.ref) end
-  if job.idem ~= '' then redis.call('EXPIRE', c.p .. 'idem:' .. job.tenant .. ':' .. job.idem, ttl) end
-  count(c, status, 1)
-  c.ended[#c.ended + 1] = job.ref
+-- How often it was started and came back, and how often it was put off.
+local function parse_tries(text)
+  if not text then return 0, 0 end
+  local attempts, laters = string.match(text, '^(%d+)\t(%d+)$')
+  return tonumber(attempts), tonumber(laters)
 end
 
-local function finish_job(c, job, status, fence, outcome, ttl, run, batch)
-  store(c, job, status, fence, outcome, ttl, run, batch)
-  doom(c, c.p .. 'job:' .. job.ref)
+local function read_tries(p, ref)
+  return parse_tries(redis.call('HGET', p .. 'tries', ref))
 end
 
--- A job at its attempt cap goes to the dead letters with its request, so that it can be retried by hand.
-local function bury(c, job, fence, outcome, ttl, run, batch)
-  store(c, job, 'failed', fence, outcome, ttl, run, batch)
-  redis.call('ZADD', c.p .. 'dead:' .. job.tenant, c.at, job.id)
-  redis.call('EXPIRE', c.p .. 'job:' .. job.ref, ttl)
-  count(c, 'dead', 1)
+-- Of many: texts for parse_tries. Mostly nobody has any.
+local function all_tries(p, refs)
+  if redis.call('EXISTS', p .. 'tries') == 0 then return {} end
+  return gather('HMGET', p .. 'tries', refs)
+end
+
+local function write_tries(p, ref, attempts, laters)
+  if attempts + laters > 0 then redis.call('HSET', p .. 'tries', ref, attempts .. '\t' .. laters) end
+end
+
+-- -- one batch ---------------------------------------------------------------------------------------------------------------------------
+
+local NO_BATCH = { id = '', worker = '', claimed = '0', taken = '0', size = '0', why = '' }
+
+local function read_batch(p, bid)
+  local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'f', 'c', 't', 'n', 'y', 'i', 'k', 'd')
+  if not b[1] then return NO_BATCH end
+  return {
+    id = bid, worker = b[1], fence = b[2], claimed = b[3], taken = b[4] or '0', size = b[5], why = b[6] or '', incarnation = b[7],
+    token = b[8], digest = b[9], was_taken = b[4] and true,
+  }
+end
+
+-- The batch that has a job which is neither queued nor delayed; asked for seldom, so it is looked for among the few there are.
+local function batch_of(p, ref)
+  for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do
+    if redis.call('SISMEMBER', p .. 'members:' .. bid, ref) == 1 then
+      return read_batch(p, bid), redis.call('SISMEMBER', p .. 'begun:' .. bid, ref)
+    end
+  end
+  return NO_BATCH, 0
 end
 
 local function close_if_empty(c, bid)
-  if bid == '' or redis.call('EXISTS', c.p .. 'members:' .. bid) == 1 then return end
+  if redis.call('EXISTS', c.p .. 'members:' .. bid) == 1 then return end
   local worker = redis.call('HGET', c.p .. 'batch:' .. bid, 'w')
-  redis.call('DEL', c.p .. 'batch:' .. bid)
+  redis.call('DEL', c.p .. 'batch:' .. bid, c.p .. 'begun:' .. bid)
   redis.call('ZREM', c.p .. 'leases', bid)
   if redis.call('EXISTS', c.p .. 'stop:' .. bid) == 1 then redis.call('PEXPIRE', c.p .. 'stop:' .. bid, 60000) end
   if worker then
@@ -197,36 +203,78 @@ local function close_if_empty(c, bid)
   end
 end
 
--- Take an ended job out of a batch that a worker has. The worker hears of it at once, or when it renews, or when it would start the job.
-local function stop_at_worker(c, ref, batch)
-  redis.call('SADD', c.p .. 'stop:' .. batch.id, ref)
-  redis.call('SREM', c.p .. 'members:' .. batch.id, ref)
-  redis.call('PUBLISH', c.p .. 'stop:' .. batch.worker, ref)
-  close_if_empty(c, batch.id)
+-- -- the ends of a job -------------------------------------------------------------------------------------------------------------------
+
+-- The end line, in two parts about the number of attempts.
+local function end_line(c, status, fence, batch)
+  return table.concat({ status, fence, c.at_text, batch.claimed, batch.taken, '' }, '\t'),
+    table.concat({ '', batch.worker, batch.id, batch.size, batch.why, '' }, '\t')
+end
+
+-- What is left of a living job elsewhere, once it has ended.
+local function clean(c, job, ttl)
+  if job.deadline > 0 then redis.call('ZREM', c.p .. 'deadlines', job.ref) end
+  if job.idem ~= '' then redis.call('EXPIRE', c.p .. 'idem:' .. job.tenant .. ':' .. job.idem, ttl) end
+end
+
+-- The one way into a terminal status, but for the plain case in `finish`. `outcome` is JSON; `rest` is what a dead letter keeps.
+local function store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
+  local front, back = end_line(c, status, fence, batch)
+  local value = front .. attempts .. back .. job.digest .. '\t' .. job.idem .. '\n' .. job.birth .. '\n' .. job.meta .. '\n' .. outcome
+  redis.call('SET', c.p .. 'job:' .. job.ref, value .. (rest or ''), 'EX', ttl)
+  redis.call('HDEL', c.p .. 'tries', job.ref)
+  clean(c, job, ttl)
+  count(c, status, 1)
+  c.ended[#c.ended + 1] = job.ref
+end
+
+-- A job at its attempt cap goes to the dead letters with its request, so that it can be retried by hand.
+local function bury(c, job, fence, outcome, ttl, attempts, batch)
+  store(c, job, 'failed', fence, outcome, ttl, attempts, batch, '\n' .. head_of(job) .. '\n' .. job.request)
+  redis.call('ZADD', c.p .. 'dead:' .. job.tenant, c.at_text, job.id)
+  count(c, 'dead', 1)
+end
+
+-- Take a living job out of wherever it is, for good. The worker that has it hears of it at once, or when it renews, or when it would start it.
+local function withdraw(c, job)
+  if leave_queue(c, job) or redis.call('ZREM', c.p .. 'delayed', job.ref) == 1 then return NO_BATCH, 0 end
+  local batch, begun = batch_of(c.p, job.ref)
+  if batch.id ~= '' then
+    redis.call('SADD', c.p .. 'stop:' .. batch.id, job.ref)
+    redis.call('SREM', c.p .. 'members:' .. batch.id, job.ref)
+    redis.call('SREM', c.p .. 'begun:' .. batch.id, job.ref)
+    redis.call('PUBLISH', c.p .. 'stop:' .. batch.worker, batch.id .. ' ' .. job.ref)
+    close_if_empty(c, batch.id)
+  end
+  return batch, begun
+end
+
+local function end_at_once(c, job, status, outcome, ttl)
+  local batch, begun = withdraw(c, job)
+  store(c, job, status, 0, outcome, ttl, read_tries(c.p, job.ref) + begun, batch)
 end
 
 local LOST = '{"error":{"message":"the worker was lost while it ran this job, as often as attempts are allowed","type":"server_error","code":"worker_lost","param":null}}'
 
--- Take one job out of a batch and queue it again. A job that had started has used an attempt already (ly_start counted it).
-local function requeue(c, ref, batch, ttl)
-  local run, job = read_run(c.p, ref), read_job(c.p, ref)
-  if job and run.batch == batch.id then
-    if run.started and run.attempts >= job.max then
-      bury(c, job, batch.fence, LOST, ttl, run, batch)
-    else
-      redis.call('SET', c.p .. 'run:' .. ref, run_value({ batch = '', attempts = run.attempts, laters = run.laters }))
-      push(c, job)
-      count(c, 'requeued', 1)
-    end
+-- Take one job out of a batch and queue it again. One that had started has used an attempt.
+local function requeue(c, ref, batch, begun, ttl)
+  local job = read_job(c.p, ref)
+  if redis.call('SREM', c.p .. 'members:' .. batch.id, ref) == 0 or not job then return end
+  local attempts, laters = read_tries(c.p, ref)
+  attempts = attempts + begun
+  if begun == 1 and attempts >= job.max then
+    bury(c, job, batch.fence, LOST, ttl, attempts, batch)
+  else
+    write_tries(c.p, ref, attempts, laters)
+    push(c, job)
+    count(c, 'requeued', 1)
   end
-  redis.call('SREM', c.p .. 'members:' .. batch.id, ref)
 end
 
 local function requeue_batch(c, bid, ttl)
-  local batch = read_batch(c.p, bid)
-  for _, ref in ipairs(redis.call('SMEMBERS', c.p .. 'members:' .. bid)) do
-    requeue(c, ref, batch, ttl)
-  end
+  local batch, refs = read_batch(c.p, bid), redis.call('SMEMBERS', c.p .. 'members:' .. bid)
+  local begun = gather('SMISMEMBER', c.p .. 'begun:' .. bid, refs)
+  for i, ref in ipairs(refs) do requeue(c, ref, batch, begun[i], ttl) end
   close_if_empty(c, bid)
 end
 
@@ -240,83 +288,108 @@ local function room_in_memory(part)
   return most * part - tonumber(string.match(info, 'used_memory:(%d+)'))
 end
 
-local OVERHEAD = 400 -- bytes that a queued job takes beside its text: keys, headers, index entries (measured: benchmarks.ledger)
+local OVERHEAD = 400 -- bytes that a queued job takes beside its text: keys, headers, index entries (benchmarks.ledger)
 
--- ly_enqueue P | max_queued max_memory, then per job: id tenant digest wait_ms deadline_ms not_before_ms max_attempts via idem hash payload
--- -> per job 'q' queued, 'd' delayed, 'e'..id the same again, 'c' the key or id with another body, 'f' too many jobs, 'm' too little memory
+-- What jobs enqueued together share, worked out once for all that say the same.
+local function sort_of(c, same, queues, tenants)
+  local tenant, digest, wait, deadline, not_before, max, via, idem, hash =
+    string.match(same, '^([^\t]*)\t([^\t]*)\t(%d+)\t(%d+)\t(%d+)\t(%d+)\t([^\t]*)\t([^\t]*)\t([^\t]*)$')
+  wait, deadline, not_before = tonumber(wait), tonumber(deadline), tonumber(not_before)
+  local due = digits(c.at + (deadline > 0 and deadline or not_before + wait))
+  local expiry = deadline > 0 and digits(c.at + deadline) or '0'
+  local flag = (deadline > 0 or idem ~= '') and 'x' or '-'
+  local group = digest .. ':' .. tenant
+  tenants[tenant] = tenants[tenant] or {}
+  if not_before == 0 then queues[group] = queues[group] or {} end
+  return {
+    tenant = tenant, due = due, expiry = expiry, wake = not_before > 0 and digits(c.at + not_before), idem = idem, hash = hash,
+    queue = queues[group], list = tenants[tenant],
+    head = table.concat({ flag, due, expiry, digest, tenant, max, idem }, '\t') .. '\n' .. c.at_text .. '\t' .. via .. '\n',
+  }
+end
+
+-- ly_enqueue P | max_queued max_memory, then per job: id same payload
+-- `same`: tenant digest wait_ms deadline_ms not_before_ms max_attempts via idem hash, joined by tabs
+-- -> index and answer of each job that is not simply queued: 'd' delayed, 'e'..id the same again, 'c' the key or id with another body,
+--    'f' too many jobs, 'm' too little memory
 local function enqueue(keys, args)
   local c = begin(keys)
-  local p, at = c.p, c.at
-  local room = tonumber(args[1]) - tonumber(redis.call('HGET', p .. 'counts', 'queued') or 0)
+  local p, reply, names, refs = c.p, {}, {}, {}
+  local room = tonumber(args[1]) - tonumber(redis.call('HGET', p .. 'counts', 'queued') or 0) - redis.call('ZCARD', p .. 'delayed')
   local bytes = room_in_memory(tonumber(args[2]))
-  local reply, values, queues, tenants, queued, names = {}, {}, {}, {}, 0, {}
-  for i = 3, #args, 11 do
-    local ref = args[i + 1] .. '/' .. args[i]
+  local sorts, queues, tenants = {}, {}, {}
+  for i = 3, #args, 3 do
+    local sort = sorts[args[i + 1]]
+    if not sort then
+      sort = sort_of(c, args[i + 1], queues, tenants)
+      sorts[args[i + 1]] = sort
+    end
+    local ref = sort.tenant .. '/' .. args[i]
+    refs[#refs + 1] = ref
     names[#names + 1] = p .. 'job:' .. ref
-    names[#names + 1] = p .. 'result:' .. ref
   end
   local known_ids = 0 -- one question for all: an id that is there already is rare
   chunks(names, function(...) known_ids = known_ids + redis.call('EXISTS', ...) end)
-  local fresh = {}
-  for i = 3, #args, 11 do
-    local id, tenant, digest, payload = args[i], args[i + 1], args[i + 2], args[i + 10]
-    local wait, deadline, not_before = tonumber(args[i + 3]), tonumber(args[i + 4]), tonumber(args[i + 5])
-    local idem, hash = args[i + 8], args[i + 9]
-    local ref = tenant .. '/' .. id
-    local known = idem ~= '' and redis.call('GET', p .. 'idem:' .. tenant .. ':' .. idem)
-    local there = fresh[ref] or (known_ids > 0 and redis.call('EXISTS', p .. 'job:' .. ref, p .. 'result:' .. ref) > 0)
+  local values, fresh, queued, n = {}, {}, 0, 0
+  for k = 1, #refs do
+    local i = 3 * k
+    local id, sort, payload, ref, answer = args[i], sorts[args[i + 1]], args[i + 2], refs[k], nil
+    local idem = sort.idem
+    local known = idem ~= '' and redis.call('GET', p .. 'idem:' .. sort.tenant .. ':' .. idem)
     if known then
       local first, body = string.match(known, '^(.-)\t(.*)$')
-      reply[#reply + 1] = body == hash and 'e' .. first or 'c'
-    elseif there then
-      reply[#reply + 1] = idem == '' and 'e' .. id or 'c'
+      answer = body == sort.hash and 'e' .. first or 'c'
+    elseif fresh[ref] or (known_ids > 0 and redis.call('EXISTS', names[k]) == 1) then
+      answer = idem == '' and 'e' .. id or 'c'
     elseif room <= 0 then
-      reply[#reply + 1] = 'f'
+      answer = 'f'
     elseif bytes < #payload + OVERHEAD then
-      reply[#reply + 1] = 'm'
+      answer = 'm'
     else
       room, bytes, fresh[ref] = room - 1, bytes - #payload - OVERHEAD, true
-      local due = deadline > 0 and at + deadline or at + not_before + wait
-      local expiry = deadline > 0 and at + deadline or 0
-      values[#values + 1] = p .. 'job:' .. ref
-      values[#values + 1] = table.concat({ due, at, expiry, digest, tenant, args[i + 6], args[i + 7], idem }, '\t') .. '\n' .. payload
-      if idem ~= '' then redis.call('SET', p .. 'idem:' .. tenant .. ':' .. idem, id .. '\t' .. hash) end
-      if expiry > 0 then redis.call('ZADD', p .. 'deadlines', expiry, ref) end
-      local listed = tenants[tenant]
-      if not listed then
-        listed = {}
-        tenants[tenant] = listed
+      values[n + 1] = names[k]
+      values[n + 2] = sort.head .. payload
+      n = n + 2
+      if idem ~= '' then
+        redis.call('SET', p .. 'idem:' .. sort.tenant .. ':' .. idem, id .. '\t' .. sort.hash)
+        redis.call('ZREM', p .. 'dead:' .. sort.tenant, id) -- one of this id whose result has expired
       end
-      listed[#listed + 1] = at
-      listed[#listed + 1] = id
-      if not_before > 0 then
-        redis.call('ZADD', p .. 'delayed', at + not_before, ref)
-        reply[#reply + 1] = 'd'
+      if sort.expiry ~= '0' then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end
+      local list = sort.list
+      local m = #list
+      list[m + 1] = c.at_text
+      list[m + 2] = id
+      if sort.wake then
+        redis.call('ZADD', p .. 'delayed', sort.wake, ref)
+        answer = 'd'
       else
-        local group = digest .. ':' .. tenant
-        local queue = queues[group]
-        if not queue then
-          queue = {}
-          queues[group] = queue
-        end
-        queue[#queue + 1] = due
-        queue[#queue + 1] = id
+        list = sort.queue
+        m = #list
+        list[m + 1] = sort.due
+        list[m + 2] = id
         queued = queued + 1
-        reply[#reply + 1] = 'q'
       end
+    end
+    if answer then
+      reply[#reply + 1] = k - 1
+      reply[#reply + 1] = answer
     end
   end
   chunks(values, function(...) redis.call('MSET', ...) end)
+  local groups = {}
   for group, entries in pairs(queues) do
-    chunks(entries, function(...) redis.call('ZADD', p .. 'queue:' .. group, ...) end)
-    redis.call('SADD', p .. 'groups', group)
-    c.groups[group] = true
+    if #entries > 0 then
+      chunks(entries, function(...) redis.call('ZADD', p .. 'queue:' .. group, ...) end)
+      groups[#groups + 1] = group
+      c.groups[group] = true
+    end
   end
+  chunks(groups, function(...) redis.call('SADD', p .. 'groups', ...) end)
   for tenant, entries in pairs(tenants) do
     chunks(entries, function(...) redis.call('ZADD', p .. 'by_tenant:' .. tenant, ...) end)
   end
   count(c, 'queued', queued)
-  count(c, 'enqueued', #values / 2)
+  count(c, 'enqueued', n / 2)
   commit(c)
   return reply
 end
@@ -324,28 +397,18 @@ end
 local CANCELLED = '{"error":{"message":"cancelled by request","type":"invalid_request_error","code":"cancelled","param":null}}'
 local EXPIRED = '{"error":{"message":"its deadline passed before it was started","type":"server_error","code":"expired","param":null}}'
 
--- Take a job that has not ended from wherever it is, for good.
-local function withdraw(c, job)
-  if not leave_queue(c, job) then redis.call('ZREM', c.p .. 'delayed', job.ref) end
-  local run = read_run(c.p, job.ref)
-  local batch = read_batch(c.p, run.batch)
-  if batch.id ~= '' then stop_at_worker(c, job.ref, batch) end
-  return run, batch
-end
-
 -- ly_cancel P | tenant ttl_s id... -> per job 'c' cancelled, 't' ended before, 'n' no such job
 local function cancel(keys, args)
-  local c, tenant, reply = begin(keys), args[1], {}
+  local c, reply = begin(keys), {}
   for i = 3, #args do
-    local ref = tenant .. '/' .. args[i]
-    local job = read_job(c.p, ref)
-    if redis.call('EXISTS', c.p .. 'result:' .. ref) == 1 then
-      reply[#reply + 1] = 't'
-    elseif not job then
+    local ref = args[1] .. '/' .. args[i]
+    local value = redis.call('GET', c.p .. 'job:' .. ref)
+    if not value then
       reply[#reply + 1] = 'n'
+    elseif not lives(value) then
+      reply[#reply + 1] = 't'
     else
-      local run, batch = withdraw(c, job)
-      finish_job(c, job, 'cancelled', 0, CANCELLED, args[2], run, batch)
+      end_at_once(c, parse_job(ref, value), 'cancelled', CANCELLED, args[2])
       reply[#reply + 1] = 'c'
     end
   end
@@ -359,21 +422,22 @@ local function delete(keys, args)
   for i = 2, #args do
     local id = args[i]
     local ref = tenant .. '/' .. id
-    local job = read_job(c.p, ref)
-    local header = string.match(redis.call('GETRANGE', c.p .. 'result:' .. ref, 0, 4095), '^([^\n]*)\n')
-    if not job and not header then
+    local value = redis.call('GET', c.p .. 'job:' .. ref)
+    if not value then
       reply[#reply + 1] = 'n'
     else
-      local idem = header and string.match(header, '\t([^\t]*)$') or job.idem
-      if not header then
+      local idem = string.match(value, '^[^\n]*\t([^\t\n]*)\n') -- the last field of head and end alike
+      local job = parse_job(ref, value)
+      if job then
         withdraw(c, job)
+        redis.call('ZREM', c.p .. 'deadlines', ref)
+        redis.call('HDEL', c.p .. 'tries', ref)
         count(c, 'deleted_live', 1)
       end
-      redis.call('DEL', c.p .. 'job:' .. ref, c.p .. 'run:' .. ref, c.p .. 'result:' .. ref)
+      redis.call('DEL', c.p .. 'job:' .. ref)
       if idem ~= '' then redis.call('DEL', c.p .. 'idem:' .. tenant .. ':' .. idem) end
       redis.call('ZREM', c.p .. 'by_tenant:' .. tenant, id)
       redis.call('ZREM', c.p .. 'dead:' .. tenant, id)
-      redis.call('ZREM', c.p .. 'deadlines', ref)
       count(c, 'deleted', 1)
       c.ended[#c.ended + 1] = ref
       reply[#reply + 1] = 'd'
@@ -389,16 +453,18 @@ local function revive(keys, args)
   for i = 2, #args do
     local id = args[i]
     local ref = tenant .. '/' .. id
-    local job = redis.call('ZREM', c.p .. 'dead:' .. tenant, id) == 1 and read_job(c.p, ref)
-    if not job then
+    local value = redis.call('ZREM', c.p .. 'dead:' .. tenant, id) == 1 and redis.call('GET', c.p .. 'job:' .. ref)
+    local birth, meta, head, request = string.match(value or '', '^[^\n]*\n([^\n]*)\n([^\n]*)\n[^\n]*\n([^\n]*)\n(.*)$')
+    if not head then
       reply[#reply + 1] = 'n'
     else
-      local wait = math.max(0, tonumber(job.due) - tonumber(job.enqueued))
-      local rest = string.match(job.value, '^[^\n]*(\n.*)$')
-      job.due, job.enqueued, job.deadline = c.at + wait, c.at, 0 -- its deadline may have passed: whoever retries wants it run
-      redis.call('SET', c.p .. 'job:' .. ref, header_of(job) .. rest)
-      redis.call('DEL', c.p .. 'result:' .. ref)
-      redis.call('ZADD', c.p .. 'by_tenant:' .. tenant, c.at, id)
+      local job = parse_job(ref, head .. '\n' .. birth .. '\n' .. meta .. '\n' .. request)
+      local enqueued, via = string.match(birth, '^(%d+)\t(.*)$')
+      job.due = digits(c.at + math.max(0, tonumber(job.due) - tonumber(enqueued))) -- as long a wait as it had asked for
+      job.deadline = 0 -- it may have passed, and whoever retries wants it run
+      job.flag = job.idem ~= '' and 'x' or '-'
+      redis.call('SET', c.p .. 'job:' .. ref, head_of(job) .. '\n' .. c.at_text .. '\t' .. via .. '\n' .. meta .. '\n' .. request)
+      redis.call('ZADD', c.p .. 'by_tenant:' .. tenant, c.at_text, id)
       if job.idem ~= '' then redis.call('PERSIST', c.p .. 'idem:' .. tenant .. ':' .. job.idem) end
       push(c, job)
       count(c, 'revived', 1)
@@ -446,17 +512,9 @@ local function claim(keys, args)
   if #refs == 0 then return { 'empty' } end
   count(c, 'queued', -#refs)
   local fence = redis.call('INCR', p .. 'fence')
-  local values, runs = {}, read_all(p .. 'run:', refs)
-  for i, ref in ipairs(refs) do
-    local run = parse_run(runs[i])
-    run.batch = bid
-    values[#values + 1] = p .. 'run:' .. ref
-    values[#values + 1] = run_value(run)
-  end
-  chunks(values, function(...) redis.call('MSET', ...) end)
   chunks(refs, function(...) redis.call('SADD', p .. 'members:' .. bid, ...) end)
-  redis.call('HSET', p .. 'batch:' .. bid, 'w', worker, 'd', digest, 'f', fence, 'c', c.at, 'n', #refs, 'by', table.concat(by, ' '), 'y', args[7])
-  redis.call('ZADD', p .. 'leases', c.at + args[6], bid)
+  redis.call('HSET', p .. 'batch:' .. bid, 'w', worker, 'd', digest, 'f', fence, 'c', c.at_text, 'n', #refs, 'by', table.concat(by, ' '), 'y', args[7])
+  redis.call('ZADD', p .. 'leases', digits(c.at + args[6]), bid)
   redis.call('SADD', p .. 'outstanding:' .. worker, bid)
   commit(c)
   return { 'ok', fence, #refs }
@@ -465,34 +523,30 @@ end
 -- ly_reap P | limit ttl_s -> {batches never taken in time, batches whose lease ran out, delayed jobs woken, jobs expired}
 local function reap(keys, args)
   local c, limit, ttl = begin(keys), args[1], args[2]
-  local p, at = c.p, c.at
-  local undelivered, lapsed = 0, 0
-  for _, bid in ipairs(redis.call('ZRANGEBYSCORE', p .. 'leases', '-inf', at, 'LIMIT', 0, limit)) do
+  local p = c.p
+  local undelivered, lapsed, expired = 0, 0, 0
+  for _, bid in ipairs(redis.call('ZRANGEBYSCORE', p .. 'leases', '-inf', c.at_text, 'LIMIT', 0, limit)) do
     if redis.call('HEXISTS', p .. 'batch:' .. bid, 't') == 1 then lapsed = lapsed + 1 else undelivered = undelivered + 1 end
     requeue_batch(c, bid, ttl)
   end
   count(c, 'deliveries_lapsed', undelivered)
   count(c, 'leases_lapsed', lapsed)
-  local woken = redis.call('ZRANGEBYSCORE', p .. 'delayed', '-inf', at, 'LIMIT', 0, limit)
+  local woken = redis.call('ZRANGEBYSCORE', p .. 'delayed', '-inf', c.at_text, 'LIMIT', 0, limit)
   for _, ref in ipairs(woken) do
     redis.call('ZREM', p .. 'delayed', ref)
     local job = read_job(p, ref)
     if job then push(c, job) end
   end
-  local expired = 0
-  for _, ref in ipairs(redis.call('ZRANGEBYSCORE', p .. 'deadlines', '-inf', at, 'LIMIT', 0, limit)) do
+  for _, ref in ipairs(redis.call('ZRANGEBYSCORE', p .. 'deadlines', '-inf', c.at_text, 'LIMIT', 0, limit)) do
     redis.call('ZREM', p .. 'deadlines', ref)
     local job = read_job(p, ref)
-    if job then
-      local run = read_run(p, ref)
-      if run.started then -- it runs: let it finish; should it come back to its queue, the next sweep finds it again
-        redis.call('ZADD', p .. 'deadlines', at + 1000, ref)
-      else
-        local batch
-        run, batch = withdraw(c, job)
-        finish_job(c, job, 'expired', 0, EXPIRED, ttl, run, batch)
-        expired = expired + 1
-      end
+    local begun = 0
+    if job and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then begun = select(2, batch_of(p, ref)) end
+    if begun == 1 then -- it runs: let it finish; should it come back to its queue, the next sweep finds it again
+      redis.call('ZADD', p .. 'deadlines', digits(c.at + 1000), ref)
+    elseif job then
+      end_at_once(c, job, 'expired', EXPIRED, ttl)
+      expired = expired + 1
     end
   end
   commit(c)
@@ -506,7 +560,7 @@ local function lead(keys, args)
   if held[1] and held[1] ~= args[1] and tonumber(held[2]) > at then return 0 end
   local epoch = tonumber(held[3] or 0)
   if held[1] ~= args[1] then epoch = epoch + 1 end
-  redis.call('HSET', key, 'id', args[1], 'until', at + args[2], 'epoch', epoch)
+  redis.call('HSET', key, 'id', args[1], 'until', digits(at + args[2]), 'epoch', epoch)
   return epoch
 end
 
@@ -572,18 +626,18 @@ local function pause(keys, args)
   return changed
 end
 
--- ly_forget P | tenant before_ms limit -> listing entries dropped whose job is gone
+-- ly_forget P | tenant before_ms skip limit -> {entries looked at, listing entries dropped because their job is gone}
 local function forget(keys, args)
   local p, tenant, dropped = keys[1], args[1], 0
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'by_tenant:' .. tenant, '-inf', args[2], 'LIMIT', 0, args[3])) do
-    local ref = tenant .. '/' .. id
-    if redis.call('EXISTS', p .. 'job:' .. ref, p .. 'result:' .. ref) == 0 then
+  local ids = redis.call('ZRANGEBYSCORE', p .. 'by_tenant:' .. tenant, '-inf', args[2], 'LIMIT', args[3], args[4])
+  for _, id in ipairs(ids) do
+    if redis.call('EXISTS', p .. 'job:' .. tenant .. '/' .. id) == 0 then
       redis.call('ZREM', p .. 'by_tenant:' .. tenant, id)
       redis.call('ZREM', p .. 'dead:' .. tenant, id)
       dropped = dropped + 1
     end
   end
-  return dropped
+  return { #ids, dropped }
 end
 
 -- -- workers -----------------------------------------------------------------------------------------------------------------------------
@@ -610,15 +664,17 @@ local function take(keys, args)
   local batch = read_batch(c.p, bid)
   if batch.worker ~= args[2] or batch.id == '' then return {} end
   if batch.token and (batch.token ~= args[5] or batch.incarnation ~= args[3]) then return {} end
-  redis.call('HSET', c.p .. 'batch:' .. bid, 't', c.at, 'i', args[3], 'k', args[5])
-  redis.call('ZADD', c.p .. 'leases', c.at + args[4], bid)
-  local reply = { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at }
-  local refs = redis.call('SMEMBERS', c.p .. 'members:' .. bid)
-  local jobs, runs = read_all(c.p .. 'job:', refs), read_all(c.p .. 'run:', refs)
+  redis.call('HSET', c.p .. 'batch:' .. bid, 't', c.at_text, 'i', args[3], 'k', args[5])
+  redis.call('ZADD', c.p .. 'leases', digits(c.at + args[4]), bid)
+  local reply, n = { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at }, 4
+  local refs, names = redis.call('SMEMBERS', c.p .. 'members:' .. bid), {}
+  for i = 1, #refs do names[i] = c.p .. 'job:' .. refs[i] end
+  local jobs, tries = gather('MGET', nil, names), all_tries(c.p, refs)
   for i, ref in ipairs(refs) do
-    if jobs[i] then
-      local run, n = parse_run(runs[i]), #reply
-      reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] = ref, run.attempts, run.laters, jobs[i]
+    if lives(jobs[i]) then
+      reply[n + 1], reply[n + 4] = ref, jobs[i]
+      reply[n + 2], reply[n + 3] = parse_tries(tries[i])
+      n = n + 4
     end
   end
   return reply
@@ -630,45 +686,58 @@ end
 
 -- ly_start P | batch fence ref... -> refs that must not go on. Counts the attempt.
 local function start(keys, args)
-  local c, bid, stop, refs, values = begin(keys), args[1], {}, {}, {}
-  for i = 3, #args do refs[i - 2] = args[i] end
-  local valid, runs, seen = current(c.p, bid, args[2]), read_all(c.p .. 'run:', refs), {}
+  local p, bid, stop, begun = keys[1], args[1], {}, {}
+  local refs = { unpack(args, 3) }
+  local mine = current(p, bid, args[2]) and gather('SMISMEMBER', p .. 'members:' .. bid, refs) or {}
   for i, ref in ipairs(refs) do
-    local run = parse_run(runs[i])
-    if not valid or run.batch ~= bid then
-      stop[#stop + 1] = ref
-    elseif not run.started and not seen[ref] then
-      run.attempts, run.started, seen[ref] = run.attempts + 1, c.at, true
-      values[#values + 1] = c.p .. 'run:' .. ref
-      values[#values + 1] = run_value(run)
-    end
+    if mine[i] == 1 then begun[#begun + 1] = ref else stop[#stop + 1] = ref end
   end
-  chunks(values, function(...) redis.call('MSET', ...) end)
+  chunks(begun, function(...) redis.call('SADD', p .. 'begun:' .. bid, ...) end)
   return stop
 end
 
--- ly_renew P | lease_ms, then per batch: batch fence -> {lost batches, refs to stop}
+-- ly_renew P | lease_ms, then per batch: batch fence -> {lost batches, batch and ref of each job to stop}
 local function renew(keys, args)
   local p, at, lost, stop = keys[1], now(), {}, {}
   for i = 2, #args, 2 do
     local bid = args[i]
     if current(p, bid, args[i + 1]) then
-      redis.call('ZADD', p .. 'leases', 'XX', at + args[1], bid)
+      redis.call('ZADD', p .. 'leases', 'XX', digits(at + args[1]), bid)
     else
       lost[#lost + 1] = bid
     end
-    for _, ref in ipairs(redis.call('SMEMBERS', p .. 'stop:' .. bid)) do stop[#stop + 1] = ref end
+    for _, ref in ipairs(redis.call('SMEMBERS', p .. 'stop:' .. bid)) do
+      stop[#stop + 1] = bid
+      stop[#stop + 1] = ref
+    end
     redis.call('DEL', p .. 'stop:' .. bid)
   end
   return { lost, stop }
 end
 
 -- What a worker says of a job that is no longer its own: the same end again, or a stale one.
-local function refuse(c, ref, fence)
-  local stored = redis.call('GETRANGE', c.p .. 'result:' .. ref, 0, 64)
-  if string.match(stored, '^%a+\t(%d+)\t') == fence then return 'a' end
+local function refuse(c, value, fence)
+  if value and not lives(value) and string.match(value, '^%a+\t(%d+)\t') == fence then return 'a' end
   count(c, 'stale', 1)
   return 'x'
+end
+
+-- An end that is none yet: the job is queued again, at once or after `delay`; at its cap it is buried. True if it is.
+local function come_back(c, job, status, delay, outcome, ttl, fence, batch, attempts, laters)
+  if status == 'retry' then
+    attempts = attempts + 1 -- also where it failed before it was started: without this it would be tried for ever
+    if attempts >= job.max then
+      bury(c, job, fence, outcome, ttl, attempts, batch)
+      return true
+    end
+    count(c, 'retried', 1)
+  else
+    laters = laters + 1
+    count(c, 'postponed', 1)
+  end
+  write_tries(c.p, job.ref, attempts, laters)
+  if delay > 0 then redis.call('ZADD', c.p .. 'delayed', digits(c.at + delay), job.ref) else push(c, job) end
+  return false
 end
 
 -- ly_finish P | batch fence ttl_s, then per job: ref status delay_ms tokens outcome
@@ -676,46 +745,57 @@ end
 -- -> per job 's' stored, 'r' will be retried, 'a' already stored by this fence, 'x' stale: refused
 local function finish(keys, args)
   local c, bid, fence, ttl = begin(keys), args[1], args[2], args[3]
-  local batch, refs, reply, done, served, gone = read_batch(c.p, bid), {}, {}, {}, {}, {}
-  for i = 4, #args, 5 do refs[#refs + 1] = args[i] end
+  local p, refs, names, reply, served, gone, done = c.p, {}, {}, {}, {}, {}, {}
+  for i = 4, #args, 5 do
+    refs[#refs + 1] = args[i]
+    names[#names + 1] = p .. 'job:' .. args[i]
+  end
+  local batch = read_batch(p, bid)
   local valid = batch.fence == fence
-  local jobs, runs = read_all(c.p .. 'job:', refs), read_all(c.p .. 'run:', refs)
+  local values = gather('MGET', nil, names)
+  local mine, begun, tries = {}, {}, {}
+  if valid then
+    mine, begun = gather('SMISMEMBER', p .. 'members:' .. bid, refs), gather('SMISMEMBER', p .. 'begun:' .. bid, refs)
+    tries = all_tries(p, refs)
+  end
+  local fronts, back = {}, nil
   for k, ref in ipairs(refs) do
-    local i = 4 + 5 * (k - 1)
-    local status, delay, tokens, outcome = args[i + 1], tonumber(args[i + 2]), tonumber(args[i + 3]), args[i + 4]
-    local run = parse_run(runs[k])
-    local job = valid and not done[ref] and run.batch == bid and parse_job(ref, jobs[k])
-    if not job then
-      reply[k] = done[ref] == 's' and 'a' or refuse(c, ref, fence)
+    local i = 5 * k - 1
+    local status, tokens, outcome, value = args[i + 1], tonumber(args[i + 3]), args[i + 4], values[k]
+    if mine[k] ~= 1 or done[ref] or not lives(value) then
+      reply[k] = done[ref] == 's' and 'a' or refuse(c, value, fence)
     else
-      served[job.tenant] = (served[job.tenant] or 0) + tokens
-      if status == 'retry' and not run.started then -- it failed before it was started: without this it would be tried for ever
-        run.attempts = run.attempts + 1
-      end
-      if status == 'later' then
-        if run.started then run.attempts = run.attempts - 1 end -- ly_start counted it
-        run.laters = run.laters + 1
-      end
-      if status == 'later' or (status == 'retry' and run.attempts < job.max) then
-        redis.call('SET', c.p .. 'run:' .. ref, run_value({ batch = '', attempts = run.attempts, laters = run.laters }))
-        if delay > 0 then redis.call('ZADD', c.p .. 'delayed', c.at + delay, ref) else push(c, job) end
-        count(c, status == 'later' and 'postponed' or 'retried', 1)
-        reply[k] = 'r'
-      elseif status == 'retry' then
-        bury(c, job, fence, outcome, ttl, run, batch)
+      local attempts, laters = parse_tries(tries[k])
+      if (status == 'succeeded' or status == 'failed') and string.byte(value) == 45 then
+        -- The plain case: nothing else knows of the job, and its birth and meta lines are copied as they stand.
+        if not fronts[status] then fronts[status], back = end_line(c, status, fence, batch) end
+        local first = string.find(value, '\n', 1, true)
+        local last = string.find(value, '\n', string.find(value, '\n', first + 1, true) + 1, true)
+        local line = fronts[status] .. attempts + begun[k] .. back .. batch.digest .. '\t'
+        redis.call('SET', names[k], line .. string.sub(value, first, last) .. outcome, 'EX', ttl)
+        if tries[k] then redis.call('HDEL', p .. 'tries', ref) end
+        count(c, status, 1)
+        c.ended[#c.ended + 1] = ref
+        reply[k] = 's'
+      elseif status == 'succeeded' or status == 'failed' then
+        store(c, parse_job(ref, value), status, fence, outcome, ttl, attempts + begun[k], batch)
         reply[k] = 's'
       else
-        finish_job(c, job, status, fence, outcome, ttl, run, batch)
-        reply[k] = 's'
+        local delay, job = tonumber(args[i + 2]), parse_job(ref, value)
+        reply[k] = come_back(c, job, status, delay, outcome, ttl, fence, batch, attempts, laters) and 's' or 'r'
+      end
+      if tokens > 0 then
+        local tenant = string.match(ref, '^[^/]+')
+        served[tenant] = (served[tenant] or 0) + tokens
       end
       done[ref] = reply[k]
       gone[#gone + 1] = ref
     end
   end
-  for tenant, tokens in pairs(served) do
-    if tokens > 0 then redis.call('HINCRBY', c.p .. 'served', tenant, tokens) end
-  end
-  chunks(gone, function(...) redis.call('SREM', c.p .. 'members:' .. bid, ...) end)
+  for tenant, tokens in pairs(served) do redis.call('HINCRBY', p .. 'served', tenant, digits(tokens)) end
+  chunks(gone, function(...)
+    redis.call('SREM', p .. 'members:' .. bid, ...)
+  end)
   commit(c)
   if valid then close_if_empty(c, bid) end
   return reply
@@ -727,9 +807,10 @@ local function give_back(keys, args)
   local batch = read_batch(c.p, args[1])
   if batch.fence ~= args[2] then return 0 end
   for i = 4, #args do
-    local run = read_run(c.p, args[i])
-    if run.batch == batch.id and not run.started then
-      requeue(c, args[i], batch, args[3])
+    local ref = args[i]
+    local mine = redis.call('SISMEMBER', c.p .. 'members:' .. batch.id, ref) == 1
+    if mine and redis.call('SISMEMBER', c.p .. 'begun:' .. batch.id, ref) == 0 then
+      requeue(c, ref, batch, 0, args[3])
       n = n + 1
     end
   end
@@ -740,29 +821,28 @@ end
 
 -- -- everyone ----------------------------------------------------------------------------------------------------------------------------
 
--- ly_show P | ref... -> per job {} | {result value} | {job value, batch, attempts, started, delayed until, worker, batch size, why, laters}
+-- ly_show P | ref... -> per job {} | {value of an ended job}
+--                       | {value of a living job, batch, attempts, begun, delayed until, worker, batch size, why, laters}
 local function show(keys, args)
   local p, reply = keys[1], {}
   for _, ref in ipairs(args) do
-    local result = redis.call('GET', p .. 'result:' .. ref)
-    local value = not result and redis.call('GET', p .. 'job:' .. ref)
-    if result then
-      reply[#reply + 1] = { result }
-    elseif value then
-      local run = read_run(p, ref)
-      local batch = read_batch(p, run.batch)
-      reply[#reply + 1] = {
-        value, run.batch, run.attempts, run.started or 0, redis.call('ZSCORE', p .. 'delayed', ref) or '', batch.worker, tonumber(batch.size),
-        batch.why, run.laters,
-      }
-    else
+    local value = redis.call('GET', p .. 'job:' .. ref)
+    if not value then
       reply[#reply + 1] = {}
+    elseif not lives(value) then
+      reply[#reply + 1] = { value }
+    else
+      local job = parse_job(ref, value)
+      local delayed, batch, begun = redis.call('ZSCORE', p .. 'delayed', ref), NO_BATCH, 0
+      if not delayed and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then batch, begun = batch_of(p, ref) end
+      local attempts, laters = read_tries(p, ref)
+      reply[#reply + 1] = { value, batch.id, attempts + begun, begun, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
     end
   end
   return reply
 end
 
--- -- audit: what should never be found, and how it is put right ----------------------------------------------------------------------------
+-- -- audit: what should never be found, and how it is put right --------------------------------------------------------------------------
 
 local function finding(list, kind, name)
   list[#list + 1] = { kind, name }
@@ -770,46 +850,23 @@ end
 
 local function audit_job(c, found, repair, ref)
   local job = read_job(c.p, ref)
-  local ended = redis.call('EXISTS', c.p .. 'result:' .. ref) == 1
-  local tenant, id = string.match(ref, '^(.-)/(.*)$')
-  local run = read_run(c.p, ref)
-  if not job or ended then
-    local dead = redis.call('ZSCORE', c.p .. 'dead:' .. tenant, id)
-    if job and not dead then
-      finding(found, 'request_of_ended_job', ref)
-      if repair then doom(c, c.p .. 'job:' .. ref) end
-    end
-    if redis.call('EXISTS', c.p .. 'run:' .. ref) == 1 then
-      finding(found, 'run_of_ended_job', ref)
-      if repair then doom(c, c.p .. 'run:' .. ref) end
-    end
-    return
-  end
+  if not job then return end
   local queued = redis.call('ZSCORE', c.p .. 'queue:' .. group_of(job), job.id)
   local delayed = redis.call('ZSCORE', c.p .. 'delayed', ref)
-  local held = run.batch ~= '' and redis.call('SISMEMBER', c.p .. 'members:' .. run.batch, ref) == 1
-    and redis.call('EXISTS', c.p .. 'batch:' .. run.batch) == 1
-  local places = (queued and 1 or 0) + (delayed and 1 or 0) + (held and 1 or 0)
-  if places == 0 then
-    finding(found, 'job_in_no_place', ref)
-    if repair then
-      redis.call('SET', c.p .. 'run:' .. ref, run_value({ batch = '', attempts = run.attempts, laters = run.laters }))
-      push(c, job)
-    end
-  elseif places > 1 then
+  if queued and delayed then
     finding(found, 'job_in_two_places', ref)
-    if repair then -- a batch that has it goes before a queue, a queue before waiting
-      if queued and held then leave_queue(c, job) end
-      if delayed then redis.call('ZREM', c.p .. 'delayed', ref) end
-    end
+    if repair then redis.call('ZREM', c.p .. 'delayed', ref) end
+  elseif not queued and not delayed and batch_of(c.p, ref).id == '' then
+    finding(found, 'job_in_no_place', ref)
+    if repair then push(c, job) end
   end
   if job.deadline > 0 and not redis.call('ZSCORE', c.p .. 'deadlines', ref) then
     finding(found, 'deadline_not_watched', ref)
-    if repair then redis.call('ZADD', c.p .. 'deadlines', job.deadline, ref) end
+    if repair then redis.call('ZADD', c.p .. 'deadlines', digits(job.deadline), ref) end
   end
-  if not redis.call('ZSCORE', c.p .. 'by_tenant:' .. tenant, id) then
+  if not redis.call('ZSCORE', c.p .. 'by_tenant:' .. job.tenant, job.id) then
     finding(found, 'job_not_listed', ref)
-    if repair then redis.call('ZADD', c.p .. 'by_tenant:' .. tenant, job.enqueued, id) end
+    if repair then redis.call('ZADD', c.p .. 'by_tenant:' .. job.tenant, string.match(job.birth, '^%d+'), job.id) end
   end
 end
 
@@ -821,22 +878,20 @@ local function audit_jobs(keys, args)
   return found
 end
 
--- ly_audit_entries P | repair, then per entry: index member ref -> {kind, index member}...
--- Members of a queue, of delayed, deadlines or a batch whose job is not there, or has ended.
+local ENTRIES = { -- how to ask an index for a member, and how to remove it
+  set = { 'SISMEMBER', 'SREM' }, zset = { 'ZSCORE', 'ZREM' }, hash = { 'HEXISTS', 'HDEL' },
+}
+
+-- ly_audit_entries P | repair, then per entry: index type member ref -> {kind, index member}...
+-- Members of a queue, of delayed, deadlines, tries or a batch whose job is not there, or has ended.
 local function audit_entries(keys, args)
-  local c, found = begin(keys), {}
-  for i = 2, #args, 3 do
-    local index, member, ref = args[i], args[i + 1], args[i + 2]
-    local is_set = string.sub(index, 1, 8) == 'members:'
-    local there
-    if is_set then
-      there = redis.call('SISMEMBER', c.p .. index, member) == 1
-    else
-      there = redis.call('ZSCORE', c.p .. index, member) ~= false
-    end
-    if there and (redis.call('EXISTS', c.p .. 'job:' .. ref) == 0 or redis.call('EXISTS', c.p .. 'result:' .. ref) == 1) then
+  local p, found = keys[1], {}
+  for i = 2, #args, 4 do
+    local index, how, member, ref = args[i], ENTRIES[args[i + 1]], args[i + 2], args[i + 3]
+    local there = redis.call(how[1], p .. index, member)
+    if there and there ~= 0 and not lives(redis.call('GETRANGE', p .. 'job:' .. ref, 0, 0)) then
       finding(found, 'entry_without_job', index .. ' ' .. member)
-      if args[1] == '1' then redis.call(is_set and 'SREM' or 'ZREM', c.p .. index, member) end
+      if args[1] == '1' then redis.call(how[2], p .. index, member) end
     end
   end
   return found
@@ -850,21 +905,22 @@ local function audit_batch(c, found, repair, bid)
       finding(found, 'lease_without_batch', bid)
       if repair then redis.call('ZREM', c.p .. 'leases', bid) end
     end
-    if #refs > 0 then
+    if #refs > 0 or redis.call('EXISTS', c.p .. 'begun:' .. bid) == 1 then
       finding(found, 'members_without_batch', bid)
-      if repair then redis.call('DEL', c.p .. 'members:' .. bid) end -- its jobs are found in no place, and queued again
+      if repair then redis.call('DEL', c.p .. 'members:' .. bid, c.p .. 'begun:' .. bid) end -- its jobs are found in no place, and queued again
     end
     return
   end
-  for i, value in ipairs(read_all(c.p .. 'run:', refs)) do
-    if parse_run(value).batch ~= bid then
-      finding(found, 'member_of_no_or_another_batch', bid .. ' ' .. refs[i])
-      if repair then redis.call('SREM', c.p .. 'members:' .. bid, refs[i]) end
+  for _, ref in ipairs(refs) do
+    local job = read_job(c.p, ref)
+    if job and (redis.call('ZSCORE', c.p .. 'queue:' .. group_of(job), job.id) or redis.call('ZSCORE', c.p .. 'delayed', ref)) then
+      finding(found, 'job_in_two_places', ref)
+      if repair and not leave_queue(c, job) then redis.call('ZREM', c.p .. 'delayed', ref) end
     end
   end
   if not leased then
     finding(found, 'batch_without_lease', bid)
-    if repair then redis.call('ZADD', c.p .. 'leases', c.at, bid) end -- it has lapsed
+    if repair then redis.call('ZADD', c.p .. 'leases', c.at_text, bid) end -- it has lapsed
   end
   if redis.call('SISMEMBER', c.p .. 'outstanding:' .. batch.worker, bid) == 0 then
     finding(found, 'batch_not_outstanding', bid)
@@ -880,30 +936,47 @@ end
 local function audit_batches(keys, args)
   local c, found = begin(keys), {}
   for i = 2, #args do audit_batch(c, found, args[1] == '1', args[i]) end
+  commit(c)
   return found
 end
 
 -- ly_audit_worker P | repair worker... -> {kind, worker batch}... Batches counted as outstanding that are not there.
 local function audit_worker(keys, args)
-  local c, found = begin(keys), {}
+  local p, found = keys[1], {}
   for i = 2, #args do
-    for _, bid in ipairs(redis.call('SMEMBERS', c.p .. 'outstanding:' .. args[i])) do
-      if redis.call('HGET', c.p .. 'batch:' .. bid, 'w') ~= args[i] then
+    for _, bid in ipairs(redis.call('SMEMBERS', p .. 'outstanding:' .. args[i])) do
+      if redis.call('HGET', p .. 'batch:' .. bid, 'w') ~= args[i] then
         finding(found, 'outstanding_without_batch', args[i] .. ' ' .. bid)
-        if args[1] == '1' then redis.call('SREM', c.p .. 'outstanding:' .. args[i], bid) end
+        if args[1] == '1' then redis.call('SREM', p .. 'outstanding:' .. args[i], bid) end
       end
     end
   end
   return found
 end
 
+-- The jobs in batches: how many, and which of them in two.
+local function audit_members(c, found, repair)
+  local holder, live = {}, 0
+  for _, bid in ipairs(redis.call('ZRANGE', c.p .. 'leases', 0, -1)) do
+    for _, ref in ipairs(redis.call('SMEMBERS', c.p .. 'members:' .. bid)) do
+      live = live + 1
+      if holder[ref] then
+        finding(found, 'job_in_two_places', ref)
+        if repair then redis.call('SREM', c.p .. 'members:' .. bid, ref) end
+      end
+      holder[ref] = bid
+    end
+  end
+  return live
+end
+
 -- ly_audit_totals P | repair group... -> {kind, name}... The index of groups, the count of queued jobs, and whether the totals add up.
 local function audit_totals(keys, args)
   local c, found, repair = begin(keys), {}, args[1] == '1'
   local p, queued, seen = c.p, 0, {}
-  local groups_ = all_groups(p)
-  for i = 2, #args do groups_[#groups_ + 1] = args[i] end
-  for _, group in ipairs(groups_) do
+  local names = all_groups(p)
+  for i = 2, #args do names[#names + 1] = args[i] end
+  for _, group in ipairs(names) do
     if not seen[group] then
       seen[group] = true
       local jobs, listed = redis.call('ZCARD', p .. 'queue:' .. group), redis.call('SISMEMBER', p .. 'groups', group) == 1
@@ -923,8 +996,7 @@ local function audit_totals(keys, args)
     finding(found, 'count_of_queued', total('queued') .. ' instead of ' .. queued)
     if repair then redis.call('HSET', p .. 'counts', 'queued', queued) end
   end
-  local live = queued + redis.call('ZCARD', p .. 'delayed')
-  for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do live = live + redis.call('SCARD', p .. 'members:' .. bid) end
+  local live = queued + redis.call('ZCARD', p .. 'delayed') + audit_members(c, found, repair)
   local ended = total('succeeded') + total('failed') + total('cancelled') + total('expired') + total('deleted_live')
   if total('enqueued') + total('revived') ~= ended + live then
     finding(found, 'totals', total('enqueued') .. ' enqueued, ' .. total('revived') .. ' revived, ' .. ended .. ' ended, ' .. live .. ' live')

@@ -18,7 +18,7 @@ LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
 
 EndStatus = Literal["succeeded", "failed", "retry", "later"]
 EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory"]
-_ENQUEUE: dict[str, EnqueueStatus] = {"q": "queued", "d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
+_ENQUEUE: dict[str, EnqueueStatus] = {"d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
 Audited = Literal["jobs", "entries", "batches", "worker", "totals"]
 MAX_MEMORY = 0.85
 """The part of the server's maxmemory beyond which jobs are refused: results, and the broker's messages, need the rest."""
@@ -175,13 +175,23 @@ class Ledger:
         """
         args: list[Any] = [max_queued, max_memory]
         for e in entries:
-            args += e[:10]
-            args.append(b"%b\n%b" % (e.meta, e.request))
-        answers: list[bytes] = self._call("ly_enqueue", *args)
-        out = []
-        for entry, answer in zip(entries, answers, strict=True):
+            same = (
+                e.tenant,
+                e.digest,
+                str(e.wait_ms),
+                str(e.deadline_ms),
+                str(e.not_before_ms),
+                str(e.max_attempts),
+                e.via,
+                e.idem,
+                e.body_hash,
+            )
+            args += (e.id, "\t".join(same), b"%b\n%b" % (e.meta, e.request))
+        out = [Enqueued(entry.id, "queued") for entry in entries]
+        answers = self._call("ly_enqueue", *args)
+        for index, answer in zip(answers[::2], answers[1::2], strict=True):
             code = answer.decode()
-            out.append(Enqueued(code[1:] or entry.id, _ENQUEUE[code[0]]))
+            out[index] = Enqueued(code[1:] or entries[index].id, _ENQUEUE[code[0]])
         return out
 
     def show(self, tenant: str, ids: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -270,16 +280,21 @@ class Ledger:
     def lift(self, tenant: str, to: int) -> None:
         self._call("ly_lift", tenant, to)
 
-    def forget(self, tenant: str, *, limit: int = 1000) -> int:
-        """Drop listing entries of jobs whose results have expired."""
+    def forget(self, tenant: str, *, page: int = 1000) -> int:
+        """Drop listing entries of jobs whose results have expired; how many."""
         now_s, now_us = self._time()
-        return int(self._call("ly_forget", tenant, now_s * 1000 + now_us // 1000 - self._ttl * 1000, limit))
+        before = now_s * 1000 + now_us // 1000 - self._ttl * 1000
+        kept, dropped, looked = 0, 0, page
+        while looked == page:
+            looked, gone = map(int, self._call("ly_forget", tenant, before, kept, page))
+            kept, dropped = kept + looked - gone, dropped + gone
+        return dropped
 
     def audit(self, what: Audited, names: Sequence[str], *, repair: bool) -> list[tuple[str, str]]:
         """Check the named things, and put right what is wrong; (kind, name) of each finding. See `audit.py`, which knows what to name."""
         rows: list[tuple[str, str]] = []
-        for start in range(0, max(1, len(names)), 3000):  # a multiple of the three words of an entry
-            reply = self._call(f"ly_audit_{what}", int(repair), *names[start : start + 3000])
+        for start in range(0, max(1, len(names)), 4000):  # a multiple of the four words of an entry
+            reply = self._call(f"ly_audit_{what}", int(repair), *names[start : start + 4000])
             rows += [(kind.decode(), name.decode()) for kind, name in reply]
         return rows
 
@@ -302,8 +317,8 @@ class Ledger:
         fence, digest, claimed, taken = reply[:4]
         rows = []
         for ref, attempts, laters, value in zip(reply[4::4], reply[5::4], reply[6::4], reply[7::4], strict=True):
-            header, meta, request = value.split(b"\n", 2)
-            due, _, _, _, _, most, _ = header.split(b"\t", 6)
+            head, _, meta, request = value.split(b"\n", 3)
+            _, due, _, _, _, most, _ = head.split(b"\t", 6)
             rows.append((int(due), TakenJob(ref.decode(), int(attempts), int(most), int(laters), msgspec.json.decode(meta), request)))
         rows.sort(key=lambda row: (row[0], row[1].ref))
         jobs = [job for _, job in rows]
@@ -313,19 +328,20 @@ class Ledger:
         """Count an attempt of each job; the refs that must not go on."""
         return [ref.decode() for ref in self._call("ly_start", batch, fence, *refs)]
 
-    def renew(self, batches: Sequence[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[str]]:
-        """Renew leases by (batch, fence); the batches that are lost, and the refs that were cancelled."""
+    def renew(self, batches: Sequence[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[tuple[str, str]]]:
+        """Renew leases by (batch, fence); the batches that are lost, and the jobs, as (batch, ref), that were cancelled or deleted."""
         lost, stop = self._call("ly_renew", lease_ms, *(value for pair in batches for value in pair))
-        return [b.decode() for b in lost], [r.decode() for r in stop]
+        return [b.decode() for b in lost], [(b.decode(), r.decode()) for b, r in zip(stop[::2], stop[1::2], strict=True)]
 
-    def stops(self, worker: str, until: threading.Event) -> Iterator[list[str]]:
-        """Refs of jobs at this worker that are cancelled or deleted, as it happens, until the event is set. A hint: `renew` tells all."""
+    def stops(self, worker: str, until: threading.Event) -> Iterator[tuple[str, str]]:
+        """Jobs at this worker, as (batch, ref), that are cancelled or deleted, as it happens, until the event is set; `renew` tells all."""
         try:
             with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
                 channel.subscribe(f"{self._prefix}stop:{worker}")
                 while not until.is_set():
                     if message := channel.get_message(timeout=0.5):
-                        yield message["data"].decode().split(" ")
+                        batch, _, ref = message["data"].decode().partition(" ")
+                        yield batch, ref
         except redis.RedisError as error:
             raise unavailable(error) from error
 
