@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from celery import Celery
 
+from lorayard.errors import SetupError
+from lorayard.ledger.connection import SENTINEL, sentinel_address, shown
 from lorayard.settings import Settings
 
 RUN_BATCH = "lorayard.run_batch"
@@ -19,10 +22,11 @@ _TRANSPORT: dict[str, Any] = {
     "unacked_key": "lorayard.unacked",
     "unacked_index_key": "lorayard.unacked_index",
     "unacked_mutex_key": "lorayard.unacked_mutex",
-    "socket_timeout": 30.0,
+    # A server that does not answer any more, while its connections stay: publishing gives up after the first, consuming after the last.
+    "socket_timeout": 5.0,
     "socket_connect_timeout": 5.0,
     "socket_keepalive": True,
-    "health_check_interval": 25,
+    "health_check_interval": 10,
     "retry_on_timeout": True,
 }
 
@@ -32,7 +36,8 @@ def worker_queue(worker: str) -> str:
 
 
 def make_app(broker_url: str) -> Celery:
-    """The Celery application of every role; only JSON is accepted."""
+    """The Celery application of every role; only JSON is accepted. Raises `SetupError` for a `sentinel://` address that is none."""
+    broker_url, options = _through_sentinel(broker_url) if broker_url.startswith(SENTINEL) else (broker_url, {})
     app = Celery("lorayard", broker=broker_url, backend=broker_url if broker_url.startswith(("redis", "rediss", "sentinel")) else None)
     app.conf.update(
         accept_content=["json"],
@@ -47,9 +52,24 @@ def make_app(broker_url: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options=_TRANSPORT,
+        broker_transport_options=_TRANSPORT | options,
+        result_backend_transport_options=options,
+        redis_socket_timeout=_TRANSPORT["socket_timeout"],
+        redis_socket_connect_timeout=_TRANSPORT["socket_connect_timeout"],
         visibility_timeout=_TRANSPORT["visibility_timeout"],
         result_expires=Settings.model_fields["result_ttl_s"].default,
         broker_pool_limit=4,
     )
     return app
+
+
+def _through_sentinel(url: str) -> tuple[str, dict[str, Any]]:
+    """The ledger's form of address as Celery's: a URL for every Sentinel, the rest as options of the transport."""
+    try:
+        address = sentinel_address(url)
+    except ValueError as error:
+        raise SetupError(f"LORAYARD_BROKER_URL: {shown(url)!r} is no address of Sentinels ({error})") from None
+    login = ":".join(quote(address.login.get(name, ""), safe="") for name in ("username", "password")) + "@" if address.login else ""
+    hosts = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in address.sentinels]
+    urls = ";".join(f"{SENTINEL}{login}{host}/{address.db}" for host in hosts)
+    return urls, {"master_name": address.service, "sentinel_kwargs": address.sentinel_options()}

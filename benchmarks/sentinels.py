@@ -1,0 +1,164 @@
+"""Servers of our own to be killed: a primary with its replica under Sentinels, each a process, all with passwords."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import redis
+
+from lorayard.embedded import server_binary
+from lorayard.fleet import end_with_parent
+from lorayard.ledger.connection import connect
+
+T = TypeVar("T")
+PASSWORD, SENTINEL_PASSWORD, SERVICE = "p@ss/word", "watch&tell", "yard"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def until(what: Callable[[], T], timeout_s: float = 30.0, *, every_s: float = 0.02) -> T:
+    """The first answer of `what` that is true; a server's error counts as false."""
+    give_up = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if answer := what():
+                return answer
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
+        time.sleep(every_s)
+
+
+def _end_with_us() -> None:
+    end_with_parent(signal.SIGKILL)
+
+
+class Server:
+    """One server process in a folder of its own. `options` are lines of its configuration; `wrapper` is run in front of its command."""
+
+    def __init__(self, folder: Path, options: Iterable[str] = (), *, sentinel: bool = False, wrapper: Iterable[str] = ()) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._sentinel = sentinel
+        self._wrapper = list(wrapper)
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "server.conf"
+        own = (f"port {self.port}", "bind 127.0.0.1", f'dir "{folder}"', *options)
+        self.config.write_text("\n".join(own) + "\n")
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> Server:
+        command = [*self._wrapper, server_binary(), str(self.config), *(["--sentinel"] if self._sentinel else [])]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_us)
+        return self
+
+    def client(self, password: str = "") -> redis.Redis:
+        login = f":{password.replace('@', '%40').replace('/', '%2F').replace('&', '%26')}@" if password else ""
+        return connect(f"redis://{login}127.0.0.1:{self.port}/0", timeout_s=10)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        """At once, as a power cut would end it; the page cache stays."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def server(folder: Path, options: Iterable[str] = (), *, wrapper: Iterable[str] = ()) -> Iterator[Server]:
+    """One server without a password, up when the context begins and gone when it ends."""
+    one = Server(folder, options, wrapper=wrapper).start()
+    try:
+        with one.client() as client:
+            until(client.ping)
+        yield one
+    finally:
+        one.kill()
+
+
+class Watched:
+    """A primary, a replica and Sentinels. `servers` are both; which of them is the primary changes."""
+
+    def __init__(self, folder: Path, *, sentinels: int = 3, down_after_ms: int = 500, options: Iterable[str] = ()) -> None:
+        shared = (
+            f'requirepass "{PASSWORD}"',
+            f'masterauth "{PASSWORD}"',
+            "appendonly yes",
+            "appendfsync always",
+            "save ''",
+            "maxmemory-policy noeviction",
+            "repl-diskless-sync-delay 0",
+            "repl-ping-replica-period 1",
+            *options,
+        )
+        primary = Server(folder / "a", shared)
+        replica = Server(folder / "b", (*shared, f"replicaof 127.0.0.1 {primary.port}"))
+        self.servers = [primary, replica]
+        watch = (
+            f'requirepass "{SENTINEL_PASSWORD}"',
+            f'sentinel sentinel-pass "{SENTINEL_PASSWORD}"',
+            f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {sentinels // 2 + 1}",
+            f'sentinel auth-pass {SERVICE} "{PASSWORD}"',
+            f"sentinel down-after-milliseconds {SERVICE} {down_after_ms}",
+            f"sentinel failover-timeout {SERVICE} 3000",
+        )
+        self.sentinels = [Server(folder / f"s{i}", watch, sentinel=True) for i in range(sentinels)]
+
+    @property
+    def url(self) -> str:
+        """As `LORAYARD_REDIS_URL` has it."""
+        hosts = ",".join(f"127.0.0.1:{s.port}" for s in self.sentinels)
+        return f"sentinel://:p%40ss%2Fword@{hosts}/0?service={SERVICE}&sentinel_password=watch%26tell"
+
+    def __enter__(self) -> Watched:
+        for one in (*self.servers, *self.sentinels):
+            one.start()
+        try:
+            primary, replica = self.servers
+            self.wait_replica(primary, replica)
+            for one in self.sentinels:
+                until(lambda one=one: self._knows_all(one))  # type: ignore[misc]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in (*self.sentinels, *self.servers):
+            one.kill()
+
+    def role(self, one: Server) -> str:
+        with one.client(PASSWORD) as client:
+            return str(client.info("replication")["role"])
+
+    def wait_replica(self, primary: Server, replica: Server) -> None:
+        """Until the replica has all that the primary has, and the primary knows."""
+        with primary.client(PASSWORD) as first, replica.client(PASSWORD) as second:
+            until(lambda: second.info("replication").get("master_link_status") == "up")
+            until(lambda: first.info("replication")["connected_slaves"] == 1 and first.wait(1, 100) == 1)
+
+    def _knows_all(self, one: Server) -> bool:
+        with one.client(SENTINEL_PASSWORD) as client:
+            state = client.sentinel_masters()[SERVICE]
+        return bool(state["num-other-sentinels"] == len(self.sentinels) - 1 and state["num-slaves"] == 1)
