@@ -11,12 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import redis
+import structlog
 
-from lorayard.errors import SetupError
-from lorayard.ledger.connection import connect
+from lorayard.errors import SetupError, Unavailable
+from lorayard.ledger.connection import connect, is_sentinel, shown
 from lorayard.settings import Settings
+
+log = structlog.get_logger()
 
 
 def server_binary() -> str:
@@ -46,6 +50,27 @@ def redis_url(settings: Settings) -> str:
     return path.read_text().strip()
 
 
+def maxmemory(settings: Settings) -> int:
+    """Bytes for the embedded server's data. The other half is for what a rewrite of its AOF copies, for the model, for everyone else."""
+    if settings.maxmemory_mb is not None:
+        return settings.maxmemory_mb * 1024 * 1024
+    return machine_memory() // 2
+
+
+def machine_memory() -> int:
+    """Bytes this machine has, or its container may use (cgroup v1 and v2, the whole way up)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            top = Path("/sys/fs/cgroup") / controllers
+            inner = top / path.lstrip("/")
+            files = [folder / ("memory.limit_in_bytes" if controllers else "memory.max") for folder in (inner, *inner.parents)]
+            limits += [int(text) for file in files if file.exists() and (text := file.read_text().strip()).isdecimal()]
+    return min(limits)
+
+
 def broker_url(settings: Settings) -> str:
     return settings.broker_url or redis_url(settings)
 
@@ -55,7 +80,7 @@ def prepare(settings: Settings, *, restart: bool = False) -> list[str]:
 
     Password and port are kept between starts; a port that something else has taken meanwhile is replaced, except on a `restart` within a
     running fleet, whose processes know the old one. Every acknowledged write is fsynced (`appendfsync always`) unless
-    `LORAYARD_FSYNC=everysec`; nothing is ever evicted.
+    `LORAYARD_FSYNC=everysec`; nothing is ever evicted, and what comes when memory is full is refused.
     """
     home = settings.state_dir.absolute() / "redis"
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -78,6 +103,7 @@ def prepare(settings: Settings, *, restart: bool = False) -> list[str]:
                 "appendonly yes",
                 f"appendfsync {settings.fsync}",
                 "save ''",
+                f"maxmemory {maxmemory(settings)}",
                 "maxmemory-policy noeviction",
                 "stop-writes-on-bgsave-error yes",
                 "latency-monitor-threshold 100",
@@ -113,29 +139,59 @@ def wait_until_up(url: str, timeout_s: float = 30.0) -> None:
                 client.ping()
             return
         except redis.AuthenticationError as error:  # to redis-py a ConnectionError, but waiting does not help
-            raise SetupError(f"Redis at {url.rpartition('@')[2]} refuses: {error}; correct the password in LORAYARD_REDIS_URL") from None
+            raise SetupError(f"Redis at {shown(url)} refuses: {error}; correct the password in LORAYARD_REDIS_URL") from None
         except (redis.ConnectionError, redis.TimeoutError) as error:
             if time.monotonic() > give_up:
-                shown = url.rpartition("@")[2]
-                raise SetupError(f"no Redis at {shown} ({error}): start it, or correct LORAYARD_REDIS_URL") from None
+                raise SetupError(f"no Redis at {shown(url)} ({error}): start it, or correct LORAYARD_REDIS_URL") from None
             time.sleep(0.05)
         except redis.RedisError as error:
-            raise SetupError(f"Redis at {url.rpartition('@')[2]} refuses: {error}") from None
+            raise SetupError(f"Redis at {shown(url)} refuses: {error}") from None
 
 
 def check_server(client: redis.Redis) -> None:
-    """Refuse a server that would lose jobs. Raises `SetupError` naming the setting to change."""
-    info = client.info("server")
-    version = str(info.get("valkey_version") or info.get("redis_version"))
+    """Refuse a server that would lose jobs, and log a warning of one that may. Raises `SetupError` naming the setting to change."""
+    info = client.info()
+    version = str(info.get("valkey_version") or info["redis_version"])
     if int(version.split(".")[0]) < 7:
         raise SetupError(f"Redis {version} has no functions: use Redis >= 7 or Valkey")
-    try:
-        policy = client.config_get("maxmemory-policy")["maxmemory-policy"]
-    except redis.ResponseError:
-        return  # an ACL hides CONFIG: the operator has decided
-    policy = policy.decode() if isinstance(policy, bytes) else policy
-    if policy != "noeviction":
+    if info["role"] != "master":
+        primary = f"{info['master_host']}:{info['master_port']}"
+        if is_sentinel(client):  # it was the primary a moment ago, or is about to be
+            raise Unavailable(f"the Sentinels name a server that is a replica (of {primary}): a fail-over is under way; try again")
+        raise SetupError(f"this Redis is a read-only replica of {primary}: let LORAYARD_REDIS_URL name the primary, or the Sentinels")
+    settings = server_settings(client)
+    if (policy := settings.get("maxmemory-policy", "noeviction")) != "noeviction":
         raise SetupError(f"Redis has maxmemory-policy {policy} and would evict jobs: set it to noeviction")
+    for text in doubts(settings):
+        log.warning(text)
+
+
+def server_settings(client: redis.Redis) -> dict[str, str]:
+    """The server's configuration; empty where an ACL hides it: then the operator has decided."""
+    try:
+        raw: Any = client.config_get("*")
+    except redis.ResponseError:
+        return {}
+    return {_text(name): _text(value) for name, value in raw.items()}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def doubts(settings: dict[str, str]) -> list[str]:
+    """What a server's settings put at risk, with what to do about it."""
+    found = []
+    if settings.get("appendonly", "yes") != "yes":
+        found.append("Redis keeps no append-only file: a restart may lose jobs that were acknowledged; set appendonly yes")
+    elif (fsync := settings.get("appendfsync", "always")) != "always":
+        lost = "a second or two" if fsync == "everysec" else "half a minute and more"
+        found.append(f"Redis has appendfsync {fsync}: a power cut loses {lost} of acknowledged jobs; set it to always if that is too much")
+    if settings.get("maxmemory", "1") == "0":
+        found.append(
+            "Redis has no maxmemory: when the machine's memory is full the kernel kills it; set maxmemory, then jobs are refused first"
+        )
+    return found
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     broker_url: str | None = None  # None: the same server as the ledger
     artifacts_url: str | None = None  # None: a folder in state_dir; s3://, gs://, az:// through obstore
     fsync: Literal["always", "everysec"] = "always"  # of the embedded server
+    maxmemory_mb: int | None = Field(
+        None, ge=0
+    )  # of the embedded server, MiB; None: half of what this machine or container has; 0: no limit
 
     # What is served
     pool: str = Field("main", pattern=NAME_PATTERN)

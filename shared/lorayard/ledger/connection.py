@@ -131,7 +131,7 @@ class _Primary(Connection):
         try:
             return super().read_response(*args, **kwargs)
         except redis.ReadOnlyError as error:
-            self.disconnect()
+            self.disconnect()  # type: ignore[no-untyped-call]
             raise redis.ConnectionError(f"the server has become a replica: {error}") from None
 
 
@@ -166,6 +166,6 @@ class _Sentinels(Sentinel):
 class _Pool(SentinelConnectionPool):
     def disconnect(self, inuse_connections: bool = True) -> None:
         """With the client, the connections to the Sentinels are closed; not when only a new primary was found."""
-        super().disconnect(inuse_connections)  # type: ignore[no-untyped-call]
+        super().disconnect(inuse_connections)
         if inuse_connections:
             self.sentinel_manager.close()
