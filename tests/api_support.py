@@ -16,7 +16,7 @@ import uvicorn
 
 from lorayard.celery_app import make_app
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import End, Ledger
+from lorayard.ledger.ledger import End, EndStatus, Ledger
 from lorayard.ledger.registry import KeyRing, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.api.app import make_api
@@ -81,8 +81,15 @@ class Api:
         """Do a worker's part for a tenant's `n` most due jobs, up to their start, or end; their ids."""
         return run(self.ledger, tenant, n, digest=digest, finish=finish)
 
+    def bury(self, tenant: str = "acme", **fields: Any) -> str:
+        """Let a new job of the base model fail as often as attempts are allowed; its id."""
+        (row,) = self.post(job(**fields), who=tenant)
+        for _ in range(self.settings.max_attempts):
+            assert run(self.ledger, tenant, 1, digest="base", end="retry") == [row["id"]]
+        return str(row["id"])
 
-def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish: bool = True) -> list[str]:
+
+def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish: bool = True, end: EndStatus = "succeeded") -> list[str]:
     """Claim, take, start and (if `finish`) end a tenant's `n` most due jobs through the ledger; their ids."""
     epoch = ledger.lead("test", 60_000)
     batch = f"b{time.monotonic_ns()}"
@@ -95,8 +102,11 @@ def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish
     refs = [taken_job.ref for taken_job in taken.jobs]
     assert ledger.start(batch, taken.fence, refs) == []
     if finish:
-        outcome = msgspec.json.encode({"response": ANSWER, "timings_ms": {"prefill": 1, "decode": 2}})
-        assert set(ledger.finish(batch, taken.fence, [End(ref, "succeeded", outcome, 3) for ref in refs])) == {"stored"}
+        error = {"message": "it died", "type": "server_error", "code": "worker_died", "param": None}
+        outcome = msgspec.json.encode(
+            {"response": ANSWER, "timings_ms": {"prefill": 1, "decode": 2}} if end == "succeeded" else {"error": error}
+        )
+        assert set(ledger.finish(batch, taken.fence, [End(ref, end, outcome, 3) for ref in refs])) <= {"stored", "retried"}
     return [ref.partition("/")[2] for ref in refs]
 
 

@@ -1,0 +1,204 @@
+"""What an operator and a tenant do with jobs that are there: dead letters, deletion, pauses; over HTTP and with the commands for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from api_support import Api, job, serving
+from test_api import error
+from test_cli import Cli, fails
+
+from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
+from lorayard.celery_app import make_app
+from lorayard.client import Client
+from lorayard.ledger.audit import audit
+
+
+@pytest.fixture(scope="module")
+def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with serving(redis_url, tmp_path_factory.mktemp("api")) as api:
+        yield api
+
+
+@pytest.fixture
+def api(server: Api, store: redis.Redis) -> Api:
+    server.new_keys()
+    return server
+
+
+@pytest.fixture
+def command(api: Api, tmp_path: Any) -> Cli:
+    return Cli(api, tmp_path)
+
+
+def status(api: Api, job_id: str, who: str = "acme") -> str:
+    return str(api.call("GET", f"/v1/jobs/{job_id}", who).json()["status"])
+
+
+def add(api: Api, name: str, tenant: str, digest: str) -> None:
+    """An adapter as far as the registry knows."""
+    shape = {"rank": 16, "alpha": 32.0, "rslora": False, "scale_min": 2.0, "scale_max": 2.0, "targets": ["q_proj"], "n_layers": 1}
+    fields = {"name": name, "tenant": tenant, "digest": digest, "base_name": "b", "n_bytes": 1, "created_ms": 1}
+    manifest = msgspec.convert(shape | fields, Manifest)
+    AdapterRegistry(api.ledger.client).add(tenant, name, manifest)
+
+
+# -- dead letters ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_dead_letters_are_listed_read_and_tried_again(api: Api) -> None:
+    first, second = api.bury(), api.bury()
+    api.post(job())
+    page = api.call("GET", "/v1/jobs?dead=true").json()
+    assert [(row["id"], row["status"], row["attempts"]) for row in page["data"]] == [(second, "failed", 3), (first, "failed", 3)]
+    assert [row["id"] for row in api.call("GET", f"/v1/jobs?dead=true&limit=1&after={second}").json()["data"]] == [first]
+    assert api.call("GET", "/v1/jobs?dead=true", "globex").json()["data"] == []
+    assert api.call("GET", f"/v1/jobs/{first}").json()["error"]["code"] == "worker_died"
+    error(api.call("POST", f"/v1/jobs/{first}/retry", "globex"), 404, "job_not_found")
+    document = api.call("POST", f"/v1/jobs/{first}/retry").json()
+    assert (document["status"], document["attempts"], document["error"]) == ("queued", 0, None)
+    problem = error(api.call("POST", f"/v1/jobs/{first}/retry"), 409, "not_a_dead_letter")
+    assert "queued" in problem["message"]
+    assert first in api.run("acme", 2)
+    assert status(api, first) == "succeeded"
+    assert audit(api.ledger) == []
+
+
+def test_the_client_and_the_command_line_do_the_same(command: Cli) -> None:
+    api = command.api
+    dead = [api.bury() for _ in range(4)]
+    with Client(key=api.keys["acme"], settings=api.settings) as client:
+        assert [row["id"] for row in client.jobs(dead=True)["data"]] == dead[::-1]
+        assert client.retry(dead[0])["status"] == "queued"
+        client.delete(dead[0])
+    fails(command("jobs", "show", dead[0]), "does not exist")
+    rows = json.loads(command("jobs", "list", "--dead", "--json").stdout)
+    assert [row["id"] for row in rows] == dead[:0:-1]
+    assert command("jobs", "retry", dead[1]).stdout == f"{dead[1]} queued\n"
+    assert command("jobs", "retry", "--all").stdout.splitlines() == [f"{dead[3]} queued", f"{dead[2]} queued"]
+    assert command("jobs", "retry", "--all").stdout == ""
+    fails(command("jobs", "retry"), "list --dead")
+    fails(command("jobs", "retry", dead[1]), "no dead letter")
+    again = api.bury(priority="high")
+    assert command("jobs", "delete", "--dead").stdout == f"{again} deleted\n"
+    assert command("jobs", "delete", dead[1]).stdout == f"{dead[1]} deleted\n"
+    fails(command("jobs", "delete", dead[1]), "does not exist")
+
+
+# -- deleting ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_job_is_gone_with_all_that_named_it(api: Api) -> None:
+    (row,) = api.post(job("a canary", id="canary-1", idempotency_key="canary-key", metadata={"m": "canary"}))
+    error(api.call("DELETE", f"/v1/jobs/{row['id']}", "globex"), 404, "job_not_found")
+    assert api.call("DELETE", f"/v1/jobs/{row['id']}").json() == {"id": "canary-1", "object": "job", "deleted": True}
+    error(api.call("GET", "/v1/jobs/canary-1"), 404, "job_not_found")
+    error(api.call("DELETE", "/v1/jobs/canary-1"), 404, "job_not_found")
+    assert not list(api.ledger.client.scan_iter("*canary*"))
+    assert api.call("GET", "/v1/jobs").json()["data"] == []
+    (again,) = api.post(job("another", id="canary-1", idempotency_key="canary-key"))
+    assert again == {"id": "canary-1", "status": "queued"}
+
+
+def test_deleting_wakes_who_waits(api: Api) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    (row,) = api.post(job())
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(api.call, "GET", f"/v1/jobs/{row['id']}?wait=30")
+        api.call("DELETE", f"/v1/jobs/{row['id']}")
+        error(waiting.result(10), 404, "job_not_found")
+
+
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's
+def test_what_came_by_celery_leaves_nothing_in_its_result_backend(api: Api, redis_url: str) -> None:
+    from lorayard_scheduler.admission import Admission
+
+    app = make_app(redis_url)
+    Admission(api.settings, api.ledger).submit("default", [job(id="by-celery")], via="celery")
+    api.run("default")
+    app.backend.store_result("by-celery", {"status": "succeeded"}, "SUCCESS")
+    assert api.call("GET", "/v1/jobs/by-celery", "root").json()["via"] == "celery"
+    assert list(api.ledger.client.scan_iter("*by-celery*"))
+    assert api.call("DELETE", "/v1/jobs/by-celery", "root").status_code == 200
+    assert not list(api.ledger.client.scan_iter("*by-celery*"))
+
+
+# -- holding back ------------------------------------------------------------------------------------------------------------------------
+
+
+def groups(api: Api) -> set[tuple[str, str]]:
+    """What could be planned."""
+    return {(g.digest, g.tenant) for g in api.ledger.snapshot().groups if g.jobs}
+
+
+def test_the_operator_holds_back_the_pool_a_tenant_or_an_adapter(api: Api) -> None:
+    add(api, "shared", PUBLIC, "d" * 64)
+    for who in ("acme", "globex"):
+        api.post(job(), job(adapter="shared"), who=who)
+    everything = groups(api)
+    assert len(everything) == 4
+    for what, name, left in (
+        ({"pool": True}, "pool", set()),
+        ({"tenant": "acme"}, "tenant:acme", {("base", "globex"), ("d" * 64, "globex")}),
+        ({"adapter": "shared"}, f"adapter:{'d' * 64}", {("base", "acme"), ("base", "globex")}),
+        ({"adapter": "shared", "tenant": "acme"}, f"group:{'d' * 64}:acme", everything - {("d" * 64, "acme")}),
+    ):
+        assert api.call("POST", "/v1/pause", "root", json=what).json() == {"paused": name, "changed": True}
+        assert api.call("POST", "/v1/pause", "root", json=what).json()["changed"] is False
+        assert groups(api) == left
+        assert api.call("GET", "/v1/paused", "root").json()["data"] == [name]
+        assert api.raw("GET", "/readyz").json()["paused"] is (name == "pool")
+        assert api.call("POST", "/v1/resume", "root", json=what).json() == {"resumed": name, "changed": True}
+        assert groups(api) == everything
+
+
+def test_a_tenant_holds_back_its_own_jobs_only(api: Api) -> None:
+    add(api, "shared", PUBLIC, "d" * 64)
+    for who in ("acme", "globex"):
+        api.post(job(), job(adapter="shared"), who=who)
+    for wrong in ({"pool": True}, {"tenant": "globex"}, {"tenant": "globex", "adapter": "shared"}):
+        error(api.call("POST", "/v1/pause", json=wrong), 403, "operator_only")
+        error(api.call("POST", "/v1/resume", json=wrong), 403, "operator_only")
+    assert api.call("POST", "/v1/pause", json={"adapter": "shared"}).json()["paused"] == f"group:{'d' * 64}:acme"
+    assert groups(api) == {("base", "acme"), ("base", "globex"), ("d" * 64, "globex")}
+    assert api.call("POST", "/v1/pause", json={"tenant": "acme"}).status_code == 200
+    assert groups(api) == {("base", "globex"), ("d" * 64, "globex")}
+    assert api.call("GET", "/v1/paused").json()["data"] == [f"group:{'d' * 64}:acme", "tenant:acme"]
+    assert api.call("GET", "/v1/paused", "globex").json()["data"] == []
+    error(api.call("POST", "/v1/pause", json={"adapter": "none"}), 404, "adapter_not_found")
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"{", b'{"pool": true, "tenant": "acme"}', b'{"pol": true}', b'{"adapter": 3}', b"\xff"])
+def test_a_pause_of_nothing_in_particular_is_refused(api: Api, body: bytes) -> None:
+    assert '"pool": true' in error(api.call("POST", "/v1/pause", "root", content=body), 400, "invalid_request")["message"]
+
+
+def test_pause_and_resume_as_commands(command: Cli) -> None:
+    assert command("pause", who="root").stdout.startswith("paused")
+    assert command("pause", who="root").stdout == "was paused already\n"
+    assert command("pause", "--tenant", "acme").stdout.startswith("paused")
+    assert command("resume", who="root").stdout == "resumed; still paused: tenant:acme\n"
+    assert command("resume", "--tenant", "acme").stdout == "resumed\n"
+    assert command("resume", "--tenant", "acme").stdout == "was not paused\n"
+    fails(command("pause"), "operator")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_nearly_full_takes_no_more_jobs_and_says_when_to_come_again(api: Api) -> None:
+    store = api.ledger.client
+    store.config_set("maxmemory", int(int(store.info("memory")["used_memory"]) / 0.9))
+    try:
+        reply = api.call("POST", "/v1/jobs", json=job())
+        assert "maxmemory" in error(reply, 503, "ledger_full")["message"]
+        assert int(reply.headers["retry-after"]) >= 1
+    finally:
+        store.config_set("maxmemory", 0)
+    assert api.post(job())[0]["status"] == "queued"
