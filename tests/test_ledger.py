@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 import msgspec
 import pytest
 import redis
+from ledger_support import START_MS, ClockedLedger, make_entry
 
-from lorayard.ledger.ledger import LIBRARY, End, Entry, Ledger
-
-NOW = re.search(r"local function now\(\).*?\nend", LIBRARY, re.DOTALL)
-assert NOW is not None
-# The same library with its one clock replaced by a key that a test sets.
-CLOCKED = LIBRARY.replace(NOW.group(), "local function now() return tonumber(redis.call('GET', 'ly:{t}:clock')) end")
+from lorayard.ledger.ledger import End, Ledger
 
 
 class Yard:
     """A ledger under a clock of the test's own, with shorthands."""
 
     def __init__(self, client: redis.Redis) -> None:
-        self.ledger = Ledger(client, "t", result_ttl_s=3600, library=CLOCKED)
+        self.ledger = ClockedLedger(client)
         self.client = client
-        self.now = 1_800_000_000_000
+        self.now = START_MS
         self.advance(0)
         self.ledger.install()
         self.epoch = self.ledger.lead("s1", 10_000)
@@ -32,15 +27,10 @@ class Yard:
 
     def advance(self, ms: int) -> None:
         self.now += ms
-        self.client.set("ly:{t}:clock", self.now)
-
-    def entry(self, job_id: str, **changes: Any) -> Entry:
-        meta = msgspec.json.encode({"adapter": changes.get("digest", "base"), "pool": "t"})
-        entry: Entry = Entry(job_id, "acme", "base", 1000, 0, 0, 3, "http", "", "", meta, b'{"messages":[]}')
-        return entry._replace(**changes)
+        self.ledger.set_clock(self.now)
 
     def put(self, *job_ids: str, **changes: Any) -> list[str]:
-        answers = self.ledger.enqueue([self.entry(i, **changes) for i in job_ids], max_queued=1000)
+        answers = self.ledger.enqueue([make_entry(i, **changes) for i in job_ids], max_queued=1000)
         return [a.status for a in answers]
 
     def claim(self, n: int = 10, *, worker: str = "w1", digest: str = "base", tenant: str = "acme", most: int = 2) -> str:
@@ -104,18 +94,18 @@ def test_a_job_from_enqueue_to_its_document(yard: Yard) -> None:
 
 def test_an_idempotency_key_gives_the_same_id_and_refuses_another_body(yard: Yard) -> None:
     first, again, other = (
-        yard.ledger.enqueue([yard.entry(i, idem="k", body_hash=h)], max_queued=9)[0] for i, h in (("a", "h1"), ("b", "h1"), ("c", "h2"))
+        yard.ledger.enqueue([make_entry(i, idem="k", body_hash=h)], max_queued=9)[0] for i, h in (("a", "h1"), ("b", "h1"), ("c", "h2"))
     )
     assert (first.id, first.status) == ("a", "queued")
     assert (again.id, again.status) == ("a", "exists")
     assert other.status == "conflict"
     assert yard.ledger.counts()["enqueued"] == 1
-    same_call = yard.ledger.enqueue([yard.entry(i, idem="z", body_hash="h") for i in "xy"], max_queued=9)
+    same_call = yard.ledger.enqueue([make_entry(i, idem="z", body_hash="h") for i in "xy"], max_queued=9)
     assert [(e.id, e.status) for e in same_call] == [("x", "queued"), ("x", "exists")]
 
 
 def test_a_full_backlog_refuses_and_stores_nothing(yard: Yard) -> None:
-    answers = yard.ledger.enqueue([yard.entry(str(i)) for i in range(5)], max_queued=3)
+    answers = yard.ledger.enqueue([make_entry(str(i)) for i in range(5)], max_queued=3)
     assert [a.status for a in answers] == ["queued"] * 3 + ["full"] * 2
     assert yard.status("4") is None
     assert yard.counts_are_exact()
@@ -325,7 +315,7 @@ def test_the_library_survives_a_flush_of_scripts_and_functions(store: redis.Redi
 
 
 def test_bulk_enqueue_of_many_groups(yard: Yard) -> None:
-    entries = [yard.entry(f"j{i}", digest=f"d{i % 50}", tenant=f"t{i % 4}") for i in range(5000)]
+    entries = [make_entry(f"j{i}", digest=f"d{i % 50}", tenant=f"t{i % 4}") for i in range(5000)]
     started = time.monotonic()
     assert {a.status for a in yard.ledger.enqueue(entries, max_queued=10_000)} == {"queued"}
     assert time.monotonic() - started < 30
