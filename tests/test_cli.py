@@ -237,7 +237,7 @@ def test_waiting_writes_an_answer_a_line_and_the_exit_code_tells_of_failures(com
     assert rows[0]["id"] == rows[2]["id"] != rows[1]["id"]
     assert rows[0]["response"]["choices"][0]["message"]["content"] == "seven"
     (cancelled,) = command.api.post(job("c", idempotency_key="c"))
-    command.api.call("DELETE", f"/v1/jobs/{cancelled['id']}")
+    command.api.call("POST", f"/v1/jobs/{cancelled['id']}/cancel")
     done = command("submit", "-", "--wait", stdin=json.dumps(job("c", idempotency_key="c")))
     assert done.returncode == 1
     assert json.loads(done.stdout)["status"] == "cancelled"
