@@ -98,9 +98,11 @@ def server(folder: Path, options: Iterable[str] = (), *, wrapper: Iterable[str] 
 
 
 class Watched:
-    """A primary, a replica and Sentinels. `servers` are both; which of them is the primary changes."""
+    """A primary, its replicas and Sentinels. Which of the `servers` is the primary changes; at first it is the first."""
 
-    def __init__(self, folder: Path, *, sentinels: int = 3, down_after_ms: int = 500, options: Iterable[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, replicas: int = 1, sentinels: int = 3, down_after_ms: int = 500, options: Iterable[str] = ()
+    ) -> None:
         shared = (
             f'requirepass "{PASSWORD}"',
             f'masterauth "{PASSWORD}"',
@@ -113,8 +115,8 @@ class Watched:
             *options,
         )
         primary = Server(folder / "a", shared)
-        replica = Server(folder / "b", (*shared, f"replicaof 127.0.0.1 {primary.port}"))
-        self.servers = [primary, replica]
+        following = (*shared, f"replicaof 127.0.0.1 {primary.port}")
+        self.servers = [primary, *(Server(folder / f"b{i}", following) for i in range(replicas))]
         watch = (
             f'requirepass "{SENTINEL_PASSWORD}"',
             f'sentinel sentinel-pass "{SENTINEL_PASSWORD}"',
@@ -135,8 +137,7 @@ class Watched:
         for one in (*self.servers, *self.sentinels):
             one.start()
         try:
-            primary, replica = self.servers
-            self.wait_replica(primary, replica)
+            self.wait_replicas()
             for one in self.sentinels:
                 until(lambda one=one: self._knows_all(one))  # type: ignore[misc]
         except BaseException:
@@ -152,13 +153,22 @@ class Watched:
         with one.client(PASSWORD) as client:
             return str(client.info("replication")["role"])
 
-    def wait_replica(self, primary: Server, replica: Server) -> None:
-        """Until the replica has all that the primary has, and the primary knows."""
-        with primary.client(PASSWORD) as first, replica.client(PASSWORD) as second:
-            until(lambda: second.info("replication").get("master_link_status") == "up")
-            until(lambda: first.info("replication")["connected_slaves"] == 1 and first.wait(1, 100) == 1)
+    def primary(self) -> Server:
+        """The one the Sentinels name."""
+        with connect(self.url) as client:
+            _, port = client.connection_pool.get_master_address()
+        return next(one for one in self.servers if one.port == port)
+
+    def wait_replicas(self) -> None:
+        """Until the first server's replicas have all that it has, and it knows."""
+        replicas = len(self.servers) - 1
+        with self.servers[0].client(PASSWORD) as first:
+            until(lambda: first.wait(replicas, 100) == replicas)
+        for one in self.servers[1:]:
+            with one.client(PASSWORD) as other:
+                until(lambda other=other: other.info("replication")["master_link_status"] == "up")  # type: ignore[misc]
 
     def _knows_all(self, one: Server) -> bool:
         with one.client(SENTINEL_PASSWORD) as client:
             state = client.sentinel_masters()[SERVICE]
-        return bool(state["num-other-sentinels"] == len(self.sentinels) - 1 and state["num-slaves"] == 1)
+        return bool(state["num-other-sentinels"] == len(self.sentinels) - 1 and state["num-slaves"] == len(self.servers) - 1)

@@ -1,10 +1,11 @@
 """The way to the ledger's server: one that is named, or the one that Sentinels name; after a fail-over, to the new one.
 
     redis://[[USER]:PASSWORD@]HOST[:6379][/DB]          rediss:// the same with TLS
-    sentinel://[[USER]:PASSWORD@]HOST[:26379],HOST2[:26379],.../DB?service=NAME[&sentinel_username=USER][&sentinel_password=PASSWORD]
+    sentinel://[[USER]:PASSWORD@]HOST[:26379],HOST2[:26379],.../DB?service=NAME
+        &sentinel_username=USER &sentinel_password=PASSWORD &replicas=N
 
 USER and PASSWORD before the @ are the server's own; those of the Sentinels stand behind the question mark. Percent-encode what is no
-letter or digit in them.
+letter or digit in them. With `replicas`, a call of the ledger is done only when so many replicas have what it wrote.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class SentinelAddress(NamedTuple):
     db: int
     login: dict[str, str]
     sentinel_login: dict[str, str]
+    replicas: int = 0
 
     def sentinel_options(self, timeout_s: float = _SENTINEL_S) -> dict[str, Any]:
         """Of the connections to the Sentinels. One that is away must not keep us from asking the next."""
@@ -95,13 +97,18 @@ def sentinel_address(url: str) -> SentinelAddress:
     sentinel_login = {
         name.removeprefix("sentinel_"): query.pop(name) for name in ("sentinel_username", "sentinel_password") if name in query
     }
+    replicas = query.pop("replicas", "0")
     if query:
         raise ValueError(f"{next(iter(query))!r} is no option of it")
     db = parts.path.strip("/") or "0"
     if not db.isdecimal():
         raise ValueError(f"{db!r} is no number of a database")
+    if not replicas.isdecimal():
+        raise ValueError(f"{replicas!r} is no number of replicas")
     given = (("username", login.username), ("password", login.password))
-    return SentinelAddress(sentinels, service, int(db), {name: unquote(value) for name, value in given if value}, sentinel_login)
+    return SentinelAddress(
+        sentinels, service, int(db), {name: unquote(value) for name, value in given if value}, sentinel_login, int(replicas)
+    )
 
 
 def is_sentinel(client: redis.Redis) -> bool:
@@ -142,10 +149,32 @@ class _SecurePrimary(_Primary, SSLConnection):
 def _through_sentinel(address: SentinelAddress, options: dict[str, Any]) -> redis.Redis:
     asking = address.sentinel_options(min(_SENTINEL_S, options["socket_timeout"])) | {"protocol": 2}
     sentinels = _Sentinels(address.sentinels, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
-    client: redis.Redis = sentinels.master_for(  # type: ignore[no-untyped-call]
-        address.service, connection_pool_class=_Pool, db=address.db, **address.login
-    )
+    pool = _Pool(address.service, sentinels, db=address.db, **address.login, **options)  # type: ignore[no-untyped-call]
+    client = _Confirmed(connection_pool=pool) if address.replicas else redis.Redis(connection_pool=pool)
+    client.auto_close_connection_pool = True
+    if isinstance(client, _Confirmed):
+        client.replicas, client.patience_ms = address.replicas, round(options["socket_timeout"] * 500)
     return client
+
+
+class _Confirmed(redis.Redis):
+    """Functions have their answer when it would outlive the primary: a Sentinel's fail-over loses what no replica has."""
+
+    replicas = 1
+    patience_ms = 2500
+
+    def fcall(self, function: str, numkeys: int, *keys_and_args: Any) -> Any:
+        """Raises redis' `TimeoutError` when too few replicas confirm in time; what was written may then be kept or lost."""
+        with self.pipeline(transaction=False) as pipe:  # one connection: WAIT is about what came over the same
+            pipe.fcall(function, numkeys, *keys_and_args)
+            pipe.wait(self.replicas, self.patience_ms)
+            answer, copies = pipe.execute(raise_on_error=False)
+        for reply in (answer, copies):
+            if isinstance(reply, Exception):
+                raise reply
+        if copies < self.replicas:
+            raise redis.TimeoutError(f"{copies} of {self.replicas} replicas confirmed it within {self.patience_ms} ms")
+        return answer
 
 
 class _Sentinels(Sentinel):
