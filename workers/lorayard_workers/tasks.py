@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 import structlog
 from celery import Celery
+from celery.platforms import EX_FAILURE
+from celery.worker import state
 
 from lorayard.adapters import BaseModel
 from lorayard.celery_app import RUN_BATCH, worker_queue
@@ -15,6 +18,7 @@ from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
 from lorayard_workers.control import Control, FetchAdapter
+from lorayard_workers.runner import Runner
 
 log = structlog.get_logger()
 
@@ -43,8 +47,13 @@ def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
     """The `lorayard worker llama` process, until SIGTERM or SIGINT. Raises `SetupError` when the model cannot be served."""
     from lorayard_workers.llama.process import LlamaRunner
 
+    serve(settings, ledger, app, LlamaRunner(settings), fetch_from_store(settings), kind="llama")
+
+
+def serve(settings: Settings, ledger: Ledger, app: Celery, runner: Runner, fetch: FetchAdapter, *, kind: str) -> None:
+    """A worker process around any backend, until SIGTERM or SIGINT. Raises `SetupError` when the backend does not become ready."""
     events = JobEvents(app, node_name(settings))
-    control = Control(settings, ledger, LlamaRunner(settings), fetch_from_store(settings), events)
+    control = Control(settings, ledger, runner, fetch, events, kind=kind)
 
     @app.task(name=RUN_BATCH, ignore_result=True)  # type: ignore[untyped-decorator]
     def run_batch(batch: str) -> None:
@@ -58,7 +67,19 @@ def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
     try:
         control.start()
         control.wait_ready(START_S)
-        app.Worker(
+        _consume(settings, app)
+    finally:
+        control.close()
+
+
+def _consume(settings: Settings, app: Celery) -> None:
+    """Take wake-ups until SIGTERM or SIGINT.
+
+    Celery's consumer gives up for good where a broker is lost at a moment that kombu does not expect (it reconnects to Redis inside of
+    reading, say). The model and what it computes outlive that: another consumer takes its place.
+    """
+    while True:
+        worker = app.Worker(
             hostname=node_name(settings),
             queues=[worker_queue(settings.worker)],
             pool="threads",
@@ -67,9 +88,12 @@ def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
             quiet=True,
             without_gossip=True,
             without_mingle=True,
-        ).start()
-    finally:
-        control.close()
+        )
+        worker.start()
+        if worker.exitcode != EX_FAILURE or state.should_stop is not None or state.should_terminate is not None:
+            return
+        log.warning("Celery's consumer gave up; starting another")
+        time.sleep(1)
 
 
 def node_name(settings: Settings) -> str:
