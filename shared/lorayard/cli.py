@@ -144,7 +144,7 @@ def store() -> None:
     """Run the embedded Valkey or Redis server of the state folder."""
     settings = Settings.load()
     command = embedded.prepare(settings, restart=bool(os.environ.get(SUPERVISED)))
-    os.execv(command[0], command)  # noqa: S606 — our own server
+    os.execve(command[0], command, embedded.environment())  # noqa: S606 — our own server
 
 
 @app.command()
