@@ -1,5 +1,5 @@
-"""The command `lorayard`: the fleet's processes, and what people do with it. Exit codes: 0 done, 1 some jobs did not succeed, 2 an error
-that one line on standard error explains, 130 interrupted."""
+"""The command `lorayard`: the fleet's processes, and what people do with it. Exit codes: 0 done, 1 some jobs did not succeed or the doctor
+found something wrong, 2 an error that one line on standard error explains, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from lorayard import __version__, embedded
+from lorayard import __version__, doctor, embedded
 from lorayard.celery_app import make_app
 from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
@@ -221,6 +221,9 @@ def demo(
                     fleet.check()
         else:
             out.print(f"It ran with Flower on {settings.flower_port} and the API on {settings.api_port}; with --keep they stay up.")
+
+
+app.command("doctor")(doctor.command)
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------------------------

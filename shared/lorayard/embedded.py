@@ -194,6 +194,8 @@ def doubts(settings: dict[str, str]) -> list[str]:
     elif (fsync := settings.get("appendfsync", "always")) != "always":
         lost = "a second or two" if fsync == "everysec" else "half a minute and more"
         found.append(f"Redis has appendfsync {fsync}: a power cut loses {lost} of acknowledged jobs; set it to always if that is too much")
+    if settings.get("appendonly", "yes") == "yes" and settings.get("no-appendfsync-on-rewrite", "no") != "no":
+        found.append("Redis does not fsync while it rewrites its append-only file: set no-appendfsync-on-rewrite no")
     if settings.get("maxmemory", "1") == "0":
         found.append(
             "Redis has no maxmemory: when the machine's memory is full the kernel kills it; set maxmemory, then jobs are refused first"
