@@ -1,19 +1,26 @@
 """What a Sentinel's fail-over loses of what was acknowledged, and how long nothing can be enqueued.
 
 Producers enqueue single jobs through `Ledger` at full speed, on a primary with two replicas under three Sentinels (down-after 500 ms, all
-servers with appendfsync always). At a random moment the primary is killed (`kill`), or it stands still until another is primary and then
-goes on (`revive`): whoever was connected to it still is, and it takes jobs until a Sentinel has told it. The new primary is then asked for
-each acknowledged job. All of it on one machine: the network's part in a replica's lag is missing.
+servers with appendfsync always). At a random moment one of these happens, and the new primary is asked for each acknowledged job:
+
+kill       The primary's process is killed. What it had handed to the kernel still reaches its replicas.
+host N ms  Its whole machine is lost, N ms of wire away from the replicas: what was on the wire is lost with it.
+revive     It stands still until another is primary, and then goes on: whoever was connected to it still is, and it takes jobs until a
+           Sentinel has told it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.sentinels import PASSWORD, Server, Watched, until
+from benchmarks.sentinels import PASSWORD, Server, Watched, free_port, until
 from lorayard.errors import Unavailable
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Entry, Ledger
@@ -32,6 +39,9 @@ MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "replicas=1": ((), "&replicas=1"),
 }
 """What is compared: lines of the servers' configuration, and what is added to the address."""
+
+EVENTS: dict[str, float] = {"kill": 0, "host 1 ms": 1, "host 10 ms": 10, "revive": 0}
+"""What happens to the primary, and how long the wire to its replicas is, in milliseconds one way; 0: none."""
 
 PRODUCERS = 4
 PAYLOAD = b'{"text": "%b"}' % (b"x" * 490)
@@ -87,11 +97,15 @@ def one_round(mode: str, event: str, folder: Path, rng: random.Random) -> Round:
         producers = Producers(ledger)
         producers.start()
         try:
-            began = time.monotonic()
-            time.sleep(rng.uniform(0.5, 1.5))
-            at = time.monotonic()
             old = watched.servers[0]
-            _kill(watched, old) if event == "kill" else _revive(watched, old)
+            with _wire(watched, EVENTS[event]) as wire:
+                began, count = time.monotonic(), len(producers.acknowledged)
+                time.sleep(rng.uniform(0.5, 1.5))
+                at = time.monotonic()
+                per_s = (len(producers.acknowledged) - count) / (at - began)
+                if wire is not None:
+                    wire.kill()
+                _revive(watched, old) if event == "revive" else _kill(watched, old)
             after = time.monotonic()
             until(lambda: producers.acknowledged[-1][1] > after)
             time.sleep(0.5)
@@ -102,10 +116,29 @@ def one_round(mode: str, event: str, folder: Path, rng: random.Random) -> Round:
     lost = [when for name, when in producers.acknowledged if name not in kept]
     # What was on its way when the primary fell may be read a moment later.
     again = min(when for name, when in producers.acknowledged if name in kept and when > at + 0.05) - at
-    before = sum(when < at for _, when in producers.acknowledged)
-    end = at if event == "kill" else max(lost, default=0)
+    end = max(lost, default=0) if event == "revive" else at
     lost_ms = max(0.0, 1000 * (end - min(lost))) if lost else 0.0
-    return Round(len(producers.acknowledged), before / (at - began), len(lost), lost_ms, again)
+    return Round(len(producers.acknowledged), per_s, len(lost), lost_ms, again)
+
+
+@contextlib.contextmanager
+def _wire(watched: Watched, delay_ms: float) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Put a wire between the primary and its replicas. Sentinels do not like it and would take it away, after eight seconds."""
+    if not delay_ms:
+        yield None
+        return
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.relay", str(port), str(watched.servers[0].port), str(delay_ms)]
+    with subprocess.Popen(command) as process:
+        try:
+            time.sleep(0.5)
+            for replica in watched.servers[1:]:
+                with replica.client(PASSWORD) as client:
+                    client.replicaof("127.0.0.1", port)
+            watched.wait_replicas()
+            yield process
+        finally:
+            process.kill()
 
 
 def _kill(watched: Watched, old: Server) -> None:
@@ -132,6 +165,7 @@ def _kept(ledger: Ledger, names: list[str]) -> set[str]:
 def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--event", action="append", choices=EVENTS, help="only this; may be repeated")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
@@ -141,7 +175,7 @@ def main() -> None:
         "", "event", "rounds", "acknowledged", "per s", "rounds with a loss", "lost: all", "worst", "worst, ms", "again after s", "worst"
     )
     metrics: dict[str, Any] = {"seed": options.seed, "rounds": rounds, "producers": PRODUCERS, "fsync": "always", "replicas": 2}
-    for event in ("kill", "revive"):
+    for event in options.event or EVENTS:
         for mode in MODES:
             done: list[Round] = []
             with out.status(f"{event}, {mode} …"):
