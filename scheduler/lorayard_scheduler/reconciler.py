@@ -74,9 +74,10 @@ class Reconciler:
         """Delete a lost worker's Celery queue: what it holds are wake-ups for batches that others have by now."""
         try:
             with self._app.connection_for_write() as connection:
-                channel = connection.default_channel
-                dropped = channel.queue_purge(worker_queue(worker.name))
-                channel.queue_delete(worker_queue(worker.name))
+                queue = self._app.amqp.queues[worker_queue(worker.name)](connection.default_channel)
+                queue.declare()  # kombu deletes the bindings of what it knows only
+                dropped = queue.purge()
+                queue.delete()
         except Exception as error:  # whatever the broker's transport raises; an old message is harmless
             raise Unavailable(f"the broker does not answer ({type(error).__name__})") from error
         log.info("worker struck off", worker=worker.name, messages_dropped=dropped or 0)
