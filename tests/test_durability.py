@@ -24,6 +24,7 @@ from benchmarks.sentinels import PASSWORD, Server, Watched, free_port, server, u
 from lorayard import embedded
 from lorayard.celery_app import RUN_BATCH, make_app, worker_queue
 from lorayard.errors import SetupError, Unavailable
+from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect, sentinel_address, shown
 from lorayard.ledger.ledger import End, Entry, Ledger
 from lorayard.settings import Settings
@@ -200,6 +201,61 @@ def _one_life(ledger: Ledger) -> list[Callable[[], object]]:
     ]
 
 
+# -- backups -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_running_servers_folder_is_a_backup(tmp_path: Path) -> None:
+    with server(tmp_path / "a", ALWAYS) as one, one.client() as client:
+        ledger = ledger_of(client)
+        enqueue(ledger, "done", "held", "waits")
+        _claim(ledger, 2)
+        with Producers(ledger) as producers:
+            time.sleep(0.3)
+            client.config_set("auto-aof-rewrite-percentage", 0)
+            until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
+            names = [name for name, _ in producers.acknowledged]
+            shutil.copytree(tmp_path / "a" / "appendonlydir", tmp_path / "b" / "appendonlydir")
+            client.config_set("auto-aof-rewrite-percentage", 100)
+            time.sleep(0.3)
+        ledger.finish("b1", 1, [End("t/done", "succeeded")])
+    with server(tmp_path / "b", KEEPS) as one, one.client() as client:
+        _restored(ledger_of(client), names)
+
+
+def test_a_snapshot_is_a_backup(tmp_path: Path) -> None:
+    with server(tmp_path / "a", ALWAYS) as one, one.client() as client:
+        ledger = ledger_of(client)
+        enqueue(ledger, "done", "held", "waits")
+        _claim(ledger, 2)
+        client.bgsave()
+        until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"])
+        (tmp_path / "b").mkdir()
+        shutil.copy(tmp_path / "a" / "dump.rdb", tmp_path / "b")
+        ledger.finish("b1", 1, [End("t/done", "succeeded")])
+    # With an append-only file to come, a server would not look at the snapshot.
+    with server(tmp_path / "b", ("appendonly no", "save ''")) as one, one.client() as client:
+        client.config_set("appendonly", "yes")
+        until(lambda: not client.info("persistence")["aof_rewrite_in_progress"] and journal(tmp_path / "b").exists())
+        _restored(ledger_of(client), [])
+        one.kill()
+    with server(tmp_path / "b", KEEPS) as one, one.client() as client:
+        assert missing(ledger_of(client), ["done", "held", "waits"]) == []
+
+
+def _claim(ledger: Ledger, jobs: int) -> None:
+    assert ledger.lead("test", 60_000) == 1
+    claimed = ledger.claim(epoch=1, worker="w", most=2, batch="b1", digest="base", delivery_ms=200, why="", takes=[("t", jobs)])
+    assert claimed == ("ok", jobs)
+
+
+def _restored(ledger: Ledger, names: list[str]) -> None:
+    """All that the backup knew of is there; what was at a worker, and what has ended since, is run again."""
+    assert missing(ledger, [*names, "done", "held", "waits"]) == []
+    until(lambda: ledger.reap().undelivered)
+    assert {document["status"] for document in ledger.show("t", ["done", "held", "waits"]) if document} == {"queued"}
+    assert audit(ledger) == []
+
+
 # -- addresses -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +322,7 @@ def test_a_server_that_became_a_replica_is_left(tmp_path: Path) -> None:
 WORKER = f"""
 import sys
 from lorayard.celery_app import make_app, worker_queue
+from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
 app, client = make_app(sys.argv[1]), connect(sys.argv[1])
 @app.task(name="{RUN_BATCH}", ignore_result=True)
