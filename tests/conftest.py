@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import Phase, settings
 
 from lorayard import embedded
 from lorayard.ledger.connection import connect
 from lorayard.settings import Settings
+
+settings.register_profile("hunt", phases=[Phase.generate], database=None)  # for mutants: the first failure is enough
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before llama.cpp is loaded into this process: its threads would spin
 

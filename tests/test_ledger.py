@@ -10,7 +10,7 @@ import pytest
 import redis
 from ledger_support import START_MS, ClockedLedger, make_entry
 
-from lorayard.ledger.ledger import End, Ledger
+from lorayard.ledger.ledger import End, EndStatus, Ledger
 
 
 class Yard:
@@ -159,6 +159,35 @@ def test_a_zombie_is_fenced_off(yard: Yard) -> None:
     assert yard.ledger.finish(old, taken.fence, [End("acme/a", "failed", OUTCOME)]) == ["stale"]
     assert yard.ledger.counts()["stale"] == 2
     assert yard.status("a") == "succeeded"
+
+
+def test_with_another_fence_nothing_of_a_batch_can_be_had(yard: Yard) -> None:
+    yard.put("begun", "waits")
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    yard.ledger.start(batch, taken.fence, ["acme/begun"])
+    for fence in (taken.fence - 1, taken.fence + 1):
+        assert yard.ledger.start(batch, fence, ["acme/waits"]) == ["acme/waits"]
+        assert yard.ledger.give_back(batch, fence, ["acme/waits"]) == 0
+        assert yard.ledger.renew([(batch, fence)], 5000) == ([batch], [])
+        assert yard.ledger.finish(batch, fence, [End("acme/begun", "succeeded", OUTCOME)]) == ["stale"]
+    assert [yard.status(i) for i in ("begun", "waits")] == ["running", "claimed"]
+
+
+ENDS: tuple[EndStatus, ...] = ("succeeded", "failed")
+
+
+def test_a_batch_ends_only_its_own_jobs_and_each_once(yard: Yard) -> None:
+    yard.put("mine", "others")
+    mine, others = yard.claim(1), yard.claim(1)
+    taken = yard.ledger.take(mine, "w1", "i", 5000)
+    assert taken is not None
+    ends = [End(ref, status, OUTCOME) for ref in ("acme/mine", "acme/others") for status in ENDS]
+    assert yard.ledger.finish(mine, taken.fence, ends) == ["stored", "already", "stale", "stale"]
+    assert [yard.status(i) for i in ("mine", "others")] == ["succeeded", "claimed"]
+    assert yard.ledger.counts()["succeeded"] == 1
+    assert yard.ledger.take(others, "w1", "i", 5000) is not None
 
 
 def test_renewing_keeps_a_lease_and_tells_what_is_lost(yard: Yard) -> None:

@@ -313,9 +313,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def forge(self, of: tuple[Grant, list[End]], off: int) -> None:
         """With another fence, nothing of a batch can be had."""
         (batch, fence, _), ends = of[0]._replace(fence=of[0].fence + off), of[1]
-        refs = [end.ref for end in ends]
-        assert self.both("start", batch, fence, refs) == refs
+        refs = list(of[0].refs)
         assert self.both("give_back", batch, fence, refs) == 0
+        assert self.both("start", batch, fence, refs) == refs
         assert self.both("renew", [(batch, fence)], LEASE)[0] == [batch]
         self.both("finish", batch, fence, ends)
 

@@ -1,0 +1,222 @@
+"""Breakages on purpose, one at a time, and which test notices each: `python tests/mutants.py` (or `make mutants`) writes docs/mutants.md.
+
+A mutant is one place of the code that is made wrong, in a copy of the packages that stands first on the path of a test run; the working
+tree is not touched. The tests must pass with an unchanged copy and fail, in a test and not while they are set up, with each changed one.
+A place that is no longer in the code, or is there twice, is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import redis
+from ledger_support import serving
+from mutations import MUTANTS, Mutant
+
+from lorayard.ledger.connection import connect
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("shared/lorayard", "scheduler/lorayard_scheduler", "workers/lorayard_workers")
+SUITES = {
+    "ledger": ("tests/test_ledger.py", "tests/test_ledger_operations.py", "tests/test_ledger_model.py"),
+    "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
+    "control": ("tests/test_control_leases.py",),
+}
+"""What may notice a mutant of that kind; each file is run by itself until its first failure."""
+
+
+class Caught(NamedTuple):
+    """By which test of a file, and how long the run of the file took until then."""
+
+    test: str
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    mutant: Mutant
+    by: dict[str, Caught | None]
+
+
+def mutate(text: str, mutant: Mutant) -> str:
+    """The text with its one change. Raises `LookupError` where the place is not exactly one."""
+    start, end = 0, len(text)
+    if mutant.within:
+        opening = re.search(
+            rf"^(local function|    def|def) {re.escape(mutant.within)}\(.*?(?=^\S|^    def|\Z)", text, re.DOTALL | re.MULTILINE
+        )
+        if opening is None:
+            raise LookupError(f"{mutant.name}: no function {mutant.within} in {mutant.file}")
+        start, end = opening.span()
+    if (found := text.count(mutant.old, start, end)) != 1:
+        raise LookupError(f"{mutant.name}: {found} places in {mutant.within or mutant.file} read {mutant.old!r}, not one")
+    at = text.index(mutant.old, start)
+    return text[:at] + mutant.new + text[at + len(mutant.old) :]
+
+
+def source_of(mutant: Mutant) -> Path:
+    """Its file in the working tree."""
+    return next(ROOT / package for package in PACKAGES if package.endswith("/" + mutant.file.partition("/")[0])).parent / mutant.file
+
+
+def copy_packages(folder: Path, mutant: Mutant | None) -> None:
+    """The packages, one of them changed, so that `folder` can stand on the path."""
+    for package in PACKAGES:
+        name = Path(package).name
+        shutil.copytree(ROOT / package, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        if mutant and mutant.file.startswith(name + "/"):
+            (folder / mutant.file).write_text(mutate(source_of(mutant).read_text(), mutant))
+
+
+def run_tests(folder: Path, path: str, examples: int = 1000) -> Caught | None:
+    """Run a file of tests on the packages in `folder`, to its first failure. Raises `RuntimeError` when it fails without a test failing."""
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(folder), "LORAYARD_MODEL_EXAMPLES": str(examples), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=hunt",
+        f"--junitxml={report}",
+        path,
+    ]
+    started = time.monotonic()
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    seconds = time.monotonic() - started
+    if ended.returncode == 0:
+        return None
+    failed = [case for case in ET.parse(report).iter("testcase") if case.find("failure") is not None] if report.exists() else []
+    if not failed:
+        raise RuntimeError(f"{path} ended with {ended.returncode} and no test failed:\n{ended.stdout[-3000:]}{ended.stderr[-1000:]}")
+    return Caught(str(failed[0].get("name")), round(seconds, 1))
+
+
+def check_loads(client: redis.Redis, mutants: Iterable[Mutant]) -> None:
+    """Every changed function library must load: what does not even compile proves nothing."""
+    for mutant in mutants:
+        text = mutate(source_of(mutant).read_text(), mutant)
+        if mutant.file.endswith(".lua"):
+            client.function_load(text, replace=True)
+
+
+def hunt(
+    mutants: Sequence[Mutant],
+    tell: Callable[[Outcome], None],
+    *,
+    files: Sequence[str] | None = None,
+    jobs: int = 1,
+    first: bool = False,
+) -> list[Outcome]:
+    """Run the tests on each mutant, `jobs` at a time; `files` instead of those of its suite; of these, to the `first` that notices.
+
+    Raises `RuntimeError` where the tests fail on what is not changed, or without a test failing; `LookupError` for a place that is gone.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        with serving(Path(name, "store")) as server, connect(server.url) as client:
+            check_loads(client, mutants)
+        folder = Path(name, "packages")
+        copy_packages(folder, None)
+        where = subprocess.run(
+            [sys.executable, "-c", "import lorayard; print(lorayard.__file__)"],
+            env=os.environ | {"PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if not where.stdout.startswith(str(folder)):
+            raise RuntimeError(f"the tests would not run on the copy but on {where.stdout}")
+        for path in sorted({path for mutant in mutants for path in files or SUITES[mutant.suite]}):
+            if failed := run_tests(folder, path, examples=20):
+                raise RuntimeError(f"{failed.test} fails on unchanged code")
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(partial(_try, Path(name), tell, files, first), mutants))
+
+
+def _try(folder: Path, tell: Callable[[Outcome], None], files: Sequence[str] | None, first: bool, mutant: Mutant) -> Outcome:
+    outcome = Outcome(mutant, {})
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        copy_packages(Path(name), mutant)
+        for path in files or SUITES[mutant.suite]:
+            outcome.by[path] = run_tests(Path(name), path)
+            if first and outcome.by[path]:
+                break
+    tell(outcome)
+    return outcome
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table a kind, for docs/mutants.md."""
+    caught = sum(any(outcome.by.values()) for outcome in outcomes)
+    lines = [
+        "# Mutants",
+        "",
+        f"Written by `make mutants`: {len(outcomes)} breakages on purpose, one at a time; {caught} were noticed.",
+        "",
+        "Each file of tests ran by itself, on a copy of the code with one place changed (`tests/mutations.py`), until its first failure;",
+        "the seconds are those of its run, start included.",
+        "",
+    ]
+    for kind in dict.fromkeys(outcome.mutant.kind for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if outcome.mutant.kind == kind]
+        files = SUITES[rows[0].mutant.suite]
+        lines += [
+            f"## {kind.capitalize()}",
+            "| broken | " + " | ".join(f"`{Path(path).name}`" for path in files) + " |",
+            "|---" * (len(files) + 1) + "|",
+        ]
+        for mutant, by in rows:
+            cells = [f"`{hit.test.removeprefix('test_')}` {hit.seconds} s" if (hit := by.get(path)) else "—" for path in files]
+            lines.append(f"| {mutant.name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--only", metavar="WORD", help="mutants whose name or kind has it")
+    parser.add_argument("--report", type=Path, metavar="PATH", help="where to write the table; beside it the same as JSON")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
+    parser.add_argument("--first", action="store_true", help="stop at the first file of tests that notices")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.only or options.only in m.name or options.only in m.kind]
+
+    def tell(outcome: Outcome) -> None:
+        shown = [f"{Path(path).stem}: {hit.test} {hit.seconds} s" for path, hit in outcome.by.items() if hit]
+        print(
+            f"{'caught' if shown else 'MISSED'}  {outcome.mutant.kind}: {outcome.mutant.name}  ({'; '.join(shown) or 'by nothing'})",
+            flush=True,
+        )
+
+    outcomes = hunt(chosen, tell, jobs=options.jobs, first=options.first)
+    if options.report:
+        rows = [
+            {"kind": o.mutant.kind, "mutant": o.mutant.name, "file": o.mutant.file, "by": {p: c and c._asdict() for p, c in o.by.items()}}
+            for o in outcomes
+        ]
+        options.report.write_text(as_markdown(outcomes))
+        options.report.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    missed = [outcome.mutant.name for outcome in outcomes if not any(outcome.by.values())]
+    print(f"{len(outcomes)} mutants, {len(missed)} missed")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
