@@ -64,7 +64,7 @@ def test_a_job_has_all_of_its_events_or_none_and_flower_shows_the_rows(redis_url
     for event in heard:
         kinds[event["uuid"]].append(event["type"])
         state.event(event)
-    assert dict(kinds) == dict.fromkeys(("a", "b", "c", "d", "last"), ["task-received", "task-started", "task-succeeded"])
+    assert dict(kinds) == {key: ["task-received", "task-started", "task-succeeded"] for key in ("a", "b", "c", "d", "last")}
     row = state.tasks["c"]
     assert (row.name, row.state, row.result, row.runtime, row.worker.hostname) == (
         "lorayard.infer",
