@@ -30,7 +30,7 @@ def resolve(upgrade: bool) -> list[dict[str, dict[str, str]]]:
         command = [*setup.pip(Path(sys.executable)), "install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
         for folder in setup.wheels_folder().glob("llama_cpp_python-*/"):  # spares unpacking the source only to read its metadata
             command += ["--find-links", str(folder)]
-        subprocess.run([*command, "-c", str(pins), "-e", f"{setup.ROOT}[dev,train]", *BUILD_TOOLS], check=True)
+        subprocess.run([*command, "-c", str(pins), "-e", f"{setup.ROOT}[dev,train,bench]", *BUILD_TOOLS], check=True)
         found: list[dict[str, dict[str, str]]] = json.loads(report.read_text())["install"]
     return found
 
