@@ -117,7 +117,7 @@ def test_a_broker_that_is_away(good: Server, tmp_path: Path) -> None:
 
 
 def test_through_sentinels(tmp_path: Path) -> None:
-    with Watched(tmp_path / "w", sentinels=1) as watched:
+    with Watched(tmp_path / "w", sentinels=1, hasty=True) as watched:
         checks = examine(settings_of(watched.url, tmp_path))
     for name in ("server", "role", "append-only file", "broker", "disk"):
         tells(checks, name, "ok")

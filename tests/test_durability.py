@@ -346,7 +346,7 @@ def celery_worker(url: str) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:.*deprecated setex.*:DeprecationWarning")  # Celery's own
 def test_ledger_and_celery_go_on_with_the_new_primary(tmp_path: Path) -> None:
-    with Watched(tmp_path) as watched, celery_worker(watched.url), connect(watched.url) as client, make_app(watched.url) as app:
+    with Watched(tmp_path, hasty=True) as watched, celery_worker(watched.url), connect(watched.url) as client, make_app(watched.url) as app:
         embedded.wait_until_up(watched.url)
         embedded.check_server(client)
         ledger = ledger_of(client)
@@ -381,6 +381,7 @@ def test_ledger_and_celery_go_on_with_the_new_primary(tmp_path: Path) -> None:
         new.kill()
         until(lambda: _accepted(ledger, "third"), 60)
         assert missing(ledger, [*names, "after", "third"]) == []
+        assert audit(ledger) == []
 
 
 def _accepted(ledger: Ledger, name: str) -> bool:
@@ -399,7 +400,7 @@ def _sees_replica(sentinel: Server) -> bool:
 
 
 def test_with_replicas_nothing_is_acknowledged_that_one_server_alone_has(tmp_path: Path) -> None:
-    with Watched(tmp_path, sentinels=1) as watched:
+    with Watched(tmp_path, sentinels=1, hasty=True) as watched:
         with connect(watched.url + "&replicas=1", timeout_s=2) as client:
             ledger = ledger_of(client)
             enqueue(ledger, "both")
