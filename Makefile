@@ -3,7 +3,7 @@
 #   make test ARGS="-k ledger"              arguments for pytest, or for `lorayard demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-train demo test check format pins clean
+.PHONY: help setup setup-demo setup-train demo test faults check format pins clean
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/sh
 BIN := .venv/bin
@@ -40,6 +40,9 @@ demo: setup-demo ## run the demo: a fleet on this machine, real adapters, real j
 
 test: check ## linters, then all tests
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+faults: setup ## every fault in full (some 15 minutes, best as root); writes build/faults.json and .md
+	@LORAYARD_FAULTS_REPORT=build/faults exec $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 
 check: setup ## linters and types, no tests
 	@$(BIN)/ruff check .
