@@ -20,6 +20,7 @@ import pytest
 import redis
 import structlog
 from benchmarks.sentinels import PASSWORD, Server, Watched, free_port, server, until
+from fleet_support import FleetProcess, chat
 
 from lorayard import embedded
 from lorayard.celery_app import RUN_BATCH, make_app, worker_queue
@@ -382,6 +383,24 @@ def test_ledger_and_celery_go_on_with_the_new_primary(tmp_path: Path) -> None:
         until(lambda: _accepted(ledger, "third"), 60)
         assert missing(ledger, [*names, "after", "third"]) == []
         assert audit(ledger) == []
+
+
+@pytest.mark.fleet
+def test_a_fleet_goes_on_with_the_new_primary(tmp_path: Path, demo_gguf: Path) -> None:
+    with Watched(tmp_path / "watched", hasty=True) as watched:
+        fleet = FleetProcess(tmp_path, demo_gguf, redis_url=watched.url, n_ctx=2048, width=4, lease_ms=3000, delivery_ms=3000)
+        try:
+            fleet.start()
+            ids = fleet.submit([chat(f"Say a word that begins with {letter}.") for letter in "abcdefghijklmnop"])
+            with watched.servers[0].client(PASSWORD) as first:
+                until(lambda: int(first.hget("ly:{main}:counts", "succeeded") or 0) >= 2)
+                assert first.wait(1, 5000) == 1
+            watched.servers[0].kill()
+            assert {document["status"] for document in fleet.ended(ids)} == {"succeeded"}
+            fleet.ended(fleet.submit([chat("Say another word.")]))
+            fleet.assert_settled()
+        finally:
+            fleet.close()
 
 
 def _accepted(ledger: Ledger, name: str) -> bool:

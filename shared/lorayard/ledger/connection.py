@@ -18,7 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
 
 from lorayard.errors import SetupError
 
@@ -129,7 +129,7 @@ def _directly(url: str, options: dict[str, Any]) -> redis.Redis:
 
 
 class _Primary(Connection):
-    """A server that was demoted keeps its connections: whoever stays with it can never write again.
+    """A server that was demoted, or has lost its replicas, keeps its connections: whoever stays with it can never write again.
 
     Where an address is moved to the new primary, as DNS names of managed services are, connecting anew leads there.
     """
@@ -137,19 +137,26 @@ class _Primary(Connection):
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().read_response(*args, **kwargs)
-        except redis.ReadOnlyError as error:
+        except redis.ResponseError as error:
+            if not isinstance(error, redis.ReadOnlyError) and not str(error).startswith("NOREPLICAS"):
+                raise
             self.disconnect()  # type: ignore[no-untyped-call]
-            raise redis.ConnectionError(f"the server has become a replica: {error}") from None
+            raise redis.ConnectionError(f"the server does not, or not any more, write as the primary: {error}") from None
 
 
 class _SecurePrimary(_Primary, SSLConnection):
     pass
 
 
+class _NamedPrimary(_Primary, SentinelManagedConnection):
+    pass
+
+
 def _through_sentinel(address: SentinelAddress, options: dict[str, Any]) -> redis.Redis:
     asking = address.sentinel_options(min(_SENTINEL_S, options["socket_timeout"])) | {"protocol": 2}
     sentinels = _Sentinels(address.sentinels, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call]
-    pool = _Pool(address.service, sentinels, db=address.db, **address.login, **options)  # type: ignore[no-untyped-call]
+    options |= {"db": address.db, "connection_class": _NamedPrimary, **address.login}
+    pool = _Pool(address.service, sentinels, **options)  # type: ignore[no-untyped-call]
     client = _Confirmed(connection_pool=pool) if address.replicas else redis.Redis(connection_pool=pool)
     client.auto_close_connection_pool = True
     if isinstance(client, _Confirmed):
@@ -172,7 +179,8 @@ class _Confirmed(redis.Redis):
         for reply in (answer, copies):
             if isinstance(reply, Exception):
                 raise reply
-        if copies < self.replicas:
+        if copies < self.replicas:  # perhaps it is the primary no more: ask the Sentinels
+            self.connection_pool.disconnect(inuse_connections=False)
             raise redis.TimeoutError(f"{copies} of {self.replicas} replicas confirmed it within {self.patience_ms} ms")
         return answer
 
