@@ -686,8 +686,8 @@ end
 
 -- ly_start P | batch fence ref... -> refs that must not go on. Counts the attempt.
 local function start(keys, args)
-  local p, bid, stop, begun = keys[1], args[1], {}, {}
-  local refs = { unpack(args, 3) }
+  local p, bid, stop, begun, refs = keys[1], args[1], {}, {}, {}
+  for i = 3, #args do refs[i - 2] = args[i] end
   local mine = current(p, bid, args[2]) and gather('SMISMEMBER', p .. 'members:' .. bid, refs) or {}
   for i, ref in ipairs(refs) do
     if mine[i] == 1 then begun[#begun + 1] = ref else stop[#stop + 1] = ref end
