@@ -3,7 +3,7 @@
 #   make test ARGS="-k ledger"              arguments for pytest, or for `lorayard demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-train demo test faults check format pins clean
+.PHONY: help setup setup-demo setup-train demo test faults mutants check format pins clean
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/sh
 BIN := .venv/bin
@@ -41,8 +41,12 @@ demo: setup-demo ## run the demo: a fleet on this machine, real adapters, real j
 test: check ## linters, then all tests
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-faults: setup ## every fault in full (some 15 minutes, best as root); writes build/faults.json and .md
-	@LORAYARD_FAULTS_REPORT=build/faults exec $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+faults: setup ## every fault in full (some 15 minutes, best as root); writes build/faults.json and .md; then the ledger's model, at length
+	@LORAYARD_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
+	@LORAYARD_MODEL_EXAMPLES=2000 exec $(BIN)/python -m pytest tests/test_ledger_model.py
+
+mutants: setup ## break the code on purpose, one place at a time: does a test notice? (some 25 minutes); writes docs/mutants.md and .json
+	@exec $(BIN)/python tests/mutants.py --report docs/mutants.md $(ARGS)
 
 check: setup ## linters and types, no tests
 	@$(BIN)/ruff check .

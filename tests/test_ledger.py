@@ -132,6 +132,17 @@ def test_a_lost_wake_up_costs_no_attempt(yard: Yard) -> None:
     assert taken.jobs[0].attempts == 0
 
 
+def test_taking_begins_a_lease_of_its_own(yard: Yard) -> None:
+    yard.put("a")
+    batch = yard.claim()
+    yard.advance(4000)
+    assert yard.ledger.take(batch, "w1", "i", 5000) is not None
+    yard.advance(4999)
+    assert not any(yard.ledger.reap())
+    yard.advance(1)
+    assert yard.ledger.reap().lapsed == 1
+
+
 def test_taking_twice_is_harmless(yard: Yard) -> None:
     yard.put("a")
     batch = yard.claim()
@@ -349,4 +360,23 @@ def test_bulk_enqueue_of_many_groups(yard: Yard) -> None:
     assert {a.status for a in yard.ledger.enqueue(entries, max_queued=10_000)} == {"queued"}
     assert time.monotonic() - started < 30
     assert sum(g.jobs for g in yard.ledger.snapshot().groups) == 5000
+    assert yard.counts_are_exact()
+
+
+def test_any_number_of_jobs_in_one_call(yard: Yard) -> None:
+    """Lua hands a command, or a function, no more than some thousand arguments at once."""
+    ids = [f"j{i}" for i in range(9_000)]
+    refs = [f"acme/{i}" for i in ids]
+    yard.ledger.enqueue([make_entry(i) for i in ids], max_queued=10**6)
+    taken = yard.ledger.take(yard.claim(10**6), "w1", "i", 5000)
+    assert taken is not None
+    assert len(taken.jobs) == len(ids)
+    assert yard.ledger.start(taken.batch, taken.fence, refs) == []
+    assert set(yard.ledger.finish(taken.batch, taken.fence, [End(ref, "later") for ref in refs])) == {"retried"}
+    taken = yard.ledger.take(yard.claim(10**6), "w1", "i", 5000)
+    assert taken is not None
+    assert yard.ledger.give_back(taken.batch, taken.fence, refs) == len(refs)
+    assert {d["postponed"] for d in yard.ledger.show("acme", ids) if d} == {1}
+    assert set(yard.ledger.cancel("acme", ids)) == {"cancelled"}
+    assert set(yard.ledger.delete("acme", ids)) == {"deleted"}
     assert yard.counts_are_exact()

@@ -32,7 +32,7 @@ TENANTS = ("acme", "zeta")
 DIGESTS = ("base", "d1")
 WORKERS = ("w1", "w2", "w3")
 SCHEDULERS = ("s1", "s2")
-LEASE = DELIVERY = 5000
+DELIVERY, LEASE = 3000, 5000
 TIMES = (1, 500, 1000, 2500, LEASE)
 OUTCOMES = (b'{"response":{"n":1}}', b'{"response":{"n":2}}')
 
