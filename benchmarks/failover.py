@@ -170,10 +170,8 @@ def main() -> None:
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     rng = random.Random(options.seed)
-    out = Console()
-    table = Table(
-        "", "event", "rounds", "acknowledged", "per s", "rounds with a loss", "lost: all", "worst", "worst, ms", "again after s", "worst"
-    )
+    out = Console(width=120)
+    table = Table("event", "", "acked", "per s", "rounds losing", "lost", "worst", "ms", "again s", "worst")
     metrics: dict[str, Any] = {"seed": options.seed, "rounds": rounds, "producers": PRODUCERS, "fsync": "always", "replicas": 2}
     for event in options.event or EVENTS:
         for mode in MODES:
