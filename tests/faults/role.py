@@ -58,7 +58,7 @@ def always(_: Any) -> bool:
 
 
 def place_points() -> None:
-    from kombu.transport.redis import QoS
+    from celery.worker.request import Request
 
     pointed(Ledger, "enqueue", "enqueue")
     pointed(Ledger, "claim", "claim", lambda answer: bool(answer[0] == "ok"))
@@ -67,7 +67,7 @@ def place_points() -> None:
     pointed(Ledger, "start", "start", always)
     pointed(Ledger, "renew", "renew")
     pointed(Ledger, "finish", "finish")
-    pointed(QoS, "ack", "ack", always)  # of the Celery message
+    pointed(Request, "on_accepted", "ack", always)  # of the Celery message, which is off its queue by then
 
 
 def hurry() -> None:

@@ -10,6 +10,8 @@ import structlog
 from celery import Celery
 from celery.platforms import EX_FAILURE
 from celery.worker import state
+from celery.worker.request import Request
+from kombu import Exchange, Queue
 
 from lorayard.adapters import BaseModel
 from lorayard.celery_app import RUN_BATCH, worker_queue
@@ -26,6 +28,16 @@ THREADS = 4
 """More than the batches a worker may have outstanding: fetching one adapter never keeps the next wake-up waiting."""
 
 START_S = 900.0
+
+
+class _WakeUp(Request):  # type: ignore[misc]
+    """A message that is not acknowledged: the ledger has a batch sent again long before the broker would send a message again.
+
+    With acknowledgements every batch would cost two more durable writes, one of them before it can begin.
+    """
+
+    def acknowledge(self) -> None:
+        self.acknowledged = True
 
 
 def fetch_from_store(settings: Settings) -> FetchAdapter:
@@ -55,7 +67,7 @@ def serve(settings: Settings, ledger: Ledger, app: Celery, runner: Runner, fetch
     events = JobEvents(app, node_name(settings))
     control = Control(settings, ledger, runner, fetch, events, kind=kind)
 
-    @app.task(name=RUN_BATCH, ignore_result=True)  # type: ignore[untyped-decorator]
+    @app.task(name=RUN_BATCH, ignore_result=True, Request=_WakeUp)  # type: ignore[untyped-decorator]
     def run_batch(batch: str) -> None:
         try:
             control.run_batch(batch)
@@ -78,10 +90,12 @@ def _consume(settings: Settings, app: Celery) -> None:
     Celery's consumer gives up for good where a broker is lost at a moment that kombu does not expect (it reconnects to Redis inside of
     reading, say). The model and what it computes outlive that: another consumer takes its place.
     """
+    name = worker_queue(settings.worker)
+    app.conf.task_queues = [Queue(name, Exchange(name), routing_key=name, no_ack=True)]
     while True:
         worker = app.Worker(
             hostname=node_name(settings),
-            queues=[worker_queue(settings.worker)],
+            queues=[name],
             pool="threads",
             concurrency=THREADS,
             loglevel="WARNING",
