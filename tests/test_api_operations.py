@@ -194,7 +194,7 @@ def test_pause_and_resume_as_commands(command: Cli) -> None:
 
 def test_a_server_that_is_nearly_full_takes_no_more_jobs_and_says_when_to_come_again(api: Api) -> None:
     store = api.ledger.client
-    before = store.config_get("maxmemory")["maxmemory"]
+    before = str(store.config_get("maxmemory")["maxmemory"])
     store.config_set("maxmemory", int(int(store.info("memory")["used_memory"]) / 0.9))
     try:
         reply = api.call("POST", "/v1/jobs", json=job())

@@ -264,7 +264,7 @@ def test_a_call_repeated_because_its_reply_was_lost_changes_nothing(yard: Yard) 
 
 def test_jobs_are_refused_before_memory_runs_out_and_ends_are_stored_even_then(yard: Yard) -> None:
     used = int(yard.client.info("memory")["used_memory"])
-    before = yard.client.config_get("maxmemory")["maxmemory"]
+    before = str(yard.client.config_get("maxmemory")["maxmemory"])
     yard.client.config_set("maxmemory", used * 2)
     try:
         big, answers = b"x" * 20_000, list[str]()
