@@ -127,6 +127,12 @@ def dump(client: redis.Redis) -> Dump:
     return {name: (value, mortal) for name, (value, mortal) in out.items() if value}
 
 
+def outlive(client: redis.Redis) -> None:
+    """As if so much time had passed that all that has a time to live is gone."""
+    if gone := [PREFIX + name for name, (_, mortal) in dump(client).items() if mortal]:
+        client.delete(*gone)
+
+
 def _value(kind: str, raw: Any) -> Value:
     if kind == "string":
         return str(raw, "utf-8")

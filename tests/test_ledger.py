@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 import redis
-from ledger_support import START_MS, ClockedLedger, make_entry
+from ledger_support import START_MS, ClockedLedger, make_entry, outlive
 
+from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import End, EndStatus, Ledger
 
 
@@ -231,6 +232,35 @@ def test_a_job_that_brings_its_worker_down_at_the_cap_is_buried_and_its_mates_ar
     assert yard.status("mate") == "queued"
     assert yard.ledger.list_ids("acme", limit=9, dead=True) == ["poison"]
     assert yard.counts_are_exact()
+
+
+def test_an_id_that_is_used_again_is_no_dead_letter_any_more(yard: Yard) -> None:
+    """Its result has expired: a job of that id is another one, which must not be queued twice."""
+    chosen = {"idem": "id x", "body_hash": "h", "max_attempts": 1}
+    yard.put("x", **chosen)
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    assert yard.ledger.finish(batch, taken.fence, [End("acme/x", "retry", OUTCOME)]) == ["stored"]
+    assert yard.ledger.list_ids("acme", limit=9, dead=True) == ["x"]
+    outlive(yard.client)
+    assert yard.put("x", **chosen) == ["queued"]
+    yard.claim()
+    assert yard.ledger.list_ids("acme", limit=9, dead=True) == []
+    assert yard.ledger.revive("acme", ["x"]) == ["missing"]
+    assert audit(yard.ledger) == []
+
+
+def test_a_dead_letter_that_is_tried_again_has_no_deadline(yard: Yard) -> None:
+    yard.put("x", deadline_ms=9000, max_attempts=1)
+    batch = yard.claim()
+    taken = yard.ledger.take(batch, "w1", "i", 5000)
+    assert taken is not None
+    yard.ledger.finish(batch, taken.fence, [End("acme/x", "retry", OUTCOME)])
+    assert yard.ledger.revive("acme", ["x"]) == ["queued"]
+    assert audit(yard.ledger) == []
+    yard.advance(9001)
+    assert yard.ledger.reap().expired == 0
 
 
 def test_retry_waits_and_counts_and_later_counts_nothing(yard: Yard) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from ledger_model import CODES, Model
-from ledger_support import CLOCKED, PREFIX, START_MS, Census, ClockedLedger, Server, dump, make_entry, serving
+from ledger_support import CLOCKED, START_MS, Census, ClockedLedger, Server, dump, make_entry, outlive, serving
 
 from lorayard.jobs import TERMINAL
 from lorayard.ledger.audit import audit
@@ -346,8 +346,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def outlive(self) -> None:
         """So much time passes that all that has a time to live is gone."""
-        ends = [name for name, (_, mortal) in dump(self.ledger.client).items() if mortal]
-        self.ledger.client.delete(*(PREFIX + name for name in ends))
+        outlive(self.ledger.client)
         self.model.outlive()
         self.ledger.set_clock(self.model.now)
         self.accepted &= self.model.jobs.keys()
@@ -406,11 +405,28 @@ class LedgerMachine(RuleBasedStateMachine):
                     assert self.ledger.list_ids(tenant, limit=1000, after=newest[0], dead=dead) == newest[1:]
 
     def teardown(self) -> None:
-        """All that was accepted comes to its end, though every batch so far is lost."""
+        """Dead letters are tried again; then all that was accepted comes to its end, though every batch so far is lost, or is deleted."""
         if not self.sound:
             return
         for what in self.model.paused():
             self.both("resume", what)
+        for tenant in TENANTS:
+            if ids := list(self.model.graves[tenant]):
+                self.revive((tenant, ids))
+        self.holds_what_it_must()
+        if self.made % 3:
+            self._work_off()
+        else:
+            for tenant in TENANTS:
+                if ids := [job.entry.id for job in self.model.jobs.values() if job.entry.tenant == tenant]:
+                    self.both("delete", tenant, ids)
+        self.holds_what_it_must()
+        assert self.model.live() == []
+        left = {name.partition(":")[0] for name in dump(self.ledger.client)}
+        lasting = {"by_tenant", "served", "counts", "leader", "fence", "stop"}
+        assert left <= (lasting | {"job", "dead", "idem"} if self.made % 3 else lasting)
+
+    def _work_off(self) -> None:
         for _ in range(40):
             if not self.model.live():
                 break
@@ -419,10 +435,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self._work(WORKERS[0], 1000, 1000)
                 grant = self.grants[-1]
                 self.finish((grant, [End(ref, "succeeded") for ref in grant.refs]))
-        self.holds_what_it_must()
         assert {ref: self.model.jobs[ref].status for ref in self.accepted if self.model.jobs[ref].status not in TERMINAL} == {}
-        left = {name.partition(":")[0] for name in dump(self.ledger.client)}
-        assert left <= {"job", "dead", "idem", "by_tenant", "paused", "served", "counts", "leader", "fence", "stop"}
 
 
 def _in_order(answer: Any) -> Any:
