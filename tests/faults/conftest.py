@@ -61,7 +61,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     outcome: Any = yield
     if call.when == "call" and "row" in getattr(item, "funcargs", {}):
         row: Row = item.funcargs["row"]  # type: ignore[attr-defined]
-        row.passed = outcome.get_result().passed
+        row.outcome = outcome.get_result().outcome
         if call.excinfo is not None:
             row.notes.append(f"{call.excinfo.typename}: {str(call.excinfo.value)[:400]}")
 

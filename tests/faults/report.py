@@ -34,7 +34,7 @@ class Row:
     test: str
     seed: int
     quick: bool
-    passed: bool = False
+    outcome: str = ""  # passed, failed, skipped
     jobs: int = 0
     seconds: float = 0.0
     injected: Counter[str] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
         "machine": {"cores": cores, "processor": platform.processor() or platform.machine(), "system": platform.release()},
         "rows": [dict(vars(row)) for row in rows],
         "jobs": sum(row.jobs for row in rows),
-        "failed": [row.test for row in rows if not row.passed],
+        "failed": [row.test for row in rows if row.outcome != "passed"],
     }
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(document))
@@ -109,7 +109,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"{machine['cores']} cores, Linux {machine['system']}. `LORAYARD_TEST_SEED=SEED make faults ARGS='-k TEST'` repeats its choices;",
         "when exactly a process is hit depends on the machine, too.",
         "",
-        "| fault | caused by | jobs | ends | attempts | recovered, s (limit) | refused as stale | seed | |",
+        "| fault | caused by | jobs | ends | attempts | recovered, s (limit) | refused as stale | seed | outcome |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in rows]
@@ -134,7 +134,7 @@ def _line(row: dict[str, Any]) -> str:
         took,
         str(row["counted"].get("stale", 0)),
         str(row["seed"]),
-        "pass" if row["passed"] else "FAIL",
+        row["outcome"],
     )
     return "| " + " | ".join(cells) + " |"
 

@@ -205,7 +205,8 @@ def test_disk_full(row: Row, rng: random.Random, fleet: Fleet, quick: bool, poli
                 f"fsync {policy}: {len(witness.acknowledged)} jobs acknowledged before the disk was full; the store's process "
                 f"ended {sum(d.name == 'store' for d in yard.deaths)} times meanwhile"
             )
-            yard.kill("store")  # what was acknowledged must be in the file
+            if policy == "always":  # what was acknowledged is in the file; with everysec, a second of it may be in memory only
+                yard.kill("store")
             ballast.unlink()
             freed = time.monotonic()
             witness.submit(witness.jobs(20))
