@@ -249,7 +249,6 @@ CONTROL = _of(
     ),
     ("a process that dies of loading costs nothing, for ever", "_on_died", "if not running and first is not None:", "if False:"),
     ("a worker without a model keeps what it is sent", "run_batch", "if not self.info.ready:", "if False:"),
-    ("a worker that leaves takes more", "run_batch", "if self._closing.is_set():\n            return", "if False:\n            return"),
     ("an adapter out of reach costs an attempt", "run_batch", "later=isinstance(error, Unavailable)", "later=False"),
     ("an adapter that is wrong is tried for ever", "run_batch", "later=isinstance(error, Unavailable)", "later=True"),
     (
