@@ -41,7 +41,7 @@ demo: setup-demo ## run the demo: a fleet on this machine, real adapters, real j
 test: check ## linters, then all tests
 	@exec $(BIN)/python -m pytest $(ARGS)
 
-faults: setup ## every fault in full (some 15 minutes, best as root); writes build/faults.json and .md; then the ledger's model, at length
+faults: setup ## every fault in full (some 20 minutes, best as root); writes build/faults.json and .md; then the ledger's model, at length
 	@LORAYARD_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 	@LORAYARD_MODEL_EXAMPLES=2000 exec $(BIN)/python -m pytest tests/test_ledger_model.py
 
