@@ -56,8 +56,12 @@ class Job:
     wake: int = 0
     look: int = 0  # when its deadline is looked at next
     fence: int = 0  # that stored the result
+    place: int = field(init=False)  # in its queue
     result: Result | None = None
     dead: bool = False
+
+    def __post_init__(self) -> None:
+        self.place = self.due
 
     @property
     def ref(self) -> str:
@@ -69,7 +73,7 @@ class Job:
 
     @property
     def order(self) -> tuple[int, str]:
-        return self.due, self.entry.id
+        return self.place, self.entry.id
 
 
 @dataclass
@@ -248,7 +252,7 @@ class Model:
         new = Batch(batch, worker, digest, self.fences, self.now, len(jobs), shares, why, self.now + delivery_ms)
         self.batches[batch] = new
         for job in jobs:
-            job.status, job.batch = Status.CLAIMED, new
+            job.status, job.batch, job.place = Status.CLAIMED, new, job.due
         return "ok", len(jobs)
 
     def reap(self, *, limit: int) -> Reaped:
@@ -374,6 +378,7 @@ class Model:
                 job.dead = True
                 self._store(job, Status.FAILED, job.batch.fence, None)
             else:
+                job.place = min(job.due, job.batch.claimed)  # in front of what has not had its turn yet
                 self._let_go(job)
                 self.totals["requeued"] += 1
         self._close_empty()
@@ -421,7 +426,7 @@ class Model:
         if self.fences:
             values["fence"] = str(self.fences)
         for (digest, tenant), jobs in self.groups().items():
-            values[f"queue:{digest}:{tenant}"] = {j.entry.id: j.due for j in jobs}
+            values[f"queue:{digest}:{tenant}"] = {j.entry.id: j.place for j in jobs}
         for (tenant, key), (job_id, body_hash) in self.idem.items():
             values[f"idem:{tenant}:{key}"] = f"{job_id}\t{body_hash}"
         values |= {f"by_tenant:{tenant}": dict(ids) for tenant, ids in self.listed.items()}

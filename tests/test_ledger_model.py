@@ -390,7 +390,7 @@ class LedgerMachine(RuleBasedStateMachine):
         view = self.ledger.snapshot()
         groups = {(g.digest, g.tenant): (g.jobs, g.due) for g in view.groups}
         ready = {name: jobs for name, jobs in self.model.groups().items() if not self.model.is_halted(*name)}
-        assert {name: shown for name, shown in groups.items() if shown[0]} == {name: (len(j), j[0].due) for name, j in ready.items()}
+        assert {name: shown for name, shown in groups.items() if shown[0]} == {name: (len(j), j[0].place) for name, j in ready.items()}
         flights = {f.batch: (f.worker, f.digest, " ".join(f"{t} {n}" for t, n in f.by.items()), f.claimed, f.taken) for f in view.in_flight}
         assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken) for b in self.model.batches.values()}
         assert view.served == +self.model.served

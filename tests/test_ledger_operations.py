@@ -259,6 +259,24 @@ def test_a_call_repeated_because_its_reply_was_lost_changes_nothing(yard: Yard) 
     assert audit(yard.ledger) == []
 
 
+# -- coming back ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_a_lost_worker_go_before_what_has_not_had_its_turn(yard: Yard) -> None:
+    yard.put("lost")
+    yard.run()
+    yard.advance(1)
+    yard.put("urgent", wait_ms=0)
+    yard.advance(5001)
+    assert yard.ledger.reap().lapsed == 1
+    (group,) = yard.ledger.snapshot().groups
+    assert group.due == START_MS, "when it was claimed"
+    _, batch = yard.claim(takes=[("acme", 1)])
+    taken = yard.ledger.take(batch, "w", "i", 5000)
+    assert taken is not None
+    assert [job.ref for job in taken.jobs] == ["acme/lost"]
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------------------------
 
 

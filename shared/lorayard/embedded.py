@@ -102,6 +102,7 @@ def prepare(settings: Settings, *, restart: bool = False) -> list[str]:
                 f'dir "{home}"',
                 "appendonly yes",
                 f"appendfsync {settings.fsync}",
+                "auto-aof-rewrite-min-size 256mb",  # a rewrite takes a core; reading so much takes seconds at a start
                 "save ''",
                 f"maxmemory {maxmemory(settings)}",
                 "maxmemory-policy noeviction",

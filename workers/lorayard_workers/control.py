@@ -65,7 +65,7 @@ class Control:
         self._registry = WorkerRegistry(ledger.client)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
-        self._heard: queue.Queue[Event | None] = queue.Queue()
+        self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._closing = threading.Event()
         self._fetching = 0  # adapters on their way here
@@ -293,13 +293,11 @@ class Control:
 
     def _tell(self, held: _Held, outcome: Outcome, answer: str) -> None:
         job_id = split_ref(outcome.ref)[1]
-        code = str((outcome.error or {}).get("code"))
         if answer == "stale":
             log.warning("result refused: the lease was lost", job=job_id, batch=held.batch)
-        elif answer == "retried":
-            self._events.retried(job_id, code)
         elif outcome.error is not None:
-            self._events.failed(job_id, code)
+            tell = self._events.retried if answer == "retried" else self._events.failed
+            tell(job_id, str(outcome.error.get("code")))
         else:
             runtime = time.monotonic() - held.begun.get(outcome.ref, time.monotonic())
             self._events.succeeded(job_id, runtime_s=runtime, tokens=_tokens(outcome))

@@ -7,7 +7,7 @@
 --
 --   job:REF              STRING  of a living job: head \n birth \n meta \n request
 --                                of an ended one, with a TTL: end \n birth \n meta \n outcome; a dead letter has two more lines, head \n request
---   queue:DIGEST:TENANT  ZSET    id -> due ms
+--   queue:DIGEST:TENANT  ZSET    id -> due ms; when it was claimed, of one whose worker was lost, if that is earlier
 --   groups               SET     DIGEST:TENANT of every queue that is not empty
 --   paused               SET     pool | adapter:DIGEST | tenant:TENANT | group:DIGEST:TENANT
 --   delayed              ZSET    ref -> ms when it goes to its queue
@@ -38,7 +38,7 @@
 -- What is said for each job is kept short, and what commands can take for many is given to them at once: a call of one command costs 1 µs,
 -- and this is one thread for everybody (docs/benchmarks.md).
 
-local EVENTS_KEPT = 20000
+local EVENTS_KEPT = 4000
 local MOST = 2000 -- arguments of one command: what Lua's stack surely holds
 
 local function now() -- ms; the only clock of the ledger
@@ -132,9 +132,9 @@ local function group_of(job)
   return job.digest .. ':' .. job.tenant
 end
 
-local function push(c, job) -- into its queue
+local function push(c, job, place) -- into its queue, where it is due, or at a place further in front
   local group = group_of(job)
-  if redis.call('ZADD', c.p .. 'queue:' .. group, job.due, job.id) == 1 then count(c, 'queued', 1) end
+  if redis.call('ZADD', c.p .. 'queue:' .. group, place or job.due, job.id) == 1 then count(c, 'queued', 1) end
   redis.call('SADD', c.p .. 'groups', group)
   c.groups[group] = true
 end
@@ -256,7 +256,7 @@ end
 
 local LOST = '{"error":{"message":"the worker was lost while it ran this job, as often as attempts are allowed","type":"server_error","code":"worker_lost","param":null}}'
 
--- Take one job out of a batch and queue it again. One that had started has used an attempt.
+-- Take one job out of a batch and queue it again, in front of what has not had its turn yet. One that had started has used an attempt.
 local function requeue(c, ref, batch, begun, ttl)
   local job = read_job(c.p, ref)
   if redis.call('SREM', c.p .. 'members:' .. batch.id, ref) == 0 or not job then return end
@@ -266,7 +266,7 @@ local function requeue(c, ref, batch, begun, ttl)
     bury(c, job, batch.fence, LOST, ttl, attempts, batch)
   else
     write_tries(c.p, ref, attempts, laters)
-    push(c, job)
+    push(c, job, digits(math.min(tonumber(job.due), tonumber(batch.claimed))))
     count(c, 'requeued', 1)
   end
 end

@@ -316,10 +316,13 @@ class Ledger:
             return None
         fence, digest, claimed, taken = reply[:4]
         rows = []
+        metas: dict[bytes, dict[str, Any]] = {}  # mostly the same of a whole batch
         for ref, attempts, laters, value in zip(reply[4::4], reply[5::4], reply[6::4], reply[7::4], strict=True):
             head, _, meta, request = value.split(b"\n", 3)
             _, due, _, _, _, most, _ = head.split(b"\t", 6)
-            rows.append((int(due), TakenJob(ref.decode(), int(attempts), int(most), int(laters), msgspec.json.decode(meta), request)))
+            if meta not in metas:
+                metas[meta] = msgspec.json.decode(meta)
+            rows.append((int(due), TakenJob(ref.decode(), int(attempts), int(most), int(laters), metas[meta], request)))
         rows.sort(key=lambda row: (row[0], row[1].ref))
         jobs = [job for _, job in rows]
         return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
