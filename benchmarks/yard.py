@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,7 +102,8 @@ class Yard:
     def start(self, *command: str, **variables: str) -> subprocess.Popen[bytes]:
         """`python -m COMMAND...` in this yard's environment, until it ends by itself or the yard does."""
         with self.log.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", *command], env=self.variables(**variables), stdout=log, stderr=log)
+            arguments = [sys.executable, "-m", *command]
+            process = subprocess.Popen(arguments, env=self.variables(**variables), stdout=log, stderr=log, start_new_session=True)
         self._stack.callback(self.end, process)
         return process
 
@@ -131,12 +133,13 @@ class Yard:
 
     @staticmethod
     def end(process: subprocess.Popen[bytes]) -> None:
+        """With all that it started: some of the others leave their own processes behind."""
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # Flower's threads outlive its own shutdown
             process.wait(5)
-        except subprocess.TimeoutExpired:  # Flower's threads outlive its own shutdown
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     # -- the ledger -----------------------------------------------------------------------------------------------------------------------
 
