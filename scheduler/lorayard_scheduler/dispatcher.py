@@ -89,18 +89,18 @@ class Dispatcher:
         self._event = self._backlog.rebuild()
 
     def _turn(self) -> None:
-        """Hear, put right, plan, dispatch."""
+        """Hear, plan, dispatch; then put right what got lost, which a job that has just come need not wait for."""
         if time.monotonic() - self._rebuilt > REBUILD_EVERY_S:
             self._rebuild()
         self._event, events = self._ledger.events(self._event, 0 if self._backlog.stale else 100)
         self._backlog.hear(events)
-        self._reconciler.sweep()
         if time.monotonic() - self._workers_read > WORKERS_EVERY_S or any(e.kind == "worker" for e in events):
             self._read_workers()
         if self._backlog.stale:
             self._backlog.refresh()
             for dispatch in plan(self._backlog.view(self._workers), self._backlog.now, self._policy):
                 self._dispatch(dispatch)
+        self._reconciler.sweep()
 
     def _read_workers(self) -> None:
         """A worker that appears, becomes ready or vanishes changes what can be planned."""
@@ -130,11 +130,12 @@ class Dispatcher:
             self._epoch, self._lead_until = 0, 0.0
         if answer != "ok":
             return
-        log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
         try:
             self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(dispatch.worker), ignore_result=True, retry=False)
         except Exception as error:  # kombu raises whatever its transport does; the delivery lapses and the jobs are planned again
             log.warning("broker unavailable: the batch goes back after its delivery time", batch=batch, reason=str(error))
+            return
+        log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
 
 
 def serve(settings: Settings, ledger: Ledger, app: Celery) -> None:
