@@ -45,7 +45,7 @@ class NoopRunner:
     def submit(self, work: Work) -> None:
         self._work.put(work)
 
-    def cancel(self, refs: Sequence[str]) -> None:
+    def cancel(self, batch: str, refs: Sequence[str]) -> None:
         if self._hold_s:
             self._stopped.update(refs)
 

@@ -234,7 +234,7 @@ CONTROL = _of(
     ("a lost lease is not noticed", "_renew", "for name in lost:", "for name in []:"),
     ("a hang is not noticed", "_renew", "if computing and silent > self._settings.hang_s:", "if False:"),
     ("starts are not told", "_commit_starts", "stop = self._ledger.start(batch, held.fence, started)", "stop = []"),
-    ("what starts after its lease was lost goes on", "_commit_starts", "self._runner.cancel(started)", ""),
+    ("what starts after its lease was lost goes on", "_commit_starts", "self._runner.cancel(batch, started)", ""),
     ("every error is final", "_end", "if outcome.retryable:", "if False:"),
     ("every error is tried again", "_end", "if outcome.retryable:", "if True:"),
     ("what was not to blame has used an attempt", "_end", "if outcome.later:", "if False:"),

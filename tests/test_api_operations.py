@@ -174,6 +174,22 @@ def test_a_tenant_holds_back_its_own_jobs_only(api: Api) -> None:
     error(api.call("POST", "/v1/pause", json={"adapter": "none"}), 404, "adapter_not_found")
 
 
+def test_a_pause_of_an_adapter_that_was_replaced_ends_by_the_name_it_is_listed_by(command: Cli) -> None:
+    api = command.api
+    add(api, "mine", "acme", "a" * 64)
+    api.post(job(adapter="mine"))
+    assert api.call("POST", "/v1/pause", json={"adapter": "mine"}).json()["changed"] is True
+    add(api, "mine", "acme", "b" * 64)
+    assert api.call("POST", "/v1/resume", json={"adapter": "mine"}).json()["changed"] is False
+    (listed,) = api.call("GET", "/v1/paused").json()["data"]
+    error(api.call("POST", "/v1/resume", "globex", json={"what": listed}), 404, "not_paused")
+    assert groups(api) == set()
+    assert command("resume", listed).stdout == "resumed\n"
+    assert groups(api) == {("a" * 64, "acme")}
+    fails(command("resume", listed), "/v1/paused")
+    fails(command("resume", listed, "--tenant", "acme"), "not both")
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b"{", b'{"pool": true, "tenant": "acme"}', b'{"pol": true}', b'{"adapter": 3}', b"\xff"])
 def test_a_pause_of_nothing_in_particular_is_refused(api: Api, body: bytes) -> None:
     assert '"pool": true' in error(api.call("POST", "/v1/pause", "root", content=body), 400, "invalid_request")["message"]

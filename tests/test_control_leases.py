@@ -42,7 +42,7 @@ class HandRunner:
     def submit(self, work: Work) -> None:
         self.works.append(work)
 
-    def cancel(self, refs: Sequence[str]) -> None:
+    def cancel(self, batch: str, refs: Sequence[str]) -> None:
         self.cancelled += refs
 
     def kill(self, reason: str) -> None:

@@ -373,10 +373,10 @@ def test_cancel_takes_effect_within_a_step(bench: Callable[..., Bench]) -> None:
     one = bench(width=2)
     one.engine.submit(work("b", None, *(item(str(number), "Tell me a story.", max_tokens=50) for number in range(4))))
     one.engine.step()
-    one.engine.cancel(["0", "3"])
+    one.engine.cancel("b", ["0", "3"])
     one.engine.step()
     assert [sequence.item.ref for sequence in one.engine.active] == ["1", "2"], "the place of one that ran goes to the next"
-    one.engine.cancel(["1", "2"])
+    one.engine.cancel("b", ["1", "2"])
     assert not one.engine.step()
     assert not outcomes(one.events)
 

@@ -106,12 +106,23 @@ def test_cancelled_jobs_are_not_heard_of_again(started: Callable[..., tuple[Llam
     runner, heard, _ready = started()
     runner.submit(work("b", None, long("t/1"), long("t/2"), item("t/3", "Say hello.")))
     heard.until(Started)
-    runner.cancel(["t/1", "t/2"])
+    runner.cancel("b", ["t/1", "t/2"])
     assert heard.until(Outcome).ref == "t/3"
     runner.kill("for the test")
     died = heard.until(Died)
     assert (died.running, died.waiting) == ([], [])
     assert "for the test" in died.reason
+
+
+def test_a_cancel_is_of_one_batch_and_not_of_the_same_job_in_the_next(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    """As when a lease was lost, and the job has come again before the worker has looked."""
+    runner, heard, _ready = started()
+    runner.submit(work("b1", None, long("t/1")))
+    heard.until(Started)
+    runner.submit(work("b2", None, item("t/1", "Say hello.")))
+    runner.cancel("b1", ["t/1"])
+    outcome = heard.until(Outcome)
+    assert (outcome.batch, outcome.ref) == ("b2", "t/1")
 
 
 def test_a_child_that_is_stuck_and_does_not_read_can_be_killed(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
@@ -121,7 +132,7 @@ def test_a_child_that_is_stuck_and_does_not_read_can_be_killed(started: Callable
 
     def call() -> None:  # as Celery's and the heartbeat's threads do
         runner.submit(large)
-        runner.cancel(["t/0"])
+        runner.cancel("b", ["t/0"])
 
     calling = threading.Thread(target=call, daemon=True)
     calling.start()
@@ -217,12 +228,14 @@ def test_a_crash_at_the_first_decode_switches_repacking_off(
 
 
 @pytest.mark.usefixtures("crashing")
-def test_a_request_that_crashes_the_tokenizer_counts_as_begun(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+def test_a_request_that_crashes_the_tokenizer_is_known(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
     runner, heard, _ready = started()
     runner.submit(work("b", None, item("t/1", "Say hello."), item("t/2", "poison"), item("t/3", "Say hello.")))
     died = heard.until(Died)
     assert "SIGSEGV" in died.reason
-    assert (died.running, died.waiting) == (["t/2"], ["t/1", "t/3"])
+    assert died.reading == "t/2"
+    assert sorted(died.running + died.waiting) == ["t/1", "t/2", "t/3"]
+    assert "t/2" not in died.running
 
 
 def test_a_build_that_always_crashes_is_a_setup_error(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,14 @@ class Backlog:
         self._groups = {}
         self.now, self.in_flight, self.served = view.now, view.in_flight, view.served
         for g in view.groups:
+            if g.jobs == 0:  # paused
+                continue
             old = known.get((g.digest, g.tenant))
             self._groups[g.digest, g.tenant] = _Group(g.jobs, g.due, old.since if old else view.now, old.served_before if old else False)
+        if known:  # else nothing is known of who was away
+            active = {tenant for _, tenant in known} | {t for f in view.in_flight for t in f.by}
+            for tenant in sorted({tenant for _, tenant in self._groups} - active):
+                self._lift_newcomer(tenant, active)
         for flight in view.in_flight:
             self._stays.setdefault(flight.worker, (flight.digest, flight.claimed))
         self._dirty.clear()
@@ -83,6 +89,11 @@ class Backlog:
             self._ledger.lift(tenant, level)
             self.served[tenant] = level
         active.add(tenant)
+
+    def missed(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
+        """A batch could not be claimed: its groups are not what they seemed."""
+        self._dirty |= {(digest, tenant) for tenant, _ in takes}
+        self.stale = True
 
     def dispatched(self, worker: str, digest: str, takes: Iterable[tuple[str, int]]) -> None:
         """A batch was claimed: the groups it came from are read again, and the worker's stay goes on or begins."""

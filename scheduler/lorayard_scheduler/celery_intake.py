@@ -133,6 +133,8 @@ class CeleryIntake:
                     continue
                 if document is not None:
                     self._app.backend.store_result(job_id, document, states.SUCCESS)
+                    if self._ledger.show(self._tenant, [job_id]) == [None]:  # deleted meanwhile: so is its copy
+                        self._app.backend.forget(job_id)
                 self._ledger.client.srem(_PENDING, job_id)
 
 

@@ -124,12 +124,13 @@ class Dispatcher:
             why=dispatch.why,
             takes=dispatch.takes,
         )
-        self._backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
         if answer == "epoch":
             log.warning("another scheduler leads now")
             self._epoch, self._lead_until = 0, 0.0
         if answer != "ok":
+            self._backlog.missed(dispatch.digest, dispatch.takes)
             return
+        self._backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
         try:
             self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(dispatch.worker), ignore_result=True, retry=False)
         except Exception as error:  # kombu raises whatever its transport does; the delivery lapses and the jobs are planned again

@@ -19,6 +19,10 @@ from lorayard.ledger.registry import KeyRing, WorkerInfo, WorkerRegistry
 log = structlog.get_logger()
 
 REAP_EVERY_S = 0.25
+REAP_LIMIT = 1_000
+MOST_S = 0.05
+GRACE_MS = 5_000
+"""What leases get where the server was away: workers need a heartbeat and their wait between attempts to reach it again."""
 AUDIT_EVERY_S = 0.25
 """A page of the scan: some 2,000 keys a second, about 2 % of one core of the server."""
 AUDIT_PAUSE_S = 30.0
@@ -41,9 +45,7 @@ class Reconciler:
     def sweep(self) -> None:
         """Do what is due by now; cheap when nothing is."""
         if self._is_due("reap", REAP_EVERY_S):
-            reaped = self._ledger.reap()
-            if any(reaped):
-                log.info("put right", **{name: number for name, number in reaped._asdict().items() if number})
+            self._reap()
         if self._is_due("audit", AUDIT_EVERY_S):
             self._audit()
         if self._is_due("forget", FORGET_EVERY_S):
@@ -59,8 +61,18 @@ class Reconciler:
         self._due[what] = now + every_s
         return True
 
+    def _reap(self) -> None:
+        """Until nothing is left to be put right, or something else has waited long enough."""
+        give_up = time.monotonic() + MOST_S
+        while time.monotonic() < give_up:
+            reaped = self._ledger.reap(limit=REAP_LIMIT, grace_ms=GRACE_MS)
+            if any(reaped):
+                log.info("put right", **{name: number for name, number in reaped._asdict().items() if number})
+            if max(reaped) < REAP_LIMIT:
+                return
+
     def _audit(self) -> None:
-        """One page of the scan; after the last, a pause."""
+        """A page of the scan on which there was something to look at; after the last, a pause."""
         page = next(self._pages, None)
         if page is None:
             self._pages = pages(self._ledger, repair=True)

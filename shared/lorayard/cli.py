@@ -415,10 +415,16 @@ def pause(adapter: OfAdapter = None, tenant: OfTenant = None) -> None:
 
 
 @app.command()
-def resume(adapter: OfAdapter = None, tenant: OfTenant = None) -> None:
-    """End a pause of the same options."""
+def resume(
+    what: Annotated[str | None, typer.Argument(help="As it is listed when something stays paused.")] = None,
+    adapter: OfAdapter = None,
+    tenant: OfTenant = None,
+) -> None:
+    """End a pause of the same options, or of that name."""
+    if what and (adapter or tenant):
+        raise SetupError("give the name of a pause, or the options it was made with, not both")
     with Client() as client:
-        changed = client.resume(pool=not (adapter or tenant), adapter=adapter, tenant=tenant)
+        changed = client.resume(pool=not (what or adapter or tenant), adapter=adapter, tenant=tenant, what=what)
         left = client.paused()
     print(("resumed" if changed else "was not paused") + (f"; still paused: {', '.join(left)}" if left else ""))
 

@@ -132,9 +132,10 @@ class Client:
         """Hold back the pool's, an adapter's or a tenant's jobs. What runs goes on, and jobs are accepted. False if they were held back."""
         return bool(self._http_call("POST", "/v1/pause", json=_what(pool, adapter, tenant))["changed"])
 
-    def resume(self, *, pool: bool = False, adapter: str | None = None, tenant: str | None = None) -> bool:
-        """The end of the pause of the same name. False if there was none."""
-        return bool(self._http_call("POST", "/v1/resume", json=_what(pool, adapter, tenant))["changed"])
+    def resume(self, *, pool: bool = False, adapter: str | None = None, tenant: str | None = None, what: str | None = None) -> bool:
+        """The end of the pause of the same name, or of `what`, as `paused` lists it. False if there was none."""
+        body = {"what": what} if what else _what(pool, adapter, tenant)
+        return bool(self._http_call("POST", "/v1/resume", json=body)["changed"])
 
     def paused(self) -> list[str]:
         """What is paused: pool, adapter:DIGEST, tenant:TENANT, group:DIGEST:TENANT."""

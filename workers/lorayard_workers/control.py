@@ -65,6 +65,7 @@ class Control:
         self._registry = WorkerRegistry(ledger.client)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
+        self._unheard: set[str] = set()  # batches that were ours at the last heartbeat and not taken
         self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._closing = threading.Event()
@@ -85,12 +86,29 @@ class Control:
     # -- life ---------------------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Begin. Raises `SetupError` where another process works under this name."""
+        self._refuse_twin()
         requeued = self._ledger.hello(self.info.name, self.info.incarnation)
         if requeued:
             log.info("batches of this worker's last process queued again", batches=requeued)
         for thread in self._threads:
             thread.start()
         self._runner.start(self._hear)
+
+    def _refuse_twin(self) -> None:
+        """Two processes of one name would take each other for their own past, and each other's jobs with it."""
+        give_up = time.monotonic() + 3 * self._settings.heartbeat_ms / 1000
+        first = self._registry.find(self.info.pool, self.info.name)
+        if first is None or (first.host == self.info.host and first.pid != self.info.pid and not _exists(first.pid)):
+            return
+        while time.monotonic() < give_up:
+            time.sleep(self._settings.heartbeat_ms / 4000)
+            now = self._registry.find(self.info.pool, self.info.name)
+            if now is not None and now.seen_ms != first.seen_ms:
+                raise SetupError(
+                    f"a worker named {self.info.name!r} runs already (process {first.pid} on {first.host}): "
+                    "give this one another name with LORAYARD_WORKER_NAME"
+                )
 
     def wait_ready(self, timeout_s: float) -> None:
         """Until the backend can take work. Raises `SetupError`."""
@@ -105,14 +123,14 @@ class Control:
         with self._lock:
             held = list(self._held.values())
         for batch in held:
-            self._give_back(batch, [ref for ref in batch.jobs if ref not in batch.begun])
+            self._give_back(batch, [ref for ref in list(batch.jobs) if ref not in batch.begun])
         give_up = time.monotonic() + DRAIN_S
         while self._held and time.monotonic() < give_up:
             time.sleep(0.05)
         with self._lock:
             held = list(self._held.values())
         for batch in held:
-            self._put_off(batch)
+            self._put_off(batch, list(batch.jobs))
         self._heard.put(None)
         for thread in self._threads:
             if thread.is_alive():
@@ -148,8 +166,11 @@ class Control:
         except LorayardError as error:
             log.warning("adapter not usable", adapter=taken.digest[:12], reason=error.message)
             self._fail(held, error.document(), later=isinstance(error, Unavailable))
+        except Exception:  # held for ever otherwise
+            log.exception("batch not run", batch=batch)
+            self._give_back(held, list(held.jobs))
         if self._closing.is_set():  # it came while `close` looked at what there is to give back
-            self._give_back(held, [ref for ref in held.jobs if ref not in held.begun])
+            self._give_back(held, [ref for ref in list(held.jobs) if ref not in held.begun])
 
     def _adapter(self, digest: str) -> AdapterFile | None:
         """Its file here. Raises `LorayardError`: `Unavailable` when another time may go better."""
@@ -177,7 +198,7 @@ class Control:
                 msgspec.Raw(job.request),
                 company(job.attempts, job.most, self.info.width),
             )
-            for job in held.jobs.values()
+            for job in list(held.jobs.values())
         ]
         self._runner.submit(Work(held.batch, adapter, items))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
@@ -249,7 +270,7 @@ class Control:
         for batch, started in refs.items():
             held = self._held.get(batch)
             if held is None:
-                self._runner.cancel(started)
+                self._runner.cancel(batch, started)
                 continue
             stop = self._ledger.start(batch, held.fence, started)
             now = time.monotonic()
@@ -322,14 +343,19 @@ class Control:
         error = {"message": f"the model process died: {event.reason}", "type": "server_error", "code": "worker_died", "param": None}
         running = set(event.running)
         handed = set(event.waiting)
+        unharmed: set[str] = set()
+        if event.reading:  # what was computed beside it is not to blame, and neither an attempt nor under suspicion
+            running, unharmed, handed = {event.reading}, running - {event.reading}, handed - {event.reading}
         first = next((held for held in list(self._held.values()) if handed & held.jobs.keys()), None)
         if not running and first is not None:  # no job had begun: loading what the first batch needs is all it can have died of
             running = handed & first.jobs.keys()
             self._commit_starts([Started(first.batch, list(running))])
         for held in list(self._held.values()):
-            mine = [ref for ref in held.jobs if ref in running]
+            mine = [ref for ref in list(held.jobs) if ref in running]
+            self._commit_starts([Started(held.batch, mine)] if mine else [])
             self._commit_ends([Outcome(held.batch, ref, error=error, retryable=True) for ref in mine])
-            self._give_back(held, [ref for ref in held.jobs if ref not in running])
+            self._put_off(held, [ref for ref in list(held.jobs) if ref in unharmed])
+            self._give_back(held, list(held.jobs))
 
     # -- leases ---------------------------------------------------------------------------------------------------------------------------
 
@@ -338,6 +364,7 @@ class Control:
             try:
                 self._renew()
                 self._beat_once()
+                self._take_unheard()
             except Unavailable as error:
                 log.warning("ledger unavailable, leases not renewed", reason=error.message)
             except Exception:
@@ -368,13 +395,27 @@ class Control:
             self._drop(held[name], list(held[name].jobs))
         self._stop(stop)
 
+    def _take_unheard(self) -> None:
+        """Batches of ours whose wake-up has not come by the second heartbeat: lost, or refused by a broker that is full."""
+        if not self.info.ready:
+            return
+        mine = set(self._ledger.outstanding(self.info.name))
+        for batch in (mine & self._unheard) - self._held.keys():
+            threading.Thread(target=self._run_unheard, args=(batch,), name="unheard", daemon=True).start()
+        self._unheard = mine - self._held.keys()
+
+    def _run_unheard(self, batch: str) -> None:
+        with contextlib.suppress(Unavailable):
+            self.run_batch(batch)
+
     def _stop_loop(self) -> None:
         """What is cancelled stops within a decode step; should the word be lost, at the next heartbeat."""
         while not self._closing.is_set():
             try:
                 for stop in self._ledger.stops(self.info.name, self._closing):
                     self._stop([stop])
-            except Unavailable:
+            except Exception as error:  # this thread must not end: nobody else tells as fast
+                log.warning("not listening for cancelled jobs, trying again", reason=str(error))
                 self._closing.wait(1)
 
     def _beat_once(self) -> None:
@@ -383,7 +424,7 @@ class Control:
 
     def _drop(self, held: _Held, refs: list[str]) -> None:
         """Stop computing what is no longer ours, or no longer wanted."""
-        self._runner.cancel(refs)
+        self._runner.cancel(held.batch, refs)
         self._forget(held, refs)
 
     def _stop(self, jobs: Iterable[tuple[str, str]]) -> None:
@@ -396,15 +437,16 @@ class Control:
     def _give_back(self, held: _Held, refs: list[str]) -> None:
         if not refs:
             return
-        self._runner.cancel(refs)
+        self._runner.cancel(held.batch, refs)
         with contextlib.suppress(Unavailable):
             self._ledger.give_back(held.batch, held.fence, refs)
         self._forget(held, refs)
 
-    def _put_off(self, held: _Held) -> None:
-        """Queue again, at no cost of an attempt, what is computed too long to wait for."""
-        refs = list(held.jobs)
-        self._runner.cancel(refs)
+    def _put_off(self, held: _Held, refs: list[str]) -> None:
+        """Queue again, at no cost of an attempt, what has begun."""
+        if not refs:
+            return
+        self._runner.cancel(held.batch, refs)
         with contextlib.suppress(Unavailable):
             self._ledger.finish(held.batch, held.fence, [End(ref, "later") for ref in refs])
         self._forget(held, refs)
@@ -416,6 +458,16 @@ class Control:
                 held.begun.pop(ref, None)
             if not held.jobs:
                 self._held.pop(held.batch, None)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _tokens(outcome: Outcome) -> int:

@@ -38,8 +38,12 @@ class Work(msgspec.Struct, frozen=True, tag="work"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop these jobs within one decode step, or drop them if they have not begun; nothing is emitted for them."""
+    """Stop these jobs of a batch within one decode step, or drop them if they have not begun; nothing is emitted for them.
 
+    Of this batch only: the same job may have come again in another meanwhile.
+    """
+
+    batch: str
     refs: list[str]
 
 
@@ -89,11 +93,15 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):
-    """The backend's process is gone; `running` had begun, `waiting` had not. It is being replaced: `Ready` follows."""
+    """The backend's process is gone; `running` had begun, `waiting` had not. It is being replaced: `Ready` follows.
+
+    `reading` is the job whose request was being read, which takes milliseconds: then it is what the process most likely died of.
+    """
 
     reason: str
     running: list[str]
     waiting: list[str]
+    reading: str = ""
 
 
 Event = Started | Outcome | Progress | Ready | Died
@@ -106,7 +114,7 @@ class Runner(Protocol):
 
     def submit(self, work: Work) -> None: ...
 
-    def cancel(self, refs: Sequence[str]) -> None: ...
+    def cancel(self, batch: str, refs: Sequence[str]) -> None: ...
 
     def kill(self, reason: str) -> None:
         """Put an end to a computation that makes no progress; `Died` follows."""

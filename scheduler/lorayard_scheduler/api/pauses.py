@@ -6,7 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from lorayard.adapters import PUBLIC, AdapterRegistry
-from lorayard.errors import BadRequest, Forbidden
+from lorayard.errors import BadRequest, Forbidden, NotFound
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import Caller
 from lorayard.settings import Settings
@@ -14,11 +14,12 @@ from lorayard_scheduler.api.http import Auth, Json
 
 
 class _What(msgspec.Struct, forbid_unknown_fields=True):
-    """Of the pool, a tenant, an adapter (by name; of one tenant or, a public one, of all)."""
+    """Of the pool, a tenant, an adapter (by name; of one tenant or, a public one, of all); or `what`, as `/v1/paused` lists it."""
 
     pool: bool = False
     tenant: str | None = None
     adapter: str | None = None
+    what: str | None = None
 
 
 def routes(settings: Settings, ledger: Ledger) -> APIRouter:
@@ -32,7 +33,13 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
             what = msgspec.json.decode(body or b"{}", type=_What)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f'say what: {{"pool": true}}, {{"tenant": NAME}} or {{"adapter": NAME}} ({error})') from None
-        if what.pool == bool(what.tenant or what.adapter):
+        if what.what is not None and not (what.pool or what.tenant or what.adapter):
+            if what.what in ledger.paused() and (who.operator or _owns(what.what, who.tenant)):
+                return what.what
+            raise NotFound(
+                f"nothing is paused by the name {what.what[:200]!r}: GET /v1/paused lists what is", code="not_paused", param="what"
+            )
+        if what.what is not None or what.pool == bool(what.tenant or what.adapter):
             raise BadRequest('say what: {"pool": true}, or {"tenant": NAME} or {"adapter": NAME} or both')
         if not who.operator and (what.pool or what.tenant not in (None, who.tenant)):
             raise Forbidden("only the operator's key may pause the pool or another tenant", code="operator_only")
@@ -53,6 +60,7 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
 
     @router.post("/resume")
     async def resume(request: Request, who: Auth) -> Json:
+        """By what it was paused by, or, where an adapter of that name is another one now, by what `/v1/paused` lists."""
         what = name(await request.body(), who)
         return Json({"resumed": what, "changed": ledger.resume(what)})
 
@@ -65,5 +73,9 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
 
 
 def _concerns(what: str, tenant: str) -> bool:
+    return what.partition(":")[0] in ("pool", "adapter") or _owns(what, tenant)
+
+
+def _owns(what: str, tenant: str) -> bool:
     kind, _, rest = what.partition(":")
-    return kind in ("pool", "adapter") or rest.rpartition(":")[2] == tenant
+    return kind in ("tenant", "group") and rest.rpartition(":")[2] == tenant

@@ -51,17 +51,18 @@ def audit(ledger: Ledger, *, repair: bool = False) -> list[Finding]:
 def pages(ledger: Ledger, *, repair: bool) -> Iterator[list[Finding]]:
     """The same in steps of about `PAGE` keys each, so that it can run beside other work; totals come last."""
     prefix = keys.prefix(ledger.pool)
-    cursor, groups = None, list[str]()
+    cursor, unindexed = None, set[str]()
     while cursor != 0:
         try:
             reply: Any = ledger.client.scan(cursor or 0, match=_escaped(prefix) + "*", count=PAGE)
         except redis.RedisError as error:
             raise unavailable(error) from error
-        cursor, found = reply
-        names = [name.decode().removeprefix(prefix) for name in found]
-        groups += [name.removeprefix("queue:") for name in names if name.startswith("queue:")]
-        yield from _of_keys(ledger, names, repair)
-    yield _call(ledger, "totals", repair, groups)
+        cursor, page = reply
+        names = [name.decode().removeprefix(prefix) for name in page]
+        for found in _of_keys(ledger, names, repair):
+            unindexed |= {finding.name for finding in found if finding.kind == "group_not_indexed"}
+            yield found
+    yield _call(ledger, "totals", repair, unindexed)
 
 
 def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[list[Finding]]:
@@ -74,9 +75,13 @@ def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[lis
     for name in names:
         if name in ("delayed", "deadlines", "tries") or name.startswith(("queue:", "members:")):
             yield from _of_index(ledger, name, repair)
+        elif name == "groups":
+            for page in _members(ledger, name):
+                yield _call(ledger, "groups", repair, page)
         elif name == "leases":
             batches |= {member for page in _members(ledger, name) for member in page}
     yield _call(ledger, "batches", repair, batches)
+    yield _call(ledger, "groups", repair, by_kind.get("queue", []))
     yield _call(ledger, "worker", repair, by_kind.get("outstanding", []))
 
 
@@ -89,7 +94,7 @@ def _of_index(ledger: Ledger, index: str, repair: bool) -> Iterator[list[Finding
 
 
 def _type(index: str) -> str:
-    return "set" if index.startswith("members:") else "hash" if index == "tries" else "zset"
+    return "set" if index.startswith("members:") or index == "groups" else "hash" if index == "tries" else "zset"
 
 
 def _members(ledger: Ledger, index: str) -> Iterator[list[str]]:

@@ -3,7 +3,8 @@
 --
 -- KEYS[1] of every function is the pool's prefix `ly:{POOL}:`; all keys are derived from it, so all lie in one hash slot.
 -- A job is named by its ref, TENANT/ID: one tenant's ids can therefore never reach another tenant's jobs.
--- Every function may be called again with the same arguments, as a client does whose reply was lost, and changes nothing then.
+-- Every function may be called again with the same arguments, as a client does whose reply was lost, and changes nothing then. (What
+-- `renew` said of jobs to stop it says once; the channel has said it too.)
 --
 --   job:REF              STRING  of a living job: head \n birth \n meta \n request
 --                                of an ended one, with a TTL: end \n birth \n meta \n outcome; a dead letter has two more lines, head \n request
@@ -27,6 +28,7 @@
 --   counts               HASH    queued (exact), and totals since the pool was made
 --   leader               HASH    id, epoch, until
 --   fence                STRING  counter
+--   reaped               STRING  ms; when leases were last looked through
 --   events               STREAM  k kind, v value; capped: a hint, never the truth
 --   stop:WORKER          CHANNEL "BID REF" to stop at once; lossy, `stop:BID` is what counts
 --
@@ -520,11 +522,20 @@ local function claim(keys, args)
   return { 'ok', fence, #refs }
 end
 
--- ly_reap P | limit ttl_s -> {batches never taken in time, batches whose lease ran out, delayed jobs woken, jobs expired}
+-- ly_reap P | limit ttl_s grace_ms gap_ms -> {batches never taken in time, batches whose lease ran out, delayed jobs woken, jobs expired}
 local function reap(keys, args)
   local c, limit, ttl = begin(keys), args[1], args[2]
   local p = c.p
   local undelivered, lapsed, expired = 0, 0, 0
+  if tonumber(args[3]) > 0 then
+    local before = tonumber(redis.call('GET', p .. 'reaped'))
+    redis.call('SET', p .. 'reaped', c.at_text)
+    if before and c.at - before > tonumber(args[4]) then -- nobody could renew meanwhile: it was not the workers that were away
+      for _, bid in ipairs(redis.call('ZRANGEBYSCORE', p .. 'leases', '-inf', digits(c.at + args[3]))) do
+        redis.call('ZADD', p .. 'leases', digits(c.at + args[3]), bid)
+      end
+    end
+  end
   for _, bid in ipairs(redis.call('ZRANGEBYSCORE', p .. 'leases', '-inf', c.at_text, 'LIMIT', 0, limit)) do
     if redis.call('HEXISTS', p .. 'batch:' .. bid, 't') == 1 then lapsed = lapsed + 1 else undelivered = undelivered + 1 end
     requeue_batch(c, bid, ttl)
@@ -819,6 +830,11 @@ local function give_back(keys, args)
   return n
 end
 
+-- ly_tell WORKERS | field value -> what a worker says of itself. The registry's, and here for the sake of allow-oom only.
+local function tell_of_worker(keys, args)
+  return redis.call('HSET', keys[1], args[1], args[2])
+end
+
 -- -- everyone ----------------------------------------------------------------------------------------------------------------------------
 
 -- ly_show P | ref... -> per job {} | {value of an ended job}
@@ -970,23 +986,31 @@ local function audit_members(c, found, repair)
   return live
 end
 
--- ly_audit_totals P | repair group... -> {kind, name}... The index of groups, the count of queued jobs, and whether the totals add up.
+-- ly_audit_groups P | repair group... -> {kind, group}... The index of groups.
+local function audit_groups(keys, args)
+  local c, found, repair = begin(keys), {}, args[1] == '1'
+  for i = 2, #args do
+    local group = args[i]
+    local filled = redis.call('EXISTS', c.p .. 'queue:' .. group) == 1
+    local listed = redis.call('SISMEMBER', c.p .. 'groups', group) == 1
+    if filled ~= listed then
+      finding(found, listed and 'group_without_jobs' or 'group_not_indexed', group)
+      if repair then redis.call(listed and 'SREM' or 'SADD', c.p .. 'groups', group) end
+      c.groups[group] = true
+    end
+  end
+  if repair then commit(c) end
+  return found
+end
+
+-- ly_audit_totals P | repair group... -> {kind, text}... The count of queued jobs, and whether the totals add up. Asked after the groups, and
+-- given those that are not indexed.
 local function audit_totals(keys, args)
   local c, found, repair = begin(keys), {}, args[1] == '1'
-  local p, queued, seen = c.p, 0, {}
-  local names = all_groups(p)
-  for i = 2, #args do names[#names + 1] = args[i] end
-  for _, group in ipairs(names) do
-    if not seen[group] then
-      seen[group] = true
-      local jobs, listed = redis.call('ZCARD', p .. 'queue:' .. group), redis.call('SISMEMBER', p .. 'groups', group) == 1
-      queued = queued + jobs
-      if (jobs > 0) ~= listed then
-        finding(found, listed and 'group_without_jobs' or 'group_not_indexed', group)
-        if repair then redis.call(listed and 'SREM' or 'SADD', p .. 'groups', group) end
-        c.groups[group] = true
-      end
-    end
+  local p, queued = c.p, 0
+  for _, group in ipairs(all_groups(p)) do queued = queued + redis.call('ZCARD', p .. 'queue:' .. group) end
+  for i = 2, #args do
+    if redis.call('SISMEMBER', p .. 'groups', args[i]) == 0 then queued = queued + redis.call('ZCARD', p .. 'queue:' .. args[i]) end
   end
   local totals = {}
   local raw = redis.call('HGETALL', p .. 'counts')
@@ -1014,7 +1038,8 @@ local library = {
   { 'ly_resign', resign, 'allow-oom' }, { 'ly_lift', lift, 'allow-oom' }, { 'ly_pause', pause, 'allow-oom' }, { 'ly_forget', forget, 'allow-oom' },
   { 'ly_audit_jobs', audit_jobs, 'allow-oom' }, { 'ly_audit_entries', audit_entries, 'allow-oom' },
   { 'ly_audit_batches', audit_batches, 'allow-oom' }, { 'ly_audit_worker', audit_worker, 'allow-oom' },
-  { 'ly_audit_totals', audit_totals, 'allow-oom' },
+  { 'ly_audit_groups', audit_groups, 'allow-oom' }, { 'ly_audit_totals', audit_totals, 'allow-oom' },
+  { 'ly_tell', tell_of_worker, 'allow-oom' },
   { 'ly_groups', groups, 'no-writes' }, { 'ly_snapshot', snapshot, 'no-writes' }, { 'ly_show', show, 'no-writes' },
 }
 for i = 1, #library do

@@ -19,7 +19,8 @@ LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
 EndStatus = Literal["succeeded", "failed", "retry", "later"]
 EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory"]
 _ENQUEUE: dict[str, EnqueueStatus] = {"d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
-Audited = Literal["jobs", "entries", "batches", "worker", "totals"]
+Audited = Literal["jobs", "entries", "batches", "worker", "groups", "totals"]
+REAP_GAP_MS = 2_000
 MAX_MEMORY = 0.85
 """The part of the server's maxmemory beyond which jobs are refused: results, and the broker's messages, need the rest."""
 
@@ -258,9 +259,13 @@ class Ledger:
         reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, why, *pairs)
         return reply[0].decode(), int(reply[2]) if len(reply) > 1 else 0
 
-    def reap(self, *, limit: int = 200) -> Reaped:
-        """Queue again what was not taken in time or whose lease ran out, wake what was delayed, expire what is past its deadline."""
-        return Reaped(*map(int, self._call("ly_reap", limit, self._ttl)))
+    def reap(self, *, limit: int = 1000, grace_ms: int = 0) -> Reaped:
+        """Queue again what was not taken in time or whose lease ran out, wake what was delayed, expire what is past its deadline.
+
+        At most `limit` of each. With a grace, leases last at least so much longer where nobody has reaped for `REAP_GAP_MS`: the server was
+        away, and so nobody could renew.
+        """
+        return Reaped(*map(int, self._call("ly_reap", limit, self._ttl, grace_ms, REAP_GAP_MS)))
 
     def pause(self, what: str) -> bool:
         """Plan no more of "pool", "adapter:DIGEST" or "tenant:TENANT"; what workers have already goes on. False if it was paused."""
@@ -293,8 +298,9 @@ class Ledger:
     def audit(self, what: Audited, names: Sequence[str], *, repair: bool) -> list[tuple[str, str]]:
         """Check the named things, and put right what is wrong; (kind, name) of each finding. See `audit.py`, which knows what to name."""
         rows: list[tuple[str, str]] = []
-        for start in range(0, max(1, len(names)), 4000):  # a multiple of the four words of an entry
-            reply = self._call(f"ly_audit_{what}", int(repair), *names[start : start + 4000])
+        step = max(1, len(names)) if what == "totals" else 4000  # a multiple of the four words of an entry
+        for start in range(0, max(1, len(names)), step):
+            reply = self._call(f"ly_audit_{what}", int(repair), *names[start : start + step])
             rows += [(kind.decode(), name.decode()) for kind, name in reply]
         return rows
 
@@ -327,6 +333,14 @@ class Ledger:
         jobs = [job for _, job in rows]
         return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
 
+    def outstanding(self, worker: str) -> list[str]:
+        """The batches a worker has been given, taken or not."""
+        try:
+            raw: Any = self.client.smembers(f"{self._prefix}outstanding:{worker}")
+        except redis.RedisError as error:
+            raise unavailable(error) from error
+        return [batch.decode() for batch in raw]
+
     def start(self, batch: str, fence: int, refs: Sequence[str]) -> list[str]:
         """Count an attempt of each job; the refs that must not go on."""
         return [ref.decode() for ref in self._call("ly_start", batch, fence, *refs)]
@@ -342,6 +356,8 @@ class Ledger:
             with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
                 channel.subscribe(f"{self._prefix}stop:{worker}")
                 while not until.is_set():
+                    if channel.health_check_response_counter > 1:  # redis-py asks, and never looks whether an answer came
+                        raise Unavailable("the connection for words to this worker is dead; connecting again")
                     if message := channel.get_message(timeout=0.5):
                         batch, _, ref = message["data"].decode().partition(" ")
                         yield batch, ref

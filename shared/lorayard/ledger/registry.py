@@ -57,7 +57,7 @@ class WorkerRegistry:
     def beat(self, info: WorkerInfo) -> None:
         seconds, micros = self._client.time()
         info.seen_ms = int(seconds) * 1000 + int(micros) // 1000
-        self._client.hset(keys.WORKERS + info.pool, info.name, msgspec.json.encode(info))
+        self._client.fcall("ly_tell", 1, keys.WORKERS + info.pool, info.name, msgspec.json.encode(info))  # also when memory is short
 
     def leave(self, info: WorkerInfo) -> None:
         self._client.hdel(keys.WORKERS + info.pool, info.name)
@@ -66,6 +66,11 @@ class WorkerRegistry:
         """All that ever told and did not leave, by name; see `alive`."""
         raw: Any = self._client.hvals(keys.WORKERS + pool)
         return sorted((msgspec.json.decode(v, type=WorkerInfo) for v in raw), key=lambda w: w.name)
+
+    def find(self, pool: str, name: str) -> WorkerInfo | None:
+        """What the worker of that name last told."""
+        raw: Any = self._client.hget(keys.WORKERS + pool, name)
+        return msgspec.json.decode(raw, type=WorkerInfo) if raw else None
 
     def alive(self, pool: str, now_ms: int) -> list[WorkerInfo]:
         return [w for w in self.workers(pool) if w.ready and now_ms - w.seen_ms < ALIVE_MS]

@@ -97,9 +97,9 @@ class Engine:
                 queued.refused.append(_failure(work.batch, item.ref, unexpected))
         self._inbox.put(queued)
 
-    def cancel(self, refs: list[str]) -> None:
-        """Forget these jobs within one decode step."""
-        self._inbox.put(Cancel(refs))
+    def cancel(self, batch: str, refs: list[str]) -> None:
+        """Forget these jobs of a batch within one decode step."""
+        self._inbox.put(Cancel(batch, refs))
 
     # The loop
 
@@ -164,19 +164,19 @@ class Engine:
 
     def _accept(self, message: _Queued | Cancel) -> None:
         if isinstance(message, Cancel):
-            self._forget(set(message.refs))
+            self._forget(message.batch, set(message.refs))
             return
         for outcome in message.refused:
             self._emit(outcome)
         if message.waiting:
             self._works.append(message)
 
-    def _forget(self, refs: set[str]) -> None:
+    def _forget(self, batch: str, refs: set[str]) -> None:
         for work in self._works:
-            work.waiting = deque(sequence for sequence in work.waiting if sequence.item.ref not in refs)
+            work.waiting = deque(sequence for sequence in work.waiting if sequence.batch != batch or sequence.item.ref not in refs)
         self._works = deque(work for work in self._works if work.waiting)
         for sequence in self.active:
-            if sequence.item.ref in refs:
+            if sequence.batch == batch and sequence.item.ref in refs:
                 self._leave(sequence)
 
     # Admit
@@ -301,7 +301,7 @@ class Engine:
             sequence.company = 1
         slot.context.clear(data=True)
         if len(suspects) == 1:
-            self._forget({suspects[0].item.ref})
+            self._forget(suspects[0].batch, {suspects[0].item.ref})
             self._emit(_failure(suspects[0].batch, suspects[0].item.ref, error))
 
     def _tell_progress(self) -> None:

@@ -180,15 +180,17 @@ class LlamaRunner:
                 return
             self._hand_over(work)
 
-    def cancel(self, refs: Sequence[str]) -> None:
+    def cancel(self, batch: str, refs: Sequence[str]) -> None:
         wanted = set(refs)
         with self._lock:
-            kept = [[item for item in work.items if item.ref not in wanted] for work in self._held]
+            kept = [[item for item in work.items if work.batch != batch or item.ref not in wanted] for work in self._held]
             self._held = [Work(work.batch, work.adapter, items) for work, items in zip(self._held, kept, strict=True) if items]
-            known = [ref for ref in refs if self._batches.pop(ref, None) is not None]
-            self._begun -= wanted
-            if known and self._child:
-                self._child.send(Cancel(known))
+            known = {ref for ref in refs if self._batches.get(ref) == batch}
+            for ref in known:
+                del self._batches[ref]
+            self._begun -= known
+            if self._child:
+                self._child.send(Cancel(batch, list(refs)))
 
     def kill(self, reason: str) -> None:
         self._killed = reason if self._child is not None else None
@@ -259,12 +261,13 @@ class LlamaRunner:
         status = child.reap()
         with self._lock:
             self._child = None
-            begun = [ref for ref in self._batches if ref in self._begun or ref == self._reading]
-            waiting = [ref for ref in self._batches if not (ref in self._begun or ref == self._reading)]
+            begun = [ref for ref in self._batches if ref in self._begun]
+            waiting = [ref for ref in self._batches if ref not in self._begun]
+            reading = self._reading if self._reading in self._batches else ""
             self._batches, self._begun, self._reading = {}, set(), ""
             killed, self._killed = self._killed, None
         self._crashed = status < 0 and killed is None
-        return Died(_cause(status) if killed is None else f"killed: {killed}", begun, waiting)
+        return Died(_cause(status) if killed is None else f"killed: {killed}", begun, waiting, reading if killed is None else "")
 
     def _relaunch(self) -> tuple[_Child, Ready] | None:
         """A new child that is ready, however often it takes; None when the runner is being closed."""
@@ -375,7 +378,7 @@ def _prepare(engine: Engine, inbox: queue.SimpleQueue[bytes], emit: Callable[[_R
                 engine.submit(message, lambda ref: emit(_Reading(ref)))
                 emit(_Reading(""))
             elif isinstance(message, Cancel):
-                engine.cancel(message.refs)
+                engine.cancel(message.batch, message.refs)
     except BaseException:  # without this thread the process would look alive and take no work
         traceback.print_exc()
         os._exit(1)
