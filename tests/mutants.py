@@ -34,7 +34,7 @@ PACKAGES = ("shared/lorayard", "scheduler/lorayard_scheduler", "workers/lorayard
 SUITES = {
     "ledger": ("tests/test_ledger.py", "tests/test_ledger_operations.py", "tests/test_ledger_model.py"),
     "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
-    "control": ("tests/test_control_leases.py",),
+    "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
 }
 """What may notice a mutant of that kind; each file is run by itself until its first failure."""
 
