@@ -307,6 +307,8 @@ def test_leaving_waits_for_what_has_begun(one: Bench, monkeypatch: pytest.Monkey
     leaving = threading.Thread(target=one.control.close)
     leaving.start()
     until(one.control._closing.is_set, 10)
+    one.advance(LEASE - 1)
+    until(lambda: one.expiry(batch) == one.now + LEASE, 10, every_s=0.005)  # it is held, and renewed, while it is waited for
     one.runner.emit(Outcome(batch, a, response=ANSWER))
     leaving.join(10)
     assert one.until(a, "succeeded", attempts=1)
