@@ -184,6 +184,12 @@ SCHEDULING = _of(
     ),
     ("a worker gets one batch too many", "claim", ">= most then", "> most then"),
     ("the least due goes first", "claim", "ZPOPMIN", "ZPOPMAX"),
+    (
+        "a lost worker's jobs go behind what has not had its turn",
+        "requeue",
+        "push(c, job, digits(math.min(tonumber(job.due), tonumber(batch.claimed))))",
+        "push(c, job)",
+    ),
     ("one tenant's jobs go as another's", "claim", "tenant .. '/' .. popped[k]", "args[8] .. '/' .. popped[k]"),
     ("claimed jobs count as queued", "claim", "count(c, 'queued', -#refs)", "count(c, 'queued', -1)"),
     ("jobs queued again are not counted", "push", "count(c, 'queued', 1)", ""),
