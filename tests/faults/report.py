@@ -48,8 +48,7 @@ class Row:
     invariants: dict[str, str] = field(default_factory=dict)
 
     def recovered(self, seconds: float, limit_s: float) -> None:
-        """A recovery that took so long, where the criterion allows `limit_s`: in `make faults`. In the suite, on whatever machine, it has to
-        come at all."""
+        """A recovery that took so long, where the criterion allows `limit_s`; in the suite, on whatever machine, some more."""
         self.recovery_s.append(round(seconds, 2))
         self.limit_s = limit_s
         assert seconds <= limit_s * (4 if self.quick else 1), f"took {seconds:.1f} s, and {limit_s:.1f} s are allowed"
