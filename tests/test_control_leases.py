@@ -97,6 +97,7 @@ class Bench:
         self.runner.emit(Started(batch, list(refs)))
         for ref in refs:
             self.until(ref, "running")
+            until(lambda ref=ref: ref in self.control._held[batch].begun, 10, every_s=0.005)  # type: ignore[misc]
 
     def job(self, ref: str) -> dict[str, Any]:
         document = self.ledger.show("acme", [ref.removeprefix("acme/")])[0]
