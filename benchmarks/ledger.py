@@ -290,8 +290,8 @@ PARTS: dict[str, Callable[[Yard, Sizes], Metrics]] = {
     "noop": noop,
     "rivals": rivals,
     "starts": starts,
-    "memory": memory,
     "recovery": recovery,
+    "memory": memory,  # last: a server that has just lost a million keys is not itself
 }
 
 
