@@ -295,7 +295,7 @@ def test_leaving_gives_back_what_has_not_begun_and_puts_off_what_takes_too_long(
     one.control.close()
     assert one.until(begun, "queued", attempts=0)["postponed"] == 1
     assert one.until(unstarted, "queued", attempts=0)["postponed"] == 0
-    assert sorted(one.runner.cancelled) == [begun, unstarted]
+    assert {*one.runner.cancelled} == {begun, unstarted}
     one.control.run_batch(one.claim())
     assert len(one.runner.works) == 1, "it takes nothing any more"
 
