@@ -210,9 +210,10 @@ MEMORY = _of(
     (
         "a worker hears of a cancel only when it renews",
         "withdraw",
-        "redis.call('PUBLISH', c.p .. 'stop:' .. batch.worker, batch.id .. ' ' .. job.ref)",
+        "redis.call('PUBLISH', c.p .. 'to:' .. batch.worker, 'stop ' .. batch.id .. ' ' .. job.ref)",
         "",
     ),
+    ("a worker hears of its batch from Celery only", "claim", "redis.call('PUBLISH', p .. 'to:' .. worker, 'take ' .. bid)", ""),
     ("nobody hears of ends", "commit", "tell(c.p, 'ended', c.ended)", ""),
     ("nobody hears of queued jobs", "commit", "tell(c.p, 'queued', names)", ""),
     ("ends cannot be stored once memory is full", "", "{ 'ly_finish', finish, 'allow-oom' }", "{ 'ly_finish', finish }"),

@@ -89,8 +89,10 @@ class Bench:
         return batch
 
     def dispatch(self, n: int = 99, digest: str = "base") -> str:
+        """Claim a batch, and see that the worker has it, or is done with it: the ledger's word may be faster than the call here."""
         batch = self.claim(n, digest)
         self.control.run_batch(batch)
+        until(lambda: batch in {work.batch for work in self.runner.works} or batch not in self.ledger.outstanding("w"), 10, every_s=0.001)
         return batch
 
     def begin(self, batch: str, *refs: str) -> None:
@@ -247,7 +249,7 @@ def test_a_cancelled_job_is_stopped_and_its_namesake_in_another_batch_is_not(one
     until(lambda: one.runner.cancelled == [x], 10)
     one.put("x")
     one.dispatch()
-    one.ledger.client.publish(f"{PREFIX}stop:w", f"{old} {x}")  # the same word, come late
+    one.ledger.client.publish(f"{PREFIX}to:w", f"stop {old} {x}")  # the same word, come late
     assert one.ledger.cancel("acme", ["y"]) == ["cancelled"]
     until(lambda: y in one.runner.cancelled, 10)
     assert one.runner.cancelled == [x, y]

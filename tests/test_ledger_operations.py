@@ -67,10 +67,10 @@ class Yard:
         ]
 
     def keys_with(self, word: str) -> list[str]:
-        """Keys that name it, or hold it in a value, the stream of hints apart."""
+        """Keys that name it, or hold it in a value, the streams of hints apart."""
         found = []
         for key in self.client.scan_iter(count=1000):
-            if key.endswith(b":events"):
+            if key.endswith((b":events", b":ends")):
                 continue
             kind = str(self.client.type(key), "ascii")  # type: ignore[arg-type]
             readers = {"string": "GET {}", "hash": "HGETALL {}", "set": "SMEMBERS {}", "zset": "ZRANGE {} 0 -1"}
@@ -109,7 +109,7 @@ def test_what_is_paused_is_not_claimed_until_it_is_resumed(yard: Yard, what: str
     for digest, tenant in shown:
         assert yard.claim(digest=digest, takes=[(tenant, 9)])[0] == "ok"
     assert yard.put("late", digest="d1") == ["queued"], "jobs are accepted all the same"
-    after = yard.ledger.last_event()
+    after = yard.ledger.snapshot().last_event
     assert yard.ledger.resume(what)
     assert not yard.ledger.resume(what)
     told = {value for event in yard.ledger.events(after, 0)[1] if event.kind == "queued" for value in event.values}
@@ -315,30 +315,30 @@ def test_jobs_are_refused_before_memory_runs_out_and_ends_are_stored_even_then(y
 # -- word to workers ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_hears_at_once_that_its_job_was_cancelled(yard: Yard) -> None:
-    yard.put("a", "b")
-    batch = yard.run(worker="w7").batch
-    heard: list[tuple[str, str]] = []
+def test_a_worker_hears_at_once_of_its_batch_and_of_cancelled_jobs(yard: Yard) -> None:
+    heard: list[tuple[str, str, str]] = []
     until = threading.Event()
 
     def listen() -> None:
-        heard.extend(yard.ledger.stops("w7", until))
+        heard.extend(yard.ledger.words("w7", until))
 
     listening = threading.Thread(target=listen)
     listening.start()
     try:
         give_up = time.monotonic() + 5
-        while not yard.client.pubsub_numsub(f"{PREFIX}stop:w7")[0][1]:
+        while not yard.client.pubsub_numsub(f"{PREFIX}to:w7")[0][1]:
             assert time.monotonic() < give_up
+        yard.put("a", "b")
+        batch = yard.run(worker="w7").batch
         yard.ledger.cancel("acme", ["a"])
         yard.ledger.delete("acme", ["b"])
-        while len(heard) < 2:
+        while len(heard) < 3:
             assert time.monotonic() < give_up
             time.sleep(0.001)
     finally:
         until.set()
         listening.join()
-    assert heard == [(batch, "acme/a"), (batch, "acme/b")]
+    assert heard == [("take", batch, ""), ("stop", batch, "acme/a"), ("stop", batch, "acme/b")]
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------------------------

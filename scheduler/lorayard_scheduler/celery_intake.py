@@ -40,10 +40,12 @@ class CeleryIntake:
         self._admission = Admission(settings, ledger)
         self._tenant = settings.celery_tenant
         self._stop = threading.Event()
+        self._pending = threading.Event()  # jobs of this process's intake that have not ended
         self._waiting: list[Message] = []
 
     def stop(self) -> None:
         self._stop.set()
+        self._pending.set()
 
     def run(self) -> None:
         """Consume until `stop`; a broker that goes away is waited for."""
@@ -79,6 +81,7 @@ class CeleryIntake:
             accepted = [_task_id(m) for m, a in zip(messages, answers, strict=True) if isinstance(a, Accepted)]
             if accepted:
                 self._ledger.client.sadd(_PENDING, *accepted)
+                self._pending.set()
         except Unavailable as error:
             log.warning("tasks left with the broker", tasks=len(messages), reason=error.message)
             for message in messages:
@@ -106,15 +109,18 @@ class CeleryIntake:
         after, sweep, swept = "0-0", True, 0.0
         while not self._stop.is_set():
             try:
-                # Also while events never cease: a job may have ended before it was noted as pending.
+                # Also while ends never cease: a job may have ended before it was noted as pending.
                 if sweep or time.monotonic() - swept > SWEEP_S:
                     swept = time.monotonic()
-                    after = self._ledger.last_event()
+                    after = self._ledger.last_end()
+                    self._pending.clear()
                     pending: Any = client.smembers(_PENDING)
                     self._publish([i.decode() for i in pending])
+                    if not client.exists(_PENDING):  # what others' jobs come to need not be heard
+                        sweep = self._pending.wait(SWEEP_S) or True
+                        continue
                 known = after
-                after, events = self._ledger.events(after, 1000)
-                refs = [ref for event in events if event.kind == "ended" for ref in event.values]
+                after, refs = self._ledger.ends(after, 1000)
                 ids = [ref.partition("/")[2] for ref in refs if ref.startswith(self._tenant + "/")]
                 if ids:
                     mine: Any = client.smismember(_PENDING, ids)

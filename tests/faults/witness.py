@@ -181,15 +181,9 @@ class Witness:
                 after = last
 
     def _hear(self, ledger: Any, after: str) -> str:
-        after, events = ledger.events(after, 0) if self._has_events(ledger, after) else (after, [])
-        for event in events:
-            self.told.update(event.values if event.kind == "ended" else ())
+        after, refs = ledger.ends(after, 0)
+        self.told.update(refs)
         return str(after)
-
-    @staticmethod
-    def _has_events(ledger: Any, after: str) -> bool:
-        """`events` would wait for ever for an end that does not come."""
-        return bool(ledger.last_event() != after)
 
     def _watch_results(self, done: threading.Event, every_s: float) -> None:
         rng = random.Random(self.rng.random())

@@ -1,7 +1,8 @@
 """The control process of a worker: takes batches, feeds the runner, renews leases while there is progress, commits ends.
 
-Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: Celery's call `run_batch`; the runner's call `_hear`; one
-thread commits what was heard, in order and many at a time; one beats; one hears of jobs that were cancelled.
+Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: one hears the ledger's words, of batches to take and of jobs
+to stop, and some take those batches; Celery's call `run_batch` too, should a word be lost; the runner's call `_hear`; one thread commits
+what was heard, in order and many at a time; one beats.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import secrets
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -36,6 +38,8 @@ log = structlog.get_logger()
 FetchAdapter = Callable[[str, dict[str, Any]], str]
 """(digest, base) -> path of the adapter's file here; fetches and converts it when it is not on disk."""
 
+TAKERS = 4
+"""More than the batches a worker may have outstanding: fetching one adapter never keeps the next batch waiting."""
 DRAIN_S = 10.0
 _AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
 
@@ -66,6 +70,8 @@ class Control:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._unheard: set[str] = set()  # batches that were ours at the last heartbeat and not taken
+        self._told: deque[str] = deque(maxlen=64)  # batches that were told of lately: most are told twice
+        self._takers = ThreadPoolExecutor(TAKERS, "take")
         self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._ready = threading.Event()
         self._closing = threading.Event()
@@ -80,7 +86,7 @@ class Control:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        loops = {"commit": self._commit_loop, "beat": self._beat_loop, "stops": self._stop_loop}
+        loops = {"commit": self._commit_loop, "beat": self._beat_loop, "words": self._word_loop}
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
 
     # -- life ---------------------------------------------------------------------------------------------------------------------------
@@ -132,6 +138,7 @@ class Control:
         for batch in held:
             self._put_off(batch, list(batch.jobs))
         self._heard.put(None)
+        self._takers.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_AWAY_S)
@@ -143,10 +150,17 @@ class Control:
     # -- a batch comes ------------------------------------------------------------------------------------------------------------------
 
     def run_batch(self, batch: str) -> None:
-        """Take a batch and hand it to the runner. Returns at once; does nothing for a batch that is no longer current."""
-        if self._closing.is_set():
-            return
-        taken = self._ledger.take(batch, self.info.name, self.info.incarnation, self._settings.lease_ms)
+        """Take a batch and hand it to the runner, once its adapter is here. Does nothing for a batch that is no longer current."""
+        with self._lock:
+            if self._closing.is_set() or batch in self._told:
+                return
+            self._told.append(batch)
+        try:
+            taken = self._ledger.take(batch, self.info.name, self.info.incarnation, self._settings.lease_ms)
+        except Unavailable:
+            with self._lock, contextlib.suppress(ValueError):
+                self._told.remove(batch)
+            raise
         if taken is None:
             log.info("batch not current", batch=batch)
             return
@@ -272,10 +286,9 @@ class Control:
             if held is None:
                 self._runner.cancel(batch, started)
                 continue
+            held.begun |= dict.fromkeys(started, time.monotonic())  # before the ledger knows: `close` gives back what has not begun
             stop = self._ledger.start(batch, held.fence, started)
-            now = time.monotonic()
             for ref in started:
-                held.begun[ref] = now
                 self._events.started(split_ref(ref)[1])
             if stop:
                 self._drop(held, stop)
@@ -401,21 +414,29 @@ class Control:
             return
         mine = set(self._ledger.outstanding(self.info.name))
         for batch in (mine & self._unheard) - self._held.keys():
-            threading.Thread(target=self._run_unheard, args=(batch,), name="unheard", daemon=True).start()
+            self._takers.submit(self._run_told, batch)
         self._unheard = mine - self._held.keys()
 
-    def _run_unheard(self, batch: str) -> None:
-        with contextlib.suppress(Unavailable):
+    def _run_told(self, batch: str) -> None:
+        try:
             self.run_batch(batch)
+        except Unavailable as error:
+            log.warning("batch not taken; there will be word of it again", batch=batch, reason=error.message)
+        except Exception:
+            log.exception("batch not run", batch=batch)
 
-    def _stop_loop(self) -> None:
-        """What is cancelled stops within a decode step; should the word be lost, at the next heartbeat."""
+    def _word_loop(self) -> None:
+        """A batch is taken at once, and what is cancelled stops within a decode step; should a word be lost, Celery's message and the next
+        heartbeat say the same."""
         while not self._closing.is_set():
             try:
-                for stop in self._ledger.stops(self.info.name, self._closing):
-                    self._stop([stop])
+                for word, batch, ref in self._ledger.words(self.info.name, self._closing):
+                    if word == "take":
+                        self._takers.submit(self._run_told, batch)
+                    else:
+                        self._stop([(batch, ref)])
             except Exception as error:  # this thread must not end: nobody else tells as fast
-                log.warning("not listening for cancelled jobs, trying again", reason=str(error))
+                log.warning("not listening for word from the ledger, trying again", reason=str(error))
                 self._closing.wait(1)
 
     def _beat_once(self) -> None:
@@ -439,7 +460,8 @@ class Control:
             return
         self._runner.cancel(held.batch, refs)
         with contextlib.suppress(Unavailable):
-            self._ledger.give_back(held.batch, held.fence, refs)
+            if self._ledger.give_back(held.batch, held.fence, refs) < len(refs):  # some began meanwhile
+                self._ledger.finish(held.batch, held.fence, [End(ref, "later") for ref in refs if ref in held.begun])
         self._forget(held, refs)
 
     def _put_off(self, held: _Held, refs: list[str]) -> None:

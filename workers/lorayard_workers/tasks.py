@@ -19,13 +19,10 @@ from lorayard.errors import LorayardError, Unavailable
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
-from lorayard_workers.control import Control, FetchAdapter
+from lorayard_workers.control import TAKERS, Control, FetchAdapter
 from lorayard_workers.runner import Runner
 
 log = structlog.get_logger()
-
-THREADS = 4
-"""More than the batches a worker may have outstanding: fetching one adapter never keeps the next wake-up waiting."""
 
 START_S = 900.0
 
@@ -72,7 +69,7 @@ def serve(settings: Settings, ledger: Ledger, app: Celery, runner: Runner, fetch
         try:
             control.run_batch(batch)
         except Unavailable as error:
-            log.warning("batch not taken; it will be delivered again", batch=batch, reason=error.message)
+            log.warning("batch not taken; there will be word of it again", batch=batch, reason=error.message)
         except LorayardError as error:
             log.error("batch not run", batch=batch, reason=error.message)
 
@@ -97,7 +94,7 @@ def _consume(settings: Settings, app: Celery) -> None:
             hostname=node_name(settings),
             queues=[name],
             pool="threads",
-            concurrency=THREADS,
+            concurrency=TAKERS,
             loglevel="WARNING",
             quiet=True,
             without_gossip=True,

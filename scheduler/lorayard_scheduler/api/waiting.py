@@ -67,9 +67,8 @@ class Waiting:
         after = ""
         while not self._stop.is_set():
             try:
-                # From an id, not from "$": nothing between two calls is missed then.
-                after, events = self._ledger.events(after or self._ledger.last_event(), 500)
-                refs = [r for event in events if event.kind == "ended" for r in event.values]
+                # From an id: nothing between two calls is missed then.
+                after, refs = self._ledger.ends(after or self._ledger.last_end(), 500)
                 if refs and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._wake, refs)
             except (Unavailable, redis.RedisError) as error:

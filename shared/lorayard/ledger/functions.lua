@@ -29,8 +29,9 @@
 --   leader               HASH    id, epoch, until
 --   fence                STRING  counter
 --   reaped               STRING  ms; when leases were last looked through
---   events               STREAM  k kind, v value; capped: a hint, never the truth
---   stop:WORKER          CHANNEL "BID REF" to stop at once; lossy, `stop:BID` is what counts
+--   events               STREAM  k kind (queued, batch, worker), v value: for schedulers; capped: a hint, never the truth
+--   ends                 STREAM  k ended, v refs: for whoever waits for results; as lossy
+--   to:WORKER            CHANNEL "take BID" at once, "stop BID REF" at once; lossy: the Celery message, the lease and `stop:BID` are what counts
 --
 -- head:  flag \t due \t deadline \t digest \t tenant \t max attempts \t idem     flag: '-' with neither deadline nor idem, 'x' with one
 -- birth: enqueued \t via
@@ -84,7 +85,8 @@ local function count(c, what, by)
 end
 
 local function event(p, kind, value)
-  redis.call('XADD', p .. 'events', 'MAXLEN', '~', EVENTS_KEPT, '*', 'k', kind, 'v', value)
+  local stream = kind == 'ended' and 'ends' or 'events' -- a scheduler has no use for every ref
+  redis.call('XADD', p .. stream, 'MAXLEN', '~', EVENTS_KEPT, '*', 'k', kind, 'v', value)
 end
 
 local function tell(p, kind, list)
@@ -245,7 +247,7 @@ local function withdraw(c, job)
     redis.call('SADD', c.p .. 'stop:' .. batch.id, job.ref)
     redis.call('SREM', c.p .. 'members:' .. batch.id, job.ref)
     redis.call('SREM', c.p .. 'begun:' .. batch.id, job.ref)
-    redis.call('PUBLISH', c.p .. 'stop:' .. batch.worker, batch.id .. ' ' .. job.ref)
+    redis.call('PUBLISH', c.p .. 'to:' .. batch.worker, 'stop ' .. batch.id .. ' ' .. job.ref)
     close_if_empty(c, batch.id)
   end
   return batch, begun
@@ -518,6 +520,7 @@ local function claim(keys, args)
   redis.call('HSET', p .. 'batch:' .. bid, 'w', worker, 'd', digest, 'f', fence, 'c', c.at_text, 'n', #refs, 'by', table.concat(by, ' '), 'y', args[7])
   redis.call('ZADD', p .. 'leases', digits(c.at + args[6]), bid)
   redis.call('SADD', p .. 'outstanding:' .. worker, bid)
+  redis.call('PUBLISH', p .. 'to:' .. worker, 'take ' .. bid)
   commit(c)
   return { 'ok', fence, #refs }
 end

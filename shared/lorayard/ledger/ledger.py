@@ -114,7 +114,7 @@ class View(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A hint that something changed: queued (groups), ended (refs), batch (id), worker (name)."""
+    """A hint that something changed: queued (groups), ended (refs), batch (id of one that is over), worker (name)."""
 
     kind: str
     values: list[str]
@@ -350,17 +350,19 @@ class Ledger:
         lost, stop = self._call("ly_renew", lease_ms, *(value for pair in batches for value in pair))
         return [b.decode() for b in lost], [(b.decode(), r.decode()) for b, r in zip(stop[::2], stop[1::2], strict=True)]
 
-    def stops(self, worker: str, until: threading.Event) -> Iterator[tuple[str, str]]:
-        """Jobs at this worker, as (batch, ref), that are cancelled or deleted, as it happens, until the event is set; `renew` tells all."""
+    def words(self, worker: str, until: threading.Event) -> Iterator[tuple[Literal["take", "stop"], str, str]]:
+        """What a worker is told, as it happens, until the event is set: ("take", batch, "") when a batch is its own, ("stop", batch, ref)
+        when a job that it has is cancelled or deleted. Words get lost: `outstanding` and `renew` tell all.
+        """
         try:
             with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
-                channel.subscribe(f"{self._prefix}stop:{worker}")
+                channel.subscribe(f"{self._prefix}to:{worker}")
                 while not until.is_set():
                     if channel.health_check_response_counter > 1:  # redis-py asks, and never looks whether an answer came
                         raise Unavailable("the connection for words to this worker is dead; connecting again")
                     if message := channel.get_message(timeout=0.5):
-                        batch, _, ref = message["data"].decode().partition(" ")
-                        yield batch, ref
+                        word, batch, *ref = message["data"].decode().split(" ", 2)
+                        yield word, batch, ref[0] if ref else ""
         except redis.RedisError as error:
             raise unavailable(error) from error
 
@@ -382,9 +384,17 @@ class Ledger:
     # -- everyone who waits -----------------------------------------------------------------------------------------------------------
 
     def events(self, after: str, block_ms: int) -> tuple[str, list[Event]]:
-        """What happened after an event id ("$": from now on), waiting up to `block_ms` (0: not at all); and the id to go on from."""
+        """What a scheduler should hear, after an event id, waiting up to `block_ms` (0: not at all); and the id to go on from."""
+        return self._read("events", after, block_ms)
+
+    def ends(self, after: str, block_ms: int) -> tuple[str, list[str]]:
+        """The refs of jobs that ended (or were deleted) after an id of `last_end`, as `events`."""
+        after, events = self._read("ends", after, block_ms)
+        return after, [ref for event in events for ref in event.values]
+
+    def _read(self, stream: str, after: str, block_ms: int) -> tuple[str, list[Event]]:
         try:
-            reply: Any = self.client.xread({self._prefix + "events": after}, count=1000, block=block_ms or None)
+            reply: Any = self.client.xread({self._prefix + stream: after}, count=1000, block=block_ms or None)
         except redis.RedisError as error:
             raise unavailable(error) from error
         if not reply:
@@ -393,8 +403,9 @@ class Ledger:
         rows = rows[0] if rows and isinstance(rows[0], list) else rows
         return rows[-1][0].decode(), [Event(f[b"k"].decode(), f[b"v"].decode().split(" ")) for _, f in rows]
 
-    def last_event(self) -> str:
-        rows: Any = self.client.xrevrange(self._prefix + "events", count=1)
+    def last_end(self) -> str:
+        """The id to hear from on of what ends from now on."""
+        rows: Any = self.client.xrevrange(self._prefix + "ends", count=1)
         return str(rows[0][0].decode()) if rows else "0-0"
 
 
