@@ -15,7 +15,7 @@ import msgspec
 from ledger_support import START_MS, TTL_S, Dump, Value
 
 from lorayard.jobs import Status
-from lorayard.ledger.ledger import End, Entry, Reaped, Taken, TakenJob
+from lorayard.ledger.ledger import REAP_GAP_MS, End, Entry, Reaped, Taken, TakenJob
 
 CODES = {Status.CANCELLED: "cancelled", Status.EXPIRED: "expired", Status.FAILED: "worker_lost"}
 """The error's code in outcomes that the ledger itself writes."""
@@ -95,6 +95,7 @@ class Model:
     leads_until: int = 0
     epoch: int = 0
     fences: int = 0
+    reaped: int = 0
 
     # -- what follows from where the jobs are ---------------------------------------------------------------------------------------------
 
@@ -255,7 +256,13 @@ class Model:
             job.status, job.batch, job.place = Status.CLAIMED, new, job.due
         return "ok", len(jobs)
 
-    def reap(self, *, limit: int) -> Reaped:
+    def reap(self, *, limit: int, grace_ms: int) -> Reaped:
+        """With a grace, leases go on for as long where nobody has reaped, and so perhaps nobody could renew, for a while."""
+        if grace_ms:
+            if self.reaped and self.now - self.reaped > REAP_GAP_MS:
+                for batch in self.batches.values():
+                    batch.expiry = max(batch.expiry, self.now + grace_ms)
+            self.reaped = self.now
         names = sorted((b.expiry, b.name) for b in self.batches.values() if b.expiry <= self.now)[:limit]
         lapsed = [self.batches[name] for _, name in names]
         taken = sum(bool(batch.taken) for batch in lapsed)
@@ -336,8 +343,8 @@ class Model:
             self.totals["stale"] += 1
             return "stale"
         self.served[job.entry.tenant] += end.tokens
-        if end.status == "retry" and job.status is Status.CLAIMED:
-            job.attempts += 1  # it failed before it was started
+        if end.status != "later" and job.status is Status.CLAIMED:
+            job.attempts += 1  # an end says that there was a start
         if end.status == "later":
             job.attempts -= job.status is Status.RUNNING
             job.laters += 1
@@ -423,8 +430,7 @@ class Model:
             "tries": {j.ref: f"{n}\t{j.laters}" for j in self.live() if (n := j.attempts - (j.status is Status.RUNNING)) or j.laters},
             "leader": {"id": self.leader, "epoch": str(self.epoch), "until": str(self.leads_until)},
         }
-        if self.fences:
-            values["fence"] = str(self.fences)
+        values |= {name: str(number) for name, number in (("fence", self.fences), ("reaped", self.reaped)) if number}
         for (digest, tenant), jobs in self.groups().items():
             values[f"queue:{digest}:{tenant}"] = {j.entry.id: j.place for j in jobs}
         for (tenant, key), (job_id, body_hash) in self.idem.items():

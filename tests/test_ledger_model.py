@@ -214,13 +214,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.both("resume" if end else "pause", what)
         self.both("paused")
 
-    @rule(ms=st.sampled_from(TIMES), limit=st.sampled_from([200, 200, 0, 1]))
-    def wait(self, ms: int, limit: int) -> None:
+    @rule(ms=st.sampled_from(TIMES), limit=st.sampled_from([200, 200, 0, 1]), grace_ms=st.sampled_from([0, 0, 4000]))
+    def wait(self, ms: int, limit: int, grace_ms: int = 0) -> None:
         """Time passes; mostly somebody looks at what is due by then."""
         self.model.now += ms
         self.ledger.set_clock(self.model.now)
         if limit:
-            self.both("reap", limit=limit)
+            self.both("reap", limit=limit, grace_ms=grace_ms)
 
     @precondition(lambda self: self.model.batches)
     @rule(extra=st.sampled_from([0, -1, 1]))
@@ -423,7 +423,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.holds_what_it_must()
         assert self.model.live() == []
         left = {name.partition(":")[0] for name in dump(self.ledger.client)}
-        lasting = {"by_tenant", "served", "counts", "leader", "fence", "stop"}
+        lasting = {"by_tenant", "served", "counts", "leader", "fence", "reaped", "stop"}
         assert left <= (lasting | {"job", "dead", "idem"} if self.made % 3 else lasting)
 
     def _work_off(self) -> None:

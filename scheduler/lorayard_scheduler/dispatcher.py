@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -26,6 +27,9 @@ from lorayard_scheduler.reconciler import Reconciler
 log = structlog.get_logger()
 
 WORKERS_EVERY_S = 0.5
+AFTER_S = 0.02
+"""What the worker has not taken after so long, Celery is told of: the ledger's own word, which costs no write, comes first."""
+SEND_S = 5.0
 REBUILD_EVERY_S = 10.0
 """Events are hints: however one gets lost, its group is found again after so long."""
 
@@ -49,12 +53,15 @@ class Dispatcher:
         self._event = "$"
         self._rebuilt = 0.0
         self._stop = threading.Event()
+        self._messages: queue.SimpleQueue[tuple[str, str, float] | None] = queue.SimpleQueue()  # (batch, worker, when) for Celery
 
     def stop(self) -> None:
         self._stop.set()
 
     def run(self) -> None:
         """Until `stop`. A server that cannot be reached is waited for: nothing here is lost with it."""
+        sender = threading.Thread(target=self._send, name="wake-ups", daemon=True)
+        sender.start()
         while not self._stop.is_set():
             try:
                 if self._lead():
@@ -68,6 +75,8 @@ class Dispatcher:
         if self._epoch:
             with contextlib.suppress(Unavailable):  # then the lead lapses
                 self._ledger.resign(self._me)
+        self._messages.put(None)
+        sender.join(SEND_S)
 
     def _lead(self) -> bool:
         """Keep the lead, renewed at a third of its time; after taking it anew, everything is read anew."""
@@ -131,12 +140,19 @@ class Dispatcher:
             self._backlog.missed(dispatch.digest, dispatch.takes)
             return
         self._backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
-        try:
-            self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(dispatch.worker), ignore_result=True, retry=False)
-        except Exception as error:  # kombu raises whatever its transport does; the delivery lapses and the jobs are planned again
-            log.warning("broker unavailable: the batch goes back after its delivery time", batch=batch, reason=str(error))
-            return
+        self._messages.put((batch, dispatch.worker, time.monotonic()))
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
+
+    def _send(self) -> None:
+        """Celery's wake-ups, for whoever has not heard the ledger's; apart, so that no plan waits behind a broker that does not answer."""
+        while (message := self._messages.get()) is not None:
+            batch, worker, claimed = message
+            time.sleep(max(0.0, claimed + AFTER_S - time.monotonic()))
+            try:
+                if self._ledger.awaits_taking(batch):
+                    self._app.send_task(RUN_BATCH, args=[batch], queue=worker_queue(worker), ignore_result=True, retry=False)
+            except Exception as error:  # kombu raises whatever its transport does; a worker also asks at each heartbeat what is its own
+                log.warning("no wake-up sent", batch=batch, reason=str(error))
 
 
 def serve(settings: Settings, ledger: Ledger, app: Celery) -> None:

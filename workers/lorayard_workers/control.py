@@ -1,8 +1,8 @@
 """The control process of a worker: takes batches, feeds the runner, renews leases while there is progress, commits ends.
 
 Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: one hears the ledger's words, of batches to take and of jobs
-to stop, and some take those batches; Celery's call `run_batch` too, should a word be lost; the runner's call `_hear`; one thread commits
-what was heard, in order and many at a time; one beats.
+to stop, and some fetch adapters; Celery's call `run_batch`, should a word be lost; the runner's call `_hear`; one thread commits what was
+heard, in order and many at a time; one beats.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 FetchAdapter = Callable[[str, dict[str, Any]], str]
 """(digest, base) -> path of the adapter's file here; fetches and converts it when it is not on disk."""
 
-TAKERS = 4
+FETCHERS = 4
 """More than the batches a worker may have outstanding: fetching one adapter never keeps the next batch waiting."""
 DRAIN_S = 10.0
 _AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
@@ -71,11 +71,13 @@ class Control:
         self._held: dict[str, _Held] = {}
         self._unheard: set[str] = set()  # batches that were ours at the last heartbeat and not taken
         self._told: deque[str] = deque(maxlen=64)  # batches that were told of lately: most are told twice
-        self._takers = ThreadPoolExecutor(TAKERS, "take")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
         self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._over: set[tuple[str, str]] = set()  # (batch, ref) of what ended among the events being committed
         self._ready = threading.Event()
         self._closing = threading.Event()
         self._fetching = 0  # adapters on their way here
+        self._fetched = {BASE_DIGEST}  # adapters that were here once: most likely they still are
         self._moved = self._looked = time.monotonic()  # when the runner last told something, and when we last checked that
         self._base: dict[str, Any] = {}
         self.info = WorkerInfo(
@@ -138,7 +140,7 @@ class Control:
         for batch in held:
             self._put_off(batch, list(batch.jobs))
         self._heard.put(None)
-        self._takers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_AWAY_S)
@@ -151,9 +153,14 @@ class Control:
 
     def run_batch(self, batch: str) -> None:
         """Take a batch and hand it to the runner, once its adapter is here. Does nothing for a batch that is no longer current."""
+        held = self._take(batch)
+        if held is not None:
+            self._run(held)
+
+    def _take(self, batch: str) -> _Held | None:
         with self._lock:
             if self._closing.is_set() or batch in self._told:
-                return
+                return None
             self._told.append(batch)
         try:
             taken = self._ledger.take(batch, self.info.name, self.info.incarnation, self._settings.lease_ms)
@@ -163,11 +170,11 @@ class Control:
             raise
         if taken is None:
             log.info("batch not current", batch=batch)
-            return
+            return None
         held = _Held(taken)
         if not self.info.ready:  # the model is being loaded again, or we are leaving: others may have room
             self._ledger.give_back(batch, held.fence, list(held.jobs))
-            return
+            return None
         with self._lock:
             if not self._held:
                 self._moved = time.monotonic()
@@ -175,13 +182,16 @@ class Control:
         for job in taken.jobs:
             tenant, job_id = split_ref(job.ref)
             self._events.received(job_id, adapter=job.meta.get("adapter"), tenant=tenant, batch=batch, attempt=job.attempts)
+        return held
+
+    def _run(self, held: _Held) -> None:
         try:
-            self._submit(held, self._adapter(taken.digest))
+            self._submit(held, self._adapter(held.digest))
         except LorayardError as error:
-            log.warning("adapter not usable", adapter=taken.digest[:12], reason=error.message)
+            log.warning("adapter not usable", adapter=held.digest[:12], reason=error.message)
             self._fail(held, error.document(), later=isinstance(error, Unavailable))
         except Exception:  # held for ever otherwise
-            log.exception("batch not run", batch=batch)
+            log.exception("batch not run", batch=held.batch)
             self._give_back(held, list(held.jobs))
         if self._closing.is_set():  # it came while `close` looked at what there is to give back
             self._give_back(held, [ref for ref in list(held.jobs) if ref not in held.begun])
@@ -193,7 +203,9 @@ class Control:
         with self._lock:
             self._fetching += 1
         try:
-            return AdapterFile(digest, self._fetch(digest, self._base))
+            file = AdapterFile(digest, self._fetch(digest, self._base))
+            self._fetched.add(digest)
+            return file
         except LorayardError:
             raise
         except Exception as error:  # a full disk, a broken store: whatever it is, the batch must not be held for ever
@@ -237,6 +249,7 @@ class Control:
             with contextlib.suppress(queue.Empty):
                 while len(events) < 1000:
                     events.append(self._heard.get_nowait())
+            self._over = {(event.batch, event.ref) for event in events if isinstance(event, Outcome)}
             for chunk in _runs(event for event in events if event is not None):
                 self._until_stored(chunk)
             if None in events:
@@ -287,7 +300,8 @@ class Control:
                 self._runner.cancel(batch, started)
                 continue
             held.begun |= dict.fromkeys(started, time.monotonic())  # before the ledger knows: `close` gives back what has not begun
-            stop = self._ledger.start(batch, held.fence, started)
+            running = [ref for ref in started if (batch, ref) not in self._over]  # an end says that there was a start
+            stop = self._ledger.start(batch, held.fence, running) if running else []
             for ref in started:
                 self._events.started(split_ref(ref)[1])
             if stop:
@@ -414,16 +428,16 @@ class Control:
             return
         mine = set(self._ledger.outstanding(self.info.name))
         for batch in (mine & self._unheard) - self._held.keys():
-            self._takers.submit(self._run_told, batch)
+            self._take_told(batch)
         self._unheard = mine - self._held.keys()
 
-    def _run_told(self, batch: str) -> None:
-        try:
-            self.run_batch(batch)
-        except Unavailable as error:
-            log.warning("batch not taken; there will be word of it again", batch=batch, reason=error.message)
-        except Exception:
-            log.exception("batch not run", batch=batch)
+    def _take_told(self, batch: str) -> None:
+        """As `run_batch`, for a thread that must not wait for a file to be fetched."""
+        held = self._take(batch)
+        if held is not None and held.digest in self._fetched:
+            self._run(held)
+        elif held is not None:
+            self._fetchers.submit(self._run, held)
 
     def _word_loop(self) -> None:
         """A batch is taken at once, and what is cancelled stops within a decode step; should a word be lost, Celery's message and the next
@@ -432,11 +446,11 @@ class Control:
             try:
                 for word, batch, ref in self._ledger.words(self.info.name, self._closing):
                     if word == "take":
-                        self._takers.submit(self._run_told, batch)
+                        self._take_told(batch)
                     else:
                         self._stop([(batch, ref)])
             except Exception as error:  # this thread must not end: nobody else tells as fast
-                log.warning("not listening for word from the ledger, trying again", reason=str(error))
+                log.warning("word from the ledger may be missed; listening again", reason=str(error))
                 self._closing.wait(1)
 
     def _beat_once(self) -> None:

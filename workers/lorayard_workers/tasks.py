@@ -19,7 +19,7 @@ from lorayard.errors import LorayardError, Unavailable
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
-from lorayard_workers.control import TAKERS, Control, FetchAdapter
+from lorayard_workers.control import FETCHERS, Control, FetchAdapter
 from lorayard_workers.runner import Runner
 
 log = structlog.get_logger()
@@ -94,7 +94,7 @@ def _consume(settings: Settings, app: Celery) -> None:
             hostname=node_name(settings),
             queues=[name],
             pool="threads",
-            concurrency=TAKERS,
+            concurrency=FETCHERS,
             loglevel="WARNING",
             quiet=True,
             without_gossip=True,

@@ -671,7 +671,8 @@ local function hello(keys, args)
   return n
 end
 
--- ly_take P | batch worker incarnation lease_ms token -> {} | {fence, digest, claimed, taken, then per job: ref attempts laters value}
+-- ly_take P | batch worker incarnation lease_ms token
+-- -> {} | {fence, digest, claimed, taken, {ref attempts laters of each job that was at a worker before}, then per job: ref value}
 -- A batch is taken once; with the same token again, by a client whose reply was lost, the answer is the same.
 local function take(keys, args)
   local c, bid = begin(keys), args[1]
@@ -680,15 +681,19 @@ local function take(keys, args)
   if batch.token and (batch.token ~= args[5] or batch.incarnation ~= args[3]) then return {} end
   redis.call('HSET', c.p .. 'batch:' .. bid, 't', c.at_text, 'i', args[3], 'k', args[5])
   redis.call('ZADD', c.p .. 'leases', digits(c.at + args[4]), bid)
-  local reply, n = { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at }, 4
+  local again = {}
+  local reply, n = { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at, again }, 5
   local refs, names = redis.call('SMEMBERS', c.p .. 'members:' .. bid), {}
   for i = 1, #refs do names[i] = c.p .. 'job:' .. refs[i] end
   local jobs, tries = gather('MGET', nil, names), all_tries(c.p, refs)
   for i, ref in ipairs(refs) do
     if lives(jobs[i]) then
-      reply[n + 1], reply[n + 4] = ref, jobs[i]
-      reply[n + 2], reply[n + 3] = parse_tries(tries[i])
-      n = n + 4
+      reply[n + 1], reply[n + 2] = ref, jobs[i]
+      n = n + 2
+      if tries[i] then
+        again[#again + 1] = ref
+        again[#again + 1], again[#again + 2] = parse_tries(tries[i])
+      end
     end
   end
   return reply
@@ -754,28 +759,26 @@ local function come_back(c, job, status, delay, outcome, ttl, fence, batch, atte
   return false
 end
 
--- ly_finish P | batch fence ttl_s, then per job: ref status delay_ms tokens outcome
--- status succeeded | failed | retry (an attempt was used) | later (none was)
+-- ly_finish P | batch fence ttl_s, then per job: ref same outcome
+-- `same`: status delay_ms tokens, joined by tabs. All but later use an attempt, whether or not `start` was told of it.
 -- -> per job 's' stored, 'r' will be retried, 'a' already stored by this fence, 'x' stale: refused
 local function finish(keys, args)
   local c, bid, fence, ttl = begin(keys), args[1], args[2], args[3]
-  local p, refs, names, reply, served, gone, done = c.p, {}, {}, {}, {}, {}, {}
-  for i = 4, #args, 5 do
+  local p, refs, names, reply, served, gone, done, sorts = c.p, {}, {}, {}, {}, {}, {}, {}
+  for i = 4, #args, 3 do
     refs[#refs + 1] = args[i]
     names[#names + 1] = p .. 'job:' .. args[i]
   end
   local batch = read_batch(p, bid)
   local valid = batch.fence == fence
   local values = gather('MGET', nil, names)
-  local mine, begun, tries = {}, {}, {}
-  if valid then
-    mine, begun = gather('SMISMEMBER', p .. 'members:' .. bid, refs), gather('SMISMEMBER', p .. 'begun:' .. bid, refs)
-    tries = all_tries(p, refs)
-  end
+  local mine, tries = {}, {}
+  if valid then mine, tries = gather('SMISMEMBER', p .. 'members:' .. bid, refs), all_tries(p, refs) end
   local fronts, back = {}, nil
   for k, ref in ipairs(refs) do
-    local i = 5 * k - 1
-    local status, tokens, outcome, value = args[i + 1], tonumber(args[i + 3]), args[i + 4], values[k]
+    local same, outcome, value = args[3 * k + 2], args[3 * k + 3], values[k]
+    if not sorts[same] then sorts[same] = { string.match(same, '^(%a+)\t(%d+)\t(%d+)$') } end
+    local status, tokens = sorts[same][1], tonumber(sorts[same][3])
     if mine[k] ~= 1 or done[ref] or not lives(value) then
       reply[k] = done[ref] == 's' and 'a' or refuse(c, value, fence)
     else
@@ -785,17 +788,17 @@ local function finish(keys, args)
         if not fronts[status] then fronts[status], back = end_line(c, status, fence, batch) end
         local first = string.find(value, '\n', 1, true)
         local last = string.find(value, '\n', string.find(value, '\n', first + 1, true) + 1, true)
-        local line = fronts[status] .. attempts + begun[k] .. back .. batch.digest .. '\t'
+        local line = fronts[status] .. attempts + 1 .. back .. batch.digest .. '\t'
         redis.call('SET', names[k], line .. string.sub(value, first, last) .. outcome, 'EX', ttl)
         if tries[k] then redis.call('HDEL', p .. 'tries', ref) end
         count(c, status, 1)
         c.ended[#c.ended + 1] = ref
         reply[k] = 's'
       elseif status == 'succeeded' or status == 'failed' then
-        store(c, parse_job(ref, value), status, fence, outcome, ttl, attempts + begun[k], batch)
+        store(c, parse_job(ref, value), status, fence, outcome, ttl, attempts + 1, batch)
         reply[k] = 's'
       else
-        local delay, job = tonumber(args[i + 2]), parse_job(ref, value)
+        local delay, job = tonumber(sorts[same][2]), parse_job(ref, value)
         reply[k] = come_back(c, job, status, delay, outcome, ttl, fence, batch, attempts, laters) and 's' or 'r'
       end
       if tokens > 0 then

@@ -259,6 +259,14 @@ class Ledger:
         reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, why, *pairs)
         return reply[0].decode(), int(reply[2]) if len(reply) > 1 else 0
 
+    def awaits_taking(self, batch: str) -> bool:
+        """Whether a claimed batch is still its worker's to take."""
+        try:
+            worker, taken = self.client.hmget(f"{self._prefix}batch:{batch}", "w", "t")
+        except redis.RedisError as error:
+            raise unavailable(error) from error
+        return worker is not None and taken is None
+
     def reap(self, *, limit: int = 1000, grace_ms: int = 0) -> Reaped:
         """Queue again what was not taken in time or whose lease ran out, wake what was delayed, expire what is past its deadline.
 
@@ -320,15 +328,17 @@ class Ledger:
         reply = self._call("ly_take", batch, worker, incarnation, lease_ms, token)
         if not reply:
             return None
-        fence, digest, claimed, taken = reply[:4]
+        fence, digest, claimed, taken, again = reply[:5]
+        tries = {ref: (int(attempts), int(laters)) for ref, attempts, laters in zip(again[::3], again[1::3], again[2::3], strict=True)}
         rows = []
         metas: dict[bytes, dict[str, Any]] = {}  # mostly the same of a whole batch
-        for ref, attempts, laters, value in zip(reply[4::4], reply[5::4], reply[6::4], reply[7::4], strict=True):
+        for ref, value in zip(reply[5::2], reply[6::2], strict=True):
             head, _, meta, request = value.split(b"\n", 3)
             _, due, _, _, _, most, _ = head.split(b"\t", 6)
             if meta not in metas:
                 metas[meta] = msgspec.json.decode(meta)
-            rows.append((int(due), TakenJob(ref.decode(), int(attempts), int(most), int(laters), metas[meta], request)))
+            attempts, laters = tries.get(ref, (0, 0))
+            rows.append((int(due), TakenJob(ref.decode(), attempts, int(most), laters, metas[meta], request)))
         rows.sort(key=lambda row: (row[0], row[1].ref))
         jobs = [job for _, job in rows]
         return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
@@ -342,7 +352,7 @@ class Ledger:
         return [batch.decode() for batch in raw]
 
     def start(self, batch: str, fence: int, refs: Sequence[str]) -> list[str]:
-        """Count an attempt of each job; the refs that must not go on."""
+        """Count an attempt of each job, should its end not come; the refs that must not go on."""
         return [ref.decode() for ref in self._call("ly_start", batch, fence, *refs)]
 
     def renew(self, batches: Sequence[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[tuple[str, str]]]:
@@ -374,7 +384,7 @@ class Ledger:
             b"a": "already",
             b"x": "stale",
         }
-        args = [value for e in ends for value in (e.ref, e.status, e.delay_ms, e.tokens, e.outcome)]
+        args = [value for e in ends for value in (e.ref, f"{e.status}\t{e.delay_ms}\t{e.tokens}", e.outcome)]
         return [words[code] for code in self._call("ly_finish", batch, fence, self._ttl, *args)]
 
     def give_back(self, batch: str, fence: int, refs: Sequence[str]) -> int:
