@@ -21,7 +21,7 @@ from lorayard.telemetry import configure_logging
 from lorayard_workers.runner import Event, Outcome, Progress, Ready, Started, Work
 from lorayard_workers.tasks import serve
 
-WIDTH = 256
+WIDTH = 512
 
 ANSWER = {
     "object": "chat.completion",

@@ -114,8 +114,8 @@ def test_a_producer_without_our_code_gets_its_answer(intake: Intake) -> None:
 
 
 @pytest.mark.parametrize("ending", ["succeeded", "cancelled"])
-def test_the_result_is_the_document(intake: Intake, producer: Celery, ending: str) -> None:
-    intake.start()
+def test_the_result_is_the_document_and_stays_as_long(intake: Intake, producer: Celery, ending: str) -> None:
+    intake.start(result_ttl_s=1234)
     result = send(producer, **job(metadata={"n": 1}))
     until(lambda: intake.show(result.id))
     assert result.state == "PENDING"
@@ -127,6 +127,8 @@ def test_the_result_is_the_document(intake: Intake, producer: Celery, ending: st
     assert document == intake.show(result.id)
     assert document["status"] == ending
     assert document["metadata"] == {"n": 1}
+    left: Any = intake.ledger.client.ttl(f"celery-task-meta-{result.id}")
+    assert 1200 < left <= 1234
 
 
 def test_a_message_that_comes_again_is_the_same_job(intake: Intake, producer: Celery) -> None:

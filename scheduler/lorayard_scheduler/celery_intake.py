@@ -37,6 +37,7 @@ class CeleryIntake:
         self._settings = settings
         self._ledger = ledger
         self._app = app
+        app.conf.result_expires = settings.result_ttl_s
         self._admission = Admission(settings, ledger)
         self._tenant = settings.celery_tenant
         self._stop = threading.Event()

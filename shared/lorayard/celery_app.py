@@ -9,7 +9,6 @@ from celery import Celery
 
 from lorayard.errors import SetupError
 from lorayard.ledger.connection import SENTINEL, sentinel_address, shown
-from lorayard.settings import Settings
 
 RUN_BATCH = "lorayard.run_batch"
 INFER = "lorayard.infer"
@@ -57,7 +56,6 @@ def make_app(broker_url: str) -> Celery:
         redis_socket_timeout=_TRANSPORT["socket_timeout"],
         redis_socket_connect_timeout=_TRANSPORT["socket_connect_timeout"],
         visibility_timeout=_TRANSPORT["visibility_timeout"],
-        result_expires=Settings.model_fields["result_ttl_s"].default,
         broker_pool_limit=4,
     )
     return app

@@ -418,7 +418,8 @@ class Control:
             return
         lost, stop = self._ledger.renew([(b.batch, b.fence) for b in held.values()], self._settings.lease_ms)
         for name in lost:
-            log.warning("lease lost", batch=name)
+            if held[name].jobs:  # else it has ended meanwhile
+                log.warning("lease lost", batch=name)
             self._drop(held[name], list(held[name].jobs))
         self._stop(stop)
 
