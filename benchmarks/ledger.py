@@ -242,7 +242,7 @@ def recovery(yard: Yard, sizes: Sizes) -> Metrics:
         running = until(lambda: _running(yard, entries, "killed"), 60)
         victim.kill()
         begun = time.monotonic()
-        lost = {ref for ref in running if ref in set(_running(yard, entries, "killed"))}
+        lost = {*running} & {*_running(yard, entries, "killed")}  # the rest had ended by then
         until(lambda: any(_begun_again(yard, lost)), 60)
         first = time.monotonic() - begun
         until(lambda: all(_begun_again(yard, lost)), 60)
