@@ -14,11 +14,14 @@ from typing import NamedTuple
 import msgspec
 from ledger_support import START_MS, TTL_S, Dump, Value
 
-from lorayard.jobs import Status
-from lorayard.ledger.ledger import REAP_GAP_MS, End, Entry, Reaped, Taken, TakenJob
+from lorayard.jobs import Status, adapter_of
+from lorayard.ledger.ledger import REAP_GAP_MS, End, Entry, Reaped, Submitted, Taken, TakenJob
 
 CODES = {Status.CANCELLED: "cancelled", Status.EXPIRED: "expired", Status.FAILED: "worker_lost"}
 """The error's code in outcomes that the ledger itself writes."""
+
+
+BEGUN = (Status.RUNNING, Status.SUBMITTED)
 
 
 @dataclass
@@ -34,6 +37,9 @@ class Batch:
     expiry: int
     taken: int = 0
     incarnation: str = ""
+    submitted: int = 0
+    note: str = ""
+    keeper: str = ""
 
 
 class Result(NamedTuple):
@@ -117,10 +123,10 @@ class Model:
         return {job.ref: job for job in self.live() if job.batch is not None and job.batch.name == batch}
 
     def outstanding(self, worker: str) -> set[str]:
-        return {batch.name for batch in self.batches.values() if batch.worker == worker}
+        return {batch.name for batch in self.batches.values() if batch.worker == worker and not batch.submitted}
 
     def _close_empty(self) -> None:
-        self.batches = {name: batch for name, batch in self.batches.items() if self.members(name)}
+        self.batches = {name: batch for name, batch in self.batches.items() if batch.submitted or self.members(name)}
 
     def _held(self, ref: str, batch: str, fence: int) -> Job | None:
         """The job, if it is under that very lease."""
@@ -179,8 +185,7 @@ class Model:
             answers.append("deleted" if job else "missing")
             if job is None:
                 continue
-            if job.batch:
-                self.stops[job.batch.name].add(job.ref)
+            self._stop(job)
             self.totals["deleted_live"] += job.result is None
             self.totals["deleted"] += 1
             self.idem.pop((tenant, job.entry.idem), None)
@@ -231,6 +236,7 @@ class Model:
         return sorted(self.halted)
 
     def is_halted(self, digest: str, tenant: str = "") -> bool:
+        digest = adapter_of(digest)
         return bool(self.halted & {"pool", f"adapter:{digest}", f"tenant:{tenant}", f"group:{digest}:{tenant}"})
 
     def claim(
@@ -261,9 +267,10 @@ class Model:
         if grace_ms:
             if self.reaped and self.now - self.reaped > REAP_GAP_MS:
                 for batch in self.batches.values():
-                    batch.expiry = max(batch.expiry, self.now + grace_ms)
+                    if not batch.submitted:
+                        batch.expiry = max(batch.expiry, self.now + grace_ms)
             self.reaped = self.now
-        names = sorted((b.expiry, b.name) for b in self.batches.values() if b.expiry <= self.now)[:limit]
+        names = sorted((b.expiry, b.name) for b in self.batches.values() if not b.submitted and b.expiry <= self.now)[:limit]
         lapsed = [self.batches[name] for _, name in names]
         taken = sum(bool(batch.taken) for batch in lapsed)
         self.totals.update(leases_lapsed=taken, deliveries_lapsed=len(lapsed) - taken)
@@ -273,7 +280,7 @@ class Model:
         for _, ref in woken:
             self.jobs[ref].status = Status.QUEUED
         passed = sorted((j.look, j.ref) for j in self.live() if j.expiry and j.look <= self.now)[:limit]
-        expired = [self.jobs[ref] for _, ref in passed if self.jobs[ref].status is not Status.RUNNING]
+        expired = [self.jobs[ref] for _, ref in passed if self.jobs[ref].status not in BEGUN]
         for _, ref in passed:
             self.jobs[ref].look = self.now + 1000
         for job in expired:
@@ -303,7 +310,8 @@ class Model:
         held.taken, held.incarnation, held.expiry = self.now, incarnation, self.now + lease_ms
         jobs = sorted(self.members(batch).values(), key=lambda j: (j.due, j.ref))
         rows = [
-            TakenJob(j.ref, j.attempts, j.entry.max_attempts, j.laters, msgspec.json.decode(j.entry.meta), j.entry.request) for j in jobs
+            TakenJob(j.ref, j.attempts, j.entry.max_attempts, j.laters, msgspec.json.decode(j.entry.meta), j.entry.request, j.due)
+            for j in jobs
         ]
         return Taken(batch, held.fence, held.digest, held.claimed, held.taken, rows)
 
@@ -322,7 +330,7 @@ class Model:
         lost, stop = [], []
         for name, fence in pairs:
             batch = self.batches.get(name)
-            if batch and batch.fence == fence:
+            if batch and batch.fence == fence and not batch.submitted:
                 batch.expiry = self.now + lease_ms
             else:
                 lost.append(name)
@@ -346,7 +354,7 @@ class Model:
         if end.status != "later" and job.status is Status.CLAIMED:
             job.attempts += 1  # an end says that there was a start
         if end.status == "later":
-            job.attempts -= job.status is Status.RUNNING
+            job.attempts -= job.status in BEGUN
             job.laters += 1
         if end.status == "later" or (end.status == "retry" and job.attempts < job.entry.max_attempts):
             self._let_go(job)
@@ -366,11 +374,56 @@ class Model:
 
     def hello(self, worker: str, incarnation: str) -> int:
         """Only what an earlier process had taken: what is on its way will reach this one."""
-        lost = [b for b in self.batches.values() if b.worker == worker and b.taken and b.incarnation != incarnation]
+        lost = [self.batches[name] for name in self.outstanding(worker)]
+        lost = [b for b in lost if b.taken and b.incarnation != incarnation]
         for batch in lost:
             self._requeue(self.members(batch.name).values())
         self._close_empty()
         return len(lost)
+
+    # -- a hosted batch service -----------------------------------------------------------------------------------------------------------
+
+    def submit(self, batch: str, fence: int, note: bytes) -> bool:
+        held = self.batches.get(batch)
+        if held is None or held.fence != fence or not held.taken:
+            return False
+        if not held.submitted:
+            held.submitted, held.note, held.expiry = self.now, note.decode(), self.now
+            self.stops.pop(batch, None)
+            for job in self.members(batch).values():
+                job.attempts += job.status is Status.CLAIMED
+                job.status = Status.SUBMITTED
+        return True
+
+    def tend(self, token: str, *, limit: int, hold_ms: int) -> list[Submitted]:
+        due = sorted((b.expiry, b.name) for b in self.batches.values() if b.submitted and b.expiry <= self.now)[:limit]
+        found = []
+        for _, name in due:
+            b = self.batches[name]
+            b.keeper, b.expiry = token, self.now + hold_ms
+            found.append(Submitted(name, b.fence, b.digest, b.submitted, b.note.encode(), sorted(self.members(name))))
+        return found
+
+    def _kept(self, batch: str, token: str) -> Batch | None:
+        held = self.batches.get(batch)
+        return held if held and held.submitted and held.keeper == token else None
+
+    def note(self, batch: str, token: str, note: bytes, look_ms: int) -> bool:
+        held = self._kept(batch, token)
+        if held:
+            held.note, held.expiry = note.decode(), self.now + look_ms
+        return held is not None
+
+    def contents(self, batch: str, token: str) -> list[str]:
+        return sorted(self.members(batch)) if self._kept(batch, token) else []
+
+    def settle(self, batch: str, token: str) -> bool:
+        if batch not in self.batches:
+            return True
+        if not self._kept(batch, token) or self.members(batch):
+            return False
+        del self.batches[batch]
+        return True
 
     # -- how jobs move --------------------------------------------------------------------------------------------------------------------
 
@@ -391,9 +444,12 @@ class Model:
         self._close_empty()
 
     def _end_from_outside(self, job: Job, status: Status) -> None:
-        if job.batch:
-            self.stops[job.batch.name].add(job.ref)
+        self._stop(job)
         self._store(job, status, 0, None)
+
+    def _stop(self, job: Job) -> None:
+        if job.batch and not job.batch.submitted:
+            self.stops[job.batch.name].add(job.ref)
 
     def _store(self, job: Job, status: Status, fence: int, outcome: bytes | None) -> None:
         b, e = job.batch, job.entry
@@ -423,11 +479,12 @@ class Model:
             "groups": {f"{digest}:{tenant}" for digest, tenant in self.groups()},
             "delayed": {j.ref: j.wake for j in self.live() if j.status is Status.DELAYED},
             "deadlines": {j.ref: j.look for j in self.live() if j.expiry},
-            "leases": {b.name: b.expiry for b in self.batches.values()},
+            "leases": {b.name: b.expiry for b in self.batches.values() if not b.submitted},
+            "submitted": {b.name: b.expiry for b in self.batches.values() if b.submitted},
             "paused": set(self.halted),
             "served": {tenant: str(tokens) for tenant, tokens in self.served.items() if tokens},
             "counts": {name: str(n) for name, n in (self.totals | Counter(queued=self.queued())).items() if n},
-            "tries": {j.ref: f"{n}\t{j.laters}" for j in self.live() if (n := j.attempts - (j.status is Status.RUNNING)) or j.laters},
+            "tries": {j.ref: f"{n}\t{j.laters}" for j in self.live() if (n := j.attempts - (j.status in BEGUN)) or j.laters},
             "leader": {"id": self.leader, "epoch": str(self.epoch), "until": str(self.leads_until)},
         }
         values |= {name: str(number) for name, number in (("fence", self.fences), ("reaped", self.reaped)) if number}
@@ -440,7 +497,7 @@ class Model:
         for batch in self.batches.values():
             values[f"batch:{batch.name}"] = self._batch_fields(batch)
             values[f"members:{batch.name}"] = set(self.members(batch.name))
-            values[f"begun:{batch.name}"] = {ref for ref, job in self.members(batch.name).items() if job.status is Status.RUNNING}
+            values[f"begun:{batch.name}"] = {ref for ref, job in self.members(batch.name).items() if job.status in BEGUN}
             values[f"outstanding:{batch.worker}"] = self.outstanding(batch.worker)
         for name, refs in self.stops.items():
             values[f"stop:{name}"] = set(refs)
@@ -451,7 +508,8 @@ class Model:
     @staticmethod
     def _batch_fields(b: Batch) -> dict[str, str]:
         fields = {"w": b.worker, "d": b.digest, "f": str(b.fence), "c": str(b.claimed), "n": str(b.size), "by": b.by, "y": b.why}
-        return fields | ({"t": str(b.taken), "i": b.incarnation} if b.taken else {})
+        fields |= {"t": str(b.taken), "i": b.incarnation} if b.taken else {}
+        return fields | ({"s": str(b.submitted), "o": b.note} if b.submitted else {})
 
     @staticmethod
     def _job_text(job: Job) -> str:

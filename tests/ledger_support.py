@@ -120,6 +120,7 @@ def dump(client: redis.Redis) -> Dump:
             out[name] = {what: n for what, n in value.items() if n != "0"}, mortal  # type: ignore[assignment]
         elif name.startswith("batch:") and isinstance(value, dict):
             value.pop("k", None)
+            value.pop("x", None)
         elif name.startswith("begun:") and isinstance(value, set):
             members = out.get(name.replace("begun:", "members:"), (set[str](), False))[0]
             assert isinstance(members, set)
@@ -225,10 +226,14 @@ class Census:
     def _batches(self) -> Iterator[str]:
         leases = self._one("leases")
         outstanding = Counter(batch for batches in self._part("outstanding:").values() for batch in batches)
-        if not self.members.keys() == self.batches.keys() == leases.keys() == outstanding.keys() or set(outstanding.values()) > {1}:
+        submitted = {batch for batch, fields in self.batches.items() if "s" in fields}
+        mine = self.batches.keys() - submitted
+        if not self.members.keys() - submitted == mine == leases.keys() == outstanding.keys() or set(outstanding.values()) > {1}:
             yield f"batches {[*self.batches]}, members of {[*self.members]}, leases of {[*leases]}, outstanding {outstanding}"
+        if submitted != self._one("submitted").keys():
+            yield f"{submitted} are submitted, {self._one('submitted')} are looked after"
         for batch, fields in self.batches.items():
-            if batch not in self._part("outstanding:").get(fields["w"], ()):
+            if batch not in submitted and batch not in self._part("outstanding:").get(fields["w"], ()):
                 yield f"{batch} is not outstanding at its worker"
         for batch in self._part("begun:").keys() - self.batches.keys():
             yield f"jobs have begun in {batch}, which is not there"

@@ -28,7 +28,7 @@ FENCING = _of(
     ("every fence is current", "current", "return redis.call('HGET', p .. 'batch:' .. bid, 'f') == fence", "return true"),
     ("finish asks for the batch, not for its fence", "finish", "local valid = batch.fence == fence", "local valid = batch.id ~= ''"),
     ("finish does not ask whose job it is", "finish", "if mine[k] ~= 1 or done[ref]", "if not valid or done[ref]"),
-    ("renew ignores the fence", "renew", "if current(p, bid, args[i + 1]) then", "if redis.call('EXISTS', p .. 'batch:' .. bid) == 1 then"),
+    ("renew ignores the fence", "renew", "if current(p, bid, args[i + 1]) and", "if redis.call('EXISTS', p .. 'batch:' .. bid) == 1 and"),
     ("start ignores the fence", "start", "current(p, bid, args[2]) and gather(", "gather("),
     ("give_back ignores the fence", "give_back", "if batch.fence ~= args[2] then", "if batch.id == '' then"),
     (
@@ -225,7 +225,7 @@ MEMORY = _of(
 
 PYTHON = _of(
     "ledger.py",
-    ("a batch is computed in no order", "take", "rows.sort(key=lambda row: (row[0], row[1].ref))", ""),
+    ("a batch is computed in no order", "_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
     ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
     ("only the oldest listings are looked at", "forget", "while looked == page:", "for _ in range(1):"),
     ("a page of a listing has its first job again", "list_ids", "end - 1) if end else []", "end) if end else []"),

@@ -29,14 +29,15 @@ EXAMPLES = int(os.environ.get("LORAYARD_MODEL_EXAMPLES", "400"))
 STEPS = 50
 
 TENANTS = ("acme", "zeta")
-DIGESTS = ("base", "d1")
+DIGESTS = ("base", "d1", "d1@groq")
 WORKERS = ("w1", "w2", "w3")
 SCHEDULERS = ("s1", "s2")
+KEEPERS = ("k1", "k2")
 DELIVERY, LEASE = 3000, 5000
 TIMES = (1, 500, 1000, 2500, LEASE)
 OUTCOMES = (b'{"response":{"n":1}}', b'{"response":{"n":2}}')
 
-GOES_ON = ("reap",)
+GOES_ON = ("reap", "tend")
 """Calls with a limit, which do more of the same when repeated."""
 
 
@@ -324,6 +325,30 @@ class LedgerMachine(RuleBasedStateMachine):
         self.incarnations[worker] += new
         self.both("hello", worker, f"i{self.incarnations[worker]}")
 
+    # -- a hosted batch service --------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.grants)
+    @rule(grant=pick(lambda m: m.current() or m.grants), off=st.sampled_from([0, 0, 0, 1]))
+    def submit(self, grant: Grant, off: int) -> None:
+        self.both("submit", grant.batch, grant.fence + off, b"{}")
+
+    @precondition(lambda self: any(batch.submitted for batch in self.model.batches.values()))
+    @rule(keeper=st.sampled_from(KEEPERS), limit=st.sampled_from([9, 1]), hold_ms=st.sampled_from([1, 3000]))
+    def tend(self, keeper: str, limit: int, hold_ms: int) -> None:
+        for batch in self.both("tend", keeper, limit=limit, hold_ms=hold_ms):
+            self.grants.append(Grant(batch.batch, batch.fence, tuple(batch.refs) or ("acme/none",)))
+
+    @precondition(lambda self: self.batches)
+    @rule(
+        batch=pick(lambda m: [f"b{n + 1}" for n in range(m.batches)]), keeper=st.sampled_from(KEEPERS), note=st.sampled_from([b"1", b"2"])
+    )
+    def keep(self, batch: str, keeper: str, note: bytes) -> None:
+        """As who looks after it, or after another, or did so once."""
+        self.both("note", batch, keeper, note, 2000)
+        found = [job.ref for job in self.ledger.contents(batch, keeper)]
+        assert sorted(found) == self.model.contents(batch, keeper)
+        self.both("settle", batch, keeper)
+
     # -- what happens to the server ------------------------------------------------------------------------------------------------------
 
     @rule(how=st.sampled_from(["reply", "reply", "load", "flush", "kill"]))
@@ -391,8 +416,11 @@ class LedgerMachine(RuleBasedStateMachine):
         groups = {(g.digest, g.tenant): (g.jobs, g.due) for g in view.groups}
         ready = {name: jobs for name, jobs in self.model.groups().items() if not self.model.is_halted(*name)}
         assert {name: shown for name, shown in groups.items() if shown[0]} == {name: (len(j), j[0].place) for name, j in ready.items()}
-        flights = {f.batch: (f.worker, f.digest, " ".join(f"{t} {n}" for t, n in f.by.items()), f.claimed, f.taken) for f in view.in_flight}
-        assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken) for b in self.model.batches.values()}
+        flights = {
+            f.batch: (f.worker, f.digest, " ".join(f"{t} {n}" for t, n in f.by.items()), f.claimed, f.taken, f.left) for f in view.in_flight
+        }
+        mine = [b for b in self.model.batches.values() if not b.submitted]
+        assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken, len(self.model.members(b.name))) for b in mine}
         assert view.served == +self.model.served
         named = [(digest, tenant) for digest in DIGESTS for tenant in TENANTS]
         some = {(g.digest, g.tenant): g.jobs for g in self.ledger.read_groups(named).groups}
@@ -420,21 +448,32 @@ class LedgerMachine(RuleBasedStateMachine):
             for tenant in TENANTS:
                 if ids := [job.entry.id for job in self.model.jobs.values() if job.entry.tenant == tenant]:
                     self.both("delete", tenant, ids)
+            self.wait(10_000, 200)
+            self._come_back()
         self.holds_what_it_must()
         assert self.model.live() == []
         left = {name.partition(":")[0] for name in dump(self.ledger.client)}
         lasting = {"by_tenant", "served", "counts", "leader", "fence", "reaped", "stop"}
         assert left <= (lasting | {"job", "dead", "idem"} if self.made % 3 else lasting)
 
+    def _come_back(self) -> None:
+        """A service ran none of what was submitted."""
+        for batch in self.both("tend", "k1", limit=100, hold_ms=1000):
+            self.both("finish", batch.batch, batch.fence, [End(ref, "later") for ref in batch.refs])
+            self.both("settle", batch.batch, "k1")
+
     def _work_off(self) -> None:
         for _ in range(40):
             if not self.model.live():
                 break
             self.wait(10_000, 200)
+            self._come_back()
             while self.model.queued():
                 self._work(WORKERS[0], 1000, 1000)
                 grant = self.grants[-1]
                 self.finish((grant, [End(ref, "succeeded") for ref in grant.refs]))
+        self.wait(10_000, 200)
+        self._come_back()
         assert {ref: self.model.jobs[ref].status for ref in self.accepted if self.model.jobs[ref].status not in TERMINAL} == {}
 
 

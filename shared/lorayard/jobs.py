@@ -24,6 +24,7 @@ _NAME = re.compile(NAME_PATTERN)
 _KEY_MAX = 256
 ENDPOINT: Endpoint = "/v1/chat/completions"
 PRIORITY: Priority = "normal"
+ROUTE: Route = "local"
 _CHOICES = {"endpoint": Endpoint, "priority": Priority, "route": Route}
 _NEEDED = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
@@ -56,7 +57,7 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     priority: Priority = PRIORITY
     deadline_s: float | None = None
     not_before_s: float | None = None
-    route: Route = "local"
+    route: Route = ROUTE
     pool: str | None = None
     metadata: dict[str, Any] | None = None
 
@@ -90,6 +91,24 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 BASE_DIGEST = "base"
 """Stands where a digest is wanted and the base model is meant."""
+
+
+Lane = Literal["", "groq", "auto", "batch"]
+"""Who may claim a queued job: local workers; hosted ones; either; hosted ones through a batch service."""
+
+
+def laned(digest: str, lane: Lane) -> str:
+    """The digest by which a job is queued: with its lane behind it, so that nobody claims what is not his."""
+    return f"{digest}@{lane}" if lane else digest
+
+
+def adapter_of(queued: str) -> str:
+    """The adapter's digest, of a digest by which jobs are queued."""
+    return queued.partition("@")[0]
+
+
+def lane_of(queued: str) -> str:
+    return queued.partition("@")[2]
 
 
 def new_id(pool: str) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lorayard.errors import SetupError
@@ -71,6 +71,31 @@ class Settings(BaseSettings):
     heartbeat_ms: int = Field(1_000, ge=50)
     hang_s: float = Field(60.0, gt=0)  # no decode step, load or result for so long while there is work: the child is killed
 
+    # Hosted service: Groq, or any other host with an OpenAI-compatible API and a model id for each LoRA adapter
+    hosted_model: str | None = None  # its id of the pool's base model; None: no job leaves this fleet
+    hosted_url: str = "https://api.groq.com/openai/v1"
+    hosted_api: Literal["groq", "openai"] = "groq"  # groq: its fields, files, fine-tunings and batches; openai: chat completions alone
+    hosted_key: SecretStr | None = None  # None: GROQ_API_KEY
+    hosted_org: str = Field("default", pattern=NAME_PATTERN)  # whose limits and money: shared by all workers that say the same name
+    hosted_base_names: Annotated[tuple[str, ...], NoDecode] = ()  # what an adapter's base must be called; (): what is known of hosted_model
+    hosted_rpm: int = Field(0, ge=0)  # requests a minute; 0, here and in the next three: learned from the service
+    hosted_tpm: int = Field(0, ge=0)  # tokens a minute
+    hosted_rpd: int = Field(0, ge=0)  # requests a day
+    hosted_tpd: int = Field(0, ge=0)
+    hosted_unlimited: bool = False  # no limit of the service is to be expected: a dedicated instance, a server of your own
+    hosted_prices: dict[str, tuple[float, float]] = {}  # JSON: hosted base model -> dollars for a million tokens of prompts, and of answers
+    hosted_daily_usd: float | None = Field(None, ge=0)  # of all tenants together
+    hosted_monthly_usd: float | None = Field(None, ge=0)
+    hosted_calls: int = Field(500, ge=1, le=5000)  # of one worker at once
+    hosted_timeout_s: float = Field(120.0, gt=0)
+    hosted_max_tokens: int = Field(1024, ge=1)  # of an answer whose job does not say
+    hosted_idle_s: float = Field(300.0, gt=0)  # after so long without a call of an adapter its next counts as a cold start
+    hosted_batches: bool = True  # jobs for which there is time go through the service's batch API, at half price
+    hosted_batch_window_s: int = Field(24 * 3600, ge=3600)  # what that may take
+    hosted_batch_jobs: int = Field(1000, ge=1, le=50_000)
+    hosted_batch_gather_s: float = Field(60.0, ge=0)  # jobs wait so long for others to go in the same batch
+    hosted_batch_poll_s: float = Field(30.0, gt=0)
+
     # llama.cpp
     n_ctx: int = Field(8_192, ge=256)  # KV cells of one context, shared by its sequences
     max_prompt_tokens: int | None = Field(None, ge=1)  # None: n_ctx, or what the model was trained for, whichever is less
@@ -82,7 +107,7 @@ class Settings(BaseSettings):
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
     repack: bool = True  # ggml's repacked CPU kernels (use_extra_bufts); switched off by the worker where they crash
 
-    @field_validator("model_names", mode="before")
+    @field_validator("model_names", "hosted_base_names", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value

@@ -21,7 +21,7 @@ _WORDS = {
     "job_not_listed": "{} is missing from its tenant's listing",
     "deadline_not_watched": "{} has a deadline that nobody watches",
     "entry_without_job": "{} stands for a job that is not there",
-    "lease_without_batch": "a lease on the batch {}, which is not there",
+    "lease_without_batch": "a lease on the batch {}, which is not there, or has none",
     "members_without_batch": "jobs belong to the batch {}, which is not there",
     "batch_without_lease": "the batch {} has no lease, and would never come back from a lost worker",
     "batch_not_outstanding": "the batch {} is not counted against its worker",
@@ -78,7 +78,7 @@ def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[lis
         elif name == "groups":
             for page in _members(ledger, name):
                 yield _call(ledger, "groups", repair, page)
-        elif name == "leases":
+        elif name in ("leases", "submitted"):
             batches |= {member for page in _members(ledger, name) for member in page}
     yield _call(ledger, "batches", repair, batches)
     yield _call(ledger, "groups", repair, by_kind.get("queue", []))

@@ -6,7 +6,13 @@ from typing import Any
 
 import msgspec
 
-from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, Status
+from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, ROUTE, Status, adapter_of
+
+_HOSTED = ("hosted_model", "cost_usd", "notes", "failed_generation")
+"""Of a job that was run elsewhere: by which model, for how much money, what was changed in its request."""
+
+_REMOTE = ("remote_queue", "network")
+"""Stages that only those have: in the service's own queue, and all else between sending the request and its answer."""
 
 
 def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
@@ -20,7 +26,7 @@ def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
     return _ended(job_id, pool, reply[0]) if len(reply) == 1 else _living(job_id, pool, reply)
 
 
-def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[str, Any] | None) -> bytes:
+def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[str, Any] | None, route: str = ROUTE) -> bytes:
     """What stays public of a job, one line of JSON; what is usual is left out, for there may be millions."""
     meta: dict[str, Any] = {}
     if adapter is not None:
@@ -29,6 +35,8 @@ def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[
         meta["endpoint"] = endpoint
     if priority != PRIORITY:
         meta["priority"] = priority
+    if route != ROUTE:
+        meta["route"] = route
     if metadata is not None:
         meta["metadata"] = metadata
     return msgspec.json.encode(meta)
@@ -41,7 +49,8 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
         "status": status.value,
         "pool": pool,
         "adapter": meta.get("adapter"),
-        "adapter_digest": None if digest == BASE_DIGEST else digest,
+        "adapter_digest": None if adapter_of(digest) == BASE_DIGEST else adapter_of(digest),
+        "route": meta.get("route", ROUTE),
         "endpoint": meta.get("endpoint", ENDPOINT),
         "priority": meta.get("priority", PRIORITY),
         "metadata": meta.get("metadata"),
@@ -64,7 +73,7 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
     enqueued, via = birth.decode().split("\t")
     status = Status.QUEUED
     if batch:
-        status = Status.RUNNING if started else Status.CLAIMED
+        status = (Status.CLAIMED, Status.RUNNING, Status.SUBMITTED)[started]
     elif delayed:
         status = Status.DELAYED
     doc = _base(job_id, pool, status, msgspec.json.decode(meta), digest, via)
@@ -95,6 +104,7 @@ def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
         "latencies_ms": _latencies(times, outcome.get("timings_ms")),
         "adapter_temperature": outcome.get("temperature") or None,
         "width": outcome.get("width"),
+        **{name: outcome[name] for name in _HOSTED if name in outcome},
     }
     response = outcome.get("response")
     if response is not None:
@@ -115,6 +125,6 @@ def _latencies(times: dict[str, int], timings: dict[str, float] | None) -> dict[
         "prefill": 0.0,
         "decode": 0.0,
     }
-    stages |= {name: value for name, value in (timings or {}).items() if name in stages}
+    stages |= {name: value for name, value in (timings or {}).items() if name in stages or name in _REMOTE}
     stored = max(0.0, total - sum(stages.values()))
     return {name: round(value, 3) for name, value in stages.items()} | {"stored": round(stored, 3), "total": total}

@@ -8,17 +8,19 @@
 --
 --   job:REF              STRING  of a living job: head \n birth \n meta \n request
 --                                of an ended one, with a TTL: end \n birth \n meta \n outcome; a dead letter has two more lines, head \n request
---   queue:DIGEST:TENANT  ZSET    id -> due ms; when it was claimed, of one whose worker was lost, if that is earlier
+--   queue:DIGEST:TENANT  ZSET    id -> due ms; when it was claimed, of one whose worker was lost, if that is earlier. DIGEST has the lane behind
+--                                it, where there is one: DIGEST@LANE (jobs.py), so that who serves one lane never claims another's
 --   groups               SET     DIGEST:TENANT of every queue that is not empty
 --   paused               SET     pool | adapter:DIGEST | tenant:TENANT | group:DIGEST:TENANT
 --   delayed              ZSET    ref -> ms when it goes to its queue
 --   deadlines            ZSET    ref -> ms when it expires unless it was started
 --   batch:BID            HASH    w worker, i incarnation, k token of the take, d digest, f fence, c claimed ms, t taken ms, n jobs,
---                                by tenants, y why
+--                                by tenants, y why; of a submitted one: s submitted ms, o note, x token of who looks after it
 --   members:BID          SET     refs not ended yet
 --   begun:BID            SET     those that were started
 --   stop:BID             SET     refs cancelled while at a worker, until the worker has heard of it
 --   leases               ZSET    batch -> expiry ms (of the delivery until it is taken, of the lease from then on)
+--   submitted            ZSET    batch -> ms when it is looked at next: batches at a hosted batch service, no worker's, with no lease
 --   outstanding:WORKER   SET     batches
 --   tries                HASH    ref -> attempts \t laters, of living jobs that came back from a worker
 --   dead:TENANT          ZSET    id -> ms; dead letters: failed at the attempt cap
@@ -177,17 +179,23 @@ end
 local NO_BATCH = { id = '', worker = '', claimed = '0', taken = '0', size = '0', why = '' }
 
 local function read_batch(p, bid)
-  local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'f', 'c', 't', 'n', 'y', 'i', 'k', 'd')
+  local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'f', 'c', 't', 'n', 'y', 'i', 'k', 'd', 's')
   if not b[1] then return NO_BATCH end
   return {
     id = bid, worker = b[1], fence = b[2], claimed = b[3], taken = b[4] or '0', size = b[5], why = b[6] or '', incarnation = b[7],
-    token = b[8], digest = b[9], was_taken = b[4] and true,
+    token = b[8], digest = b[9], was_taken = b[4] and true, submitted = b[10],
   }
+end
+
+local function all_batches(p)
+  local names = redis.call('ZRANGE', p .. 'leases', 0, -1)
+  for _, bid in ipairs(redis.call('ZRANGE', p .. 'submitted', 0, -1)) do names[#names + 1] = bid end
+  return names
 end
 
 -- The batch that has a job which is neither queued nor delayed; asked for seldom, so it is looked for among the few there are.
 local function batch_of(p, ref)
-  for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do
+  for _, bid in ipairs(all_batches(p)) do
     if redis.call('SISMEMBER', p .. 'members:' .. bid, ref) == 1 then
       return read_batch(p, bid), redis.call('SISMEMBER', p .. 'begun:' .. bid, ref)
     end
@@ -197,7 +205,8 @@ end
 
 local function close_if_empty(c, bid)
   if redis.call('EXISTS', c.p .. 'members:' .. bid) == 1 then return end
-  local worker = redis.call('HGET', c.p .. 'batch:' .. bid, 'w')
+  local worker, submitted = unpack(redis.call('HMGET', c.p .. 'batch:' .. bid, 'w', 's'))
+  if submitted then return end -- something of it is still at the service: `settle` closes it
   redis.call('DEL', c.p .. 'batch:' .. bid, c.p .. 'begun:' .. bid)
   redis.call('ZREM', c.p .. 'leases', bid)
   if redis.call('EXISTS', c.p .. 'stop:' .. bid) == 1 then redis.call('PEXPIRE', c.p .. 'stop:' .. bid, 60000) end
@@ -244,10 +253,12 @@ local function withdraw(c, job)
   if leave_queue(c, job) or redis.call('ZREM', c.p .. 'delayed', job.ref) == 1 then return NO_BATCH, 0 end
   local batch, begun = batch_of(c.p, job.ref)
   if batch.id ~= '' then
-    redis.call('SADD', c.p .. 'stop:' .. batch.id, job.ref)
     redis.call('SREM', c.p .. 'members:' .. batch.id, job.ref)
     redis.call('SREM', c.p .. 'begun:' .. batch.id, job.ref)
-    redis.call('PUBLISH', c.p .. 'to:' .. batch.worker, 'stop ' .. batch.id .. ' ' .. job.ref)
+    if not batch.submitted then
+      redis.call('SADD', c.p .. 'stop:' .. batch.id, job.ref)
+      redis.call('PUBLISH', c.p .. 'to:' .. batch.worker, 'stop ' .. batch.id .. ' ' .. job.ref)
+    end
     close_if_empty(c, batch.id)
   end
   return batch, begun
@@ -488,6 +499,7 @@ local function read_paused(p)
 end
 
 local function is_paused(paused, digest, tenant)
+  digest = string.match(digest, '^[^@]*') -- in whatever lane
   return paused['pool'] or paused['adapter:' .. digest] or paused['tenant:' .. tenant] or paused['group:' .. digest .. ':' .. tenant] or false
 end
 
@@ -607,12 +619,12 @@ local function in_flight(p)
   local reply = {}
   for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do
     local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'd', 'by', 'c', 't')
-    if b[1] then reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0' } end
+    if b[1] then reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0', redis.call('SCARD', p .. 'members:' .. bid) } end
   end
   return reply
 end
 
--- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken}..., served}
+-- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken, jobs left}..., served}
 local function groups(keys, args)
   return { now(), measure(keys[1], args), in_flight(keys[1]), redis.call('HGETALL', keys[1] .. 'served') }
 end
@@ -671,21 +683,13 @@ local function hello(keys, args)
   return n
 end
 
--- ly_take P | batch worker incarnation lease_ms token
--- -> {} | {fence, digest, claimed, taken, {ref attempts laters of each job that was at a worker before}, then per job: ref value}
--- A batch is taken once; with the same token again, by a client whose reply was lost, the answer is the same.
-local function take(keys, args)
-  local c, bid = begin(keys), args[1]
-  local batch = read_batch(c.p, bid)
-  if batch.worker ~= args[2] or batch.id == '' then return {} end
-  if batch.token and (batch.token ~= args[5] or batch.incarnation ~= args[3]) then return {} end
-  redis.call('HSET', c.p .. 'batch:' .. bid, 't', c.at_text, 'i', args[3], 'k', args[5])
-  redis.call('ZADD', c.p .. 'leases', digits(c.at + args[4]), bid)
-  local again = {}
-  local reply, n = { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at, again }, 5
-  local refs, names = redis.call('SMEMBERS', c.p .. 'members:' .. bid), {}
-  for i = 1, #refs do names[i] = c.p .. 'job:' .. refs[i] end
-  local jobs, tries = gather('MGET', nil, names), all_tries(c.p, refs)
+-- The jobs of a batch behind `reply`: {ref attempts laters of each that was at a worker before}, then per job: ref value.
+local function contents(p, bid, reply)
+  local again, n = {}, #reply + 1
+  reply[n] = again
+  local refs, names = redis.call('SMEMBERS', p .. 'members:' .. bid), {}
+  for i = 1, #refs do names[i] = p .. 'job:' .. refs[i] end
+  local jobs, tries = gather('MGET', nil, names), all_tries(p, refs)
   for i, ref in ipairs(refs) do
     if lives(jobs[i]) then
       reply[n + 1], reply[n + 2] = ref, jobs[i]
@@ -697,6 +701,18 @@ local function take(keys, args)
     end
   end
   return reply
+end
+
+-- ly_take P | batch worker incarnation lease_ms token -> {} | {fence, digest, claimed, taken, then its jobs as `contents` has them}
+-- A batch is taken once; with the same token again, by a client whose reply was lost, the answer is the same.
+local function take(keys, args)
+  local c, bid = begin(keys), args[1]
+  local batch = read_batch(c.p, bid)
+  if batch.worker ~= args[2] or batch.id == '' then return {} end
+  if batch.token and (batch.token ~= args[5] or batch.incarnation ~= args[3]) then return {} end
+  redis.call('HSET', c.p .. 'batch:' .. bid, 't', c.at_text, 'i', args[3], 'k', args[5])
+  redis.call('ZADD', c.p .. 'leases', digits(c.at + args[4]), bid)
+  return contents(c.p, bid, { tonumber(batch.fence), batch.digest, tonumber(batch.claimed), c.at })
 end
 
 local function current(p, bid, fence)
@@ -720,7 +736,7 @@ local function renew(keys, args)
   local p, at, lost, stop = keys[1], now(), {}, {}
   for i = 2, #args, 2 do
     local bid = args[i]
-    if current(p, bid, args[i + 1]) then
+    if current(p, bid, args[i + 1]) and redis.call('HEXISTS', p .. 'batch:' .. bid, 's') == 0 then
       redis.call('ZADD', p .. 'leases', 'XX', digits(at + args[1]), bid)
     else
       lost[#lost + 1] = bid
@@ -836,6 +852,73 @@ local function give_back(keys, args)
   return n
 end
 
+-- -- batches at a hosted batch service -----------------------------------------------------------------------------------------------------
+
+-- ly_submit P | batch fence note -> 1 when the batch is no worker's any more: it is looked after by whoever tends what is submitted, and the
+-- attempt of each job counts. 0: it is not current.
+local function submit(keys, args)
+  local p, bid, at_text = keys[1], args[1], digits(now())
+  local batch = read_batch(p, bid)
+  if batch.fence ~= args[2] or not batch.was_taken then return 0 end
+  if batch.submitted then return 1 end
+  redis.call('HSET', p .. 'batch:' .. bid, 's', at_text, 'o', args[3])
+  redis.call('ZREM', p .. 'leases', bid)
+  redis.call('ZADD', p .. 'submitted', at_text, bid)
+  redis.call('SREM', p .. 'outstanding:' .. batch.worker, bid)
+  redis.call('DEL', p .. 'stop:' .. bid)
+  redis.call('SUNIONSTORE', p .. 'begun:' .. bid, p .. 'members:' .. bid)
+  event(p, 'batch', bid)
+  return 1
+end
+
+-- ly_tend P | limit hold_ms token -> {batch, fence, digest, submitted, note, refs}... of those it is time to look at. They are the token's to
+-- change for `hold_ms`; by then they are looked at again, by anyone.
+local function tend(keys, args)
+  local p, at, reply = keys[1], now(), {}
+  for _, bid in ipairs(redis.call('ZRANGEBYSCORE', p .. 'submitted', '-inf', digits(at), 'LIMIT', 0, args[1])) do
+    local batch = read_batch(p, bid)
+    redis.call('ZADD', p .. 'submitted', digits(at + args[2]), bid)
+    if batch.id ~= '' then -- else the audit finds it
+      redis.call('HSET', p .. 'batch:' .. bid, 'x', args[3])
+      local written, refs = redis.call('HGET', p .. 'batch:' .. bid, 'o'), redis.call('SMEMBERS', p .. 'members:' .. bid)
+      reply[#reply + 1] = { bid, tonumber(batch.fence), batch.digest, tonumber(batch.submitted), written, refs }
+    end
+  end
+  return reply
+end
+
+local function tended_by(p, bid, token)
+  local b = redis.call('HMGET', p .. 'batch:' .. bid, 's', 'x')
+  return b[1] and b[2] == token
+end
+
+-- ly_note P | batch token note look_ms -> 1, or 0 where another looks after it by now. Writes what is known of it at the service, and when it is
+-- looked at next, which until then is this token's to do.
+local function note(keys, args)
+  local p, bid = keys[1], args[1]
+  if not tended_by(p, bid, args[2]) then return 0 end
+  redis.call('HSET', p .. 'batch:' .. bid, 'o', args[3])
+  redis.call('ZADD', p .. 'submitted', digits(now() + args[4]), bid)
+  return 1
+end
+
+-- ly_contents P | batch token -> its jobs as `contents` has them; nothing where another looks after it by now
+local function read_contents(keys, args)
+  return tended_by(keys[1], args[1], args[2]) and contents(keys[1], args[1], {}) or {}
+end
+
+-- ly_settle P | batch token -> 1 when the batch is closed: nothing of it is left, here or at the service. 0: jobs of it have not ended, or another
+-- looks after it by now.
+local function settle(keys, args)
+  local p, bid = keys[1], args[1]
+  if redis.call('EXISTS', p .. 'batch:' .. bid) == 0 then return 1 end
+  if not tended_by(p, bid, args[2]) or redis.call('EXISTS', p .. 'members:' .. bid) == 1 then return 0 end
+  redis.call('DEL', p .. 'batch:' .. bid, p .. 'begun:' .. bid)
+  redis.call('ZREM', p .. 'submitted', bid)
+  event(p, 'batch', bid)
+  return 1
+end
+
 -- ly_tell WORKERS | field value -> what a worker says of itself. The registry's, and here for the sake of allow-oom only.
 local function tell_of_worker(keys, args)
   return redis.call('HSET', keys[1], args[1], args[2])
@@ -844,7 +927,7 @@ end
 -- -- everyone ----------------------------------------------------------------------------------------------------------------------------
 
 -- ly_show P | ref... -> per job {} | {value of an ended job}
---                       | {value of a living job, batch, attempts, begun, delayed until, worker, batch size, why, laters}
+--                       | {value of a living job, batch, attempts, begun (2: submitted), delayed until, worker, batch size, why, laters}
 local function show(keys, args)
   local p, reply = keys[1], {}
   for _, ref in ipairs(args) do
@@ -858,7 +941,8 @@ local function show(keys, args)
       local delayed, batch, begun = redis.call('ZSCORE', p .. 'delayed', ref), NO_BATCH, 0
       if not delayed and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then batch, begun = batch_of(p, ref) end
       local attempts, laters = read_tries(p, ref)
-      reply[#reply + 1] = { value, batch.id, attempts + begun, begun, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
+      local state = batch.submitted and 2 or begun
+      reply[#reply + 1] = { value, batch.id, attempts + begun, state, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
     end
   end
   return reply
@@ -920,13 +1004,16 @@ local function audit_entries(keys, args)
 end
 
 local function audit_batch(c, found, repair, bid)
-  local batch, leased = read_batch(c.p, bid), redis.call('ZSCORE', c.p .. 'leases', bid)
+  local batch = read_batch(c.p, bid)
+  local index, other = 'leases', 'submitted'
+  if batch.submitted then index, other = other, index end
+  local leased = redis.call('ZSCORE', c.p .. index, bid)
   local refs = redis.call('SMEMBERS', c.p .. 'members:' .. bid)
+  if redis.call('ZSCORE', c.p .. other, bid) or (leased and batch.id == '') then
+    finding(found, 'lease_without_batch', bid)
+    if repair then redis.call('ZREM', c.p .. (batch.id == '' and leased and index or other), bid) end
+  end
   if batch.id == '' then
-    if leased then
-      finding(found, 'lease_without_batch', bid)
-      if repair then redis.call('ZREM', c.p .. 'leases', bid) end
-    end
     if #refs > 0 or redis.call('EXISTS', c.p .. 'begun:' .. bid) == 1 then
       finding(found, 'members_without_batch', bid)
       if repair then redis.call('DEL', c.p .. 'members:' .. bid, c.p .. 'begun:' .. bid) end -- its jobs are found in no place, and queued again
@@ -942,8 +1029,9 @@ local function audit_batch(c, found, repair, bid)
   end
   if not leased then
     finding(found, 'batch_without_lease', bid)
-    if repair then redis.call('ZADD', c.p .. 'leases', c.at_text, bid) end -- it has lapsed
+    if repair then redis.call('ZADD', c.p .. index, c.at_text, bid) end -- it has lapsed, or is looked at now
   end
+  if batch.submitted then return end
   if redis.call('SISMEMBER', c.p .. 'outstanding:' .. batch.worker, bid) == 0 then
     finding(found, 'batch_not_outstanding', bid)
     if repair then redis.call('SADD', c.p .. 'outstanding:' .. batch.worker, bid) end
@@ -979,7 +1067,7 @@ end
 -- The jobs in batches: how many, and which of them in two.
 local function audit_members(c, found, repair)
   local holder, live = {}, 0
-  for _, bid in ipairs(redis.call('ZRANGE', c.p .. 'leases', 0, -1)) do
+  for _, bid in ipairs(all_batches(c.p)) do
     for _, ref in ipairs(redis.call('SMEMBERS', c.p .. 'members:' .. bid)) do
       live = live + 1
       if holder[ref] then
@@ -1045,7 +1133,8 @@ local library = {
   { 'ly_audit_jobs', audit_jobs, 'allow-oom' }, { 'ly_audit_entries', audit_entries, 'allow-oom' },
   { 'ly_audit_batches', audit_batches, 'allow-oom' }, { 'ly_audit_worker', audit_worker, 'allow-oom' },
   { 'ly_audit_groups', audit_groups, 'allow-oom' }, { 'ly_audit_totals', audit_totals, 'allow-oom' },
-  { 'ly_tell', tell_of_worker, 'allow-oom' },
+  { 'ly_submit', submit, 'allow-oom' }, { 'ly_tend', tend, 'allow-oom' }, { 'ly_note', note, 'allow-oom' }, { 'ly_settle', settle, 'allow-oom' },
+  { 'ly_contents', read_contents, 'no-writes' }, { 'ly_tell', tell_of_worker, 'allow-oom' },
   { 'ly_groups', groups, 'no-writes' }, { 'ly_snapshot', snapshot, 'no-writes' }, { 'ly_show', show, 'no-writes' },
 }
 for i = 1, #library do

@@ -12,6 +12,15 @@ TENANTS = "ly:{tenants}:names"
 """SET of tenants."""
 
 
+POLICIES = "ly:{tenants}:policies"
+"""HASH of a tenant -> JSON of what its jobs may do at hosted services."""
+
+
+def organisation(name: str) -> str:
+    """What every key of an organisation at a hosted service begins with. Documented in `limits.lua`; with it, `models` (adapters/hosting.py)."""
+    return f"ly:{{org:{name}}}:"
+
+
 def prefix(pool: str) -> str:
     """What every key of a pool begins with; the braces keep them in one slot of a cluster."""
     return f"ly:{{{pool}}}:"

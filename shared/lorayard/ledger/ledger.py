@@ -52,7 +52,7 @@ class Enqueued(NamedTuple):
 
 
 class TakenJob(NamedTuple):
-    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost."""
+    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost. `due` is the ledger's, ms."""
 
     ref: str
     attempts: int
@@ -60,6 +60,7 @@ class TakenJob(NamedTuple):
     laters: int
     meta: dict[str, Any]
     request: bytes
+    due: int = 0
 
 
 class Taken(NamedTuple):
@@ -83,6 +84,17 @@ class End(NamedTuple):
     delay_ms: int = 0
 
 
+class Submitted(NamedTuple):
+    """A batch at a hosted batch service, to be looked after now. `note` is what its last keeper wrote; `submitted` is the ledger's time, ms."""
+
+    batch: str
+    fence: int
+    digest: str
+    submitted: int
+    note: bytes
+    refs: list[str]
+
+
 class Group(NamedTuple):
     """The queued jobs of one adapter digest and tenant."""
 
@@ -93,7 +105,7 @@ class Group(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it."""
+    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it; `left` is jobs that have not ended."""
 
     batch: str
     worker: str
@@ -101,6 +113,7 @@ class InFlight(NamedTuple):
     by: dict[str, int]
     claimed: int
     taken: int
+    left: int = 0
 
 
 class View(NamedTuple):
@@ -328,20 +341,8 @@ class Ledger:
         reply = self._call("ly_take", batch, worker, incarnation, lease_ms, token)
         if not reply:
             return None
-        fence, digest, claimed, taken, again = reply[:5]
-        tries = {ref: (int(attempts), int(laters)) for ref, attempts, laters in zip(again[::3], again[1::3], again[2::3], strict=True)}
-        rows = []
-        metas: dict[bytes, dict[str, Any]] = {}  # mostly the same of a whole batch
-        for ref, value in zip(reply[5::2], reply[6::2], strict=True):
-            head, _, meta, request = value.split(b"\n", 3)
-            _, due, _, _, _, most, _ = head.split(b"\t", 6)
-            if meta not in metas:
-                metas[meta] = msgspec.json.decode(meta)
-            attempts, laters = tries.get(ref, (0, 0))
-            rows.append((int(due), TakenJob(ref.decode(), attempts, int(most), laters, metas[meta], request)))
-        rows.sort(key=lambda row: (row[0], row[1].ref))
-        jobs = [job for _, job in rows]
-        return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), jobs)
+        fence, digest, claimed, taken = reply[:4]
+        return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), _jobs(reply[4:]))
 
     def outstanding(self, worker: str) -> list[str]:
         """The batches a worker has been given, taken or not."""
@@ -391,6 +392,34 @@ class Ledger:
         """Queue again jobs that were not started; costs no attempt."""
         return int(self._call("ly_give_back", batch, fence, self._ttl, *refs))
 
+    # -- batches at a hosted batch service ----------------------------------------------------------------------------------------------
+
+    def submit(self, batch: str, fence: int, note: bytes) -> bool:
+        """From now on a taken batch is no worker's: its jobs are submitted, each attempt counts, and whoever tends looks after it.
+
+        False where it is not current any more.
+        """
+        return bool(self._call("ly_submit", batch, fence, note))
+
+    def tend(self, token: str, *, limit: int, hold_ms: int) -> list[Submitted]:
+        """Submitted batches that it is time to look at. They are this token's for `hold_ms`; its jobs are ended with `finish`."""
+        return [
+            Submitted(batch.decode(), int(fence), digest.decode(), int(at), note, sorted(ref.decode() for ref in refs))
+            for batch, fence, digest, at, note, refs in self._call("ly_tend", limit, hold_ms, token)
+        ]
+
+    def note(self, batch: str, token: str, note: bytes, look_ms: int) -> bool:
+        """Write what is known of a submitted batch, and look at it next in `look_ms`; False where another looks after it by now."""
+        return bool(self._call("ly_note", batch, token, note, look_ms))
+
+    def contents(self, batch: str, token: str) -> list[TakenJob]:
+        """The jobs of a submitted batch that have not ended, the most due first; none where another looks after it by now."""
+        return _jobs(self._call("ly_contents", batch, token))
+
+    def settle(self, batch: str, token: str) -> bool:
+        """Close a submitted batch of which nothing is left; False while jobs of it have not ended, or where another looks after it."""
+        return bool(self._call("ly_settle", batch, token))
+
     # -- everyone who waits -----------------------------------------------------------------------------------------------------------
 
     def events(self, after: str, block_ms: int) -> tuple[str, list[Event]]:
@@ -419,16 +448,34 @@ class Ledger:
         return str(rows[0][0].decode()) if rows else "0-0"
 
 
+def _jobs(reply: list[Any]) -> list[TakenJob]:
+    """Of what `contents` in functions.lua says."""
+    if not reply:
+        return []
+    jobs, again = [], reply[0]
+    tries = {ref: (int(attempts), int(laters)) for ref, attempts, laters in zip(again[::3], again[1::3], again[2::3], strict=True)}
+    metas: dict[bytes, dict[str, Any]] = {}  # mostly the same of a whole batch
+    for ref, value in zip(reply[1::2], reply[2::2], strict=True):
+        head, _, meta, request = value.split(b"\n", 3)
+        _, due, _, _, _, most, _ = head.split(b"\t", 6)
+        if meta not in metas:
+            metas[meta] = msgspec.json.decode(meta)
+        attempts, laters = tries.get(ref, (0, 0))
+        jobs.append(TakenJob(ref.decode(), attempts, int(most), laters, metas[meta], request, int(due)))
+    jobs.sort(key=lambda job: (job.due, job.ref))
+    return jobs
+
+
 def _view(reply: list[Any], last_event: str) -> View:
     groups = []
     for name, jobs, due in reply[1]:
         digest, _, tenant = name.decode().partition(":")
         groups.append(Group(digest, tenant, int(jobs), int(float(due))))
     flights = []
-    for batch, worker, digest, by, claimed, taken in reply[2]:
+    for batch, worker, digest, by, claimed, taken, left in reply[2]:
         words = by.decode().split()
         shares = {t: int(n) for t, n in zip(words[::2], words[1::2], strict=True)}
-        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, int(claimed), int(taken)))
+        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, int(claimed), int(taken), int(left)))
     served = {t.decode(): int(n) for t, n in zip(reply[3][::2], reply[3][1::2], strict=True)}
     return View(int(reply[0]), groups, flights, served, last_event)
 

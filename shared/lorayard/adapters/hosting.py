@@ -1,0 +1,149 @@
+"""Which adapters an organisation's hosted service has: by content digest and hosted base, with the service's ids for file and model.
+
+What is wanted is written first, then done by a hosted worker (`lorayard_workers.groq.adapters`), so that whoever is interrupted knows what
+to look for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+import redis
+from redis.lock import Lock
+
+from lorayard.ledger import keys
+
+PublicationState = Literal["wanted", "ready", "refused", "unwanted"]
+
+
+class Publication(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An adapter's place at a hosted service.
+
+    wanted: to be made there, or given up by `error` so far (tried again) · ready: `model` answers · refused: cannot be, see `error` ·
+    unwanted: to be removed there. `asked_ms` and `checked_ms` are the ledger's time, of the last wish and of when it was last looked at.
+    """
+
+    digest: str
+    base: str  # the hosted base model
+    state: PublicationState
+    asked_ms: int
+    title: str = ""  # TENANT/NAME by which it was last asked for
+    file_id: str = ""
+    tuning_id: str = ""
+    model: str = ""
+    error: str = ""
+    code: str = ""
+    checked_ms: int = 0
+    given: bool = False  # the model was there already under this id: nothing of it is ours to make or remove
+
+
+class Publications:
+    """The publications of one organisation for one hosted base. Writers hold `lock`."""
+
+    def __init__(self, client: redis.Redis, organisation: str, base: str) -> None:
+        self._client = client
+        self._base = base
+        self._prefix = keys.organisation(organisation)
+        self._key = f"{self._prefix}models"
+        self._marks = f"{self._prefix}marked"
+
+    def _field(self, digest: str) -> str:
+        return f"{digest} {self._base}"
+
+    def now(self) -> int:
+        seconds, micros = self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def get(self, digest: str) -> Publication | None:
+        raw: Any = self._client.hget(self._key, self._field(digest))
+        return msgspec.json.decode(raw, type=Publication) if raw else None
+
+    def all(self) -> dict[str, Publication]:
+        """By digest."""
+        rows: Any = self._client.hvals(self._key)
+        found = (msgspec.json.decode(row, type=Publication) for row in rows)
+        return {one.digest: one for one in found if one.base == self._base}
+
+    def ask(self, digest: str, title: str, *, model: str = "") -> Publication:
+        """Want it there; one that is there already is looked at again. With `model`, it is there under that id, which is somebody else's."""
+
+        def wish(old: Publication | None, now: int) -> Publication:
+            if model:
+                return Publication(
+                    digest=digest, base=self._base, state="wanted", asked_ms=now, title=title, model=model, given=True, checked_ms=0
+                )
+            if old is None or old.given:
+                return Publication(digest=digest, base=self._base, state="wanted", asked_ms=now, title=title)
+            return msgspec.structs.replace(old, state="wanted", asked_ms=now, title=title, error="", code="")
+
+        written = self._change(digest, wish)
+        assert written is not None
+        return written
+
+    def unask(self, digest: str) -> Publication | None:
+        """Want it there no more; None if it was not."""
+
+        def wish(old: Publication | None, now: int) -> Publication | None:
+            return old and msgspec.structs.replace(old, state="unwanted", asked_ms=now, error="", code="")
+
+        return self._change(digest, wish)
+
+    def tell(self, seen: Publication, **changes: Any) -> bool:
+        """What has become of it, by whoever works on it; False, and nothing, where another wish was written since `seen`."""
+        done = False
+
+        def write(old: Publication | None, now: int) -> Publication | None:
+            nonlocal done
+            done = old is not None and old.asked_ms == seen.asked_ms and old.state != "unwanted"
+            return msgspec.structs.replace(old, checked_ms=now, **changes) if done and old is not None else old
+
+        self._change(seen.digest, write)
+        return done
+
+    def forget(self, seen: Publication) -> bool:
+        """It is gone from the service; False where it was asked for again meanwhile."""
+        done = False
+
+        def write(old: Publication | None, _: int) -> Publication | None:
+            nonlocal done
+            done = old is not None and old.state == "unwanted"
+            return None if done else old
+
+        self._change(seen.digest, write)
+        return done
+
+    def _change(self, digest: str, change: Callable[[Publication | None, int], Publication | None]) -> Publication | None:
+        field = self._field(digest)
+        now = self.now()
+
+        def write(pipe: Any) -> Publication | None:
+            raw = pipe.hget(self._key, field)
+            new = change(msgspec.json.decode(raw, type=Publication) if raw else None, now)
+            pipe.multi()
+            if new is None:
+                pipe.hdel(self._key, field)
+            else:
+                pipe.hset(self._key, field, msgspec.json.encode(new))
+            return new
+
+        changed: Any = self._client.transaction(write, self._key, value_from_callable=True)
+        return None if changed is None else msgspec.convert(changed, Publication)
+
+    # -- names whose every new content is to be there -----------------------------------------------------------------------------------
+
+    def mark(self, owner: str, name: str) -> None:
+        self._client.sadd(self._marks, f"{owner}/{name}")
+
+    def unmark(self, owner: str, name: str) -> None:
+        self._client.srem(self._marks, f"{owner}/{name}")
+
+    def marked(self, owner: str, name: str) -> bool:
+        return bool(self._client.sismember(self._marks, f"{owner}/{name}"))
+
+    # -- who works on one ---------------------------------------------------------------------------------------------------------------
+
+    def lock(self, digest: str, hold_s: float) -> Lock:
+        """To be acquired by whoever works on it, without waiting: another does so otherwise."""
+        return self._client.lock(f"{self._prefix}work:{digest}", timeout=hold_s, blocking=False, thread_local=False)

@@ -1,0 +1,160 @@
+"""What can be asked of a hosted service: which request bodies, in which words, for how much money; and what is known of its bases."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import msgspec
+
+from lorayard.adapters import BaseModel
+from lorayard.bodies import CHAT
+from lorayard.errors import BadRequest, SetupError
+from lorayard.ledger.organisation import NANO, Caps, Organisation, Rates
+from lorayard.settings import Settings
+
+_LLAMA_31 = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct")  # Hugging Face has it under both names
+
+BASES: dict[str, BaseModel] = {
+    "llama-3.1-8b-instant": BaseModel(
+        architecture="llama",
+        n_layer=32,
+        n_embd=4096,
+        n_head=32,
+        n_head_kv=8,
+        n_ff=14336,
+        n_vocab=128256,
+        n_ctx_train=131072,
+        name="Llama-3.1-8B-Instruct",
+        names=list(_LLAMA_31),
+        digest="hosted",
+    )
+}
+"""Bases that a pool without a local worker can check adapters against, by the host's id."""
+
+# What Groq takes (console.groq.com/docs/api-reference). Anything else is refused by name rather than sent on trust.
+_GROQ_FIELDS = {
+    *("messages", "max_completion_tokens", "temperature", "top_p", "stop", "seed", "user", "response_format", "tools", "tool_choice"),
+    *("parallel_tool_calls", "reasoning_effort", "reasoning_format", "include_reasoning", "service_tier"),
+}
+_OPENAI_FIELDS = _GROQ_FIELDS | {
+    *("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "top_k", "min_p", "max_tokens"),
+}
+# Values that change nothing, so that a body made for local workers need not be rewritten.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "store": (False,),
+    "logprobs": (False,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "top_k": (0,),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "tools": ([],),
+}
+_TIERS = ("auto", "on_demand", "flex", "performance")
+_MAX_STOPS, _MAX_TOOLS = 4, 128
+_BYTES_PER_TOKEN, _MESSAGE_TOKENS = 3.0, 8
+
+
+def hosted_body(request: dict[str, Any], settings: Settings, *, endpoint: str = CHAT) -> tuple[dict[str, Any], list[str]]:
+    """The body as the service takes it, without `model`; and notes of what was changed. Raises `BadRequest` that names the field at fault."""
+    if endpoint != CHAT:
+        raise BadRequest(f"{endpoint}: hosted services answer only {CHAT}", code="endpoint_unavailable", param="endpoint")
+    groq = settings.hosted_api == "groq"
+    fields, notes = _GROQ_FIELDS if groq else _OPENAI_FIELDS, []
+    body: dict[str, Any] = {}
+    for name, value in request.items():
+        if value is None:
+            continue
+        if value in _NO_EFFECT.get(name, ()):
+            notes.append(f"{name} left out: it is what the service does anyway")
+        elif name in fields or name in ("max_tokens", "max_completion_tokens"):
+            body[name] = value
+        else:
+            raise BadRequest(
+                f"{name}: the hosted service does not take it; leave it out, or route 'local'", code="unsupported_parameter", param=name
+            )
+    _check(body, groq)
+    most = body.pop("max_tokens", None)
+    wanted = body.pop("max_completion_tokens", None) or most
+    if not wanted:
+        notes.append(f"answers end at {settings.hosted_max_tokens} tokens (LORAYARD_HOSTED_MAX_TOKENS): the request does not say")
+    body["max_completion_tokens" if groq else "max_tokens"] = wanted or settings.hosted_max_tokens
+    return body, notes
+
+
+def _check(body: dict[str, Any], groq: bool) -> None:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise BadRequest("messages: give a list of messages, each with a role", param="messages")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if name in body and (not _is_number(body[name]) or body[name] != int(body[name]) or body[name] < 1):
+            raise BadRequest(f"{name}: must be a whole number from 1 on", param=name)
+    if not _is_number(body.get("temperature", 0)) or not 0 <= body.get("temperature", 0) <= 2:
+        raise BadRequest("temperature: must be from 0 to 2", param="temperature")
+    stop = body.get("stop", [])
+    if not isinstance(stop, str | list) or (isinstance(stop, list) and len(stop) > _MAX_STOPS):
+        raise BadRequest(f"stop: give up to {_MAX_STOPS} strings", param="stop")
+    tools = body.get("tools", [])
+    if not isinstance(tools, list) or len(tools) > _MAX_TOOLS:
+        raise BadRequest(f"tools: give a list of up to {_MAX_TOOLS}", param="tools")
+    if groq and body.get("service_tier", "auto") not in _TIERS:
+        raise BadRequest(f"service_tier: use {', '.join(_TIERS)}", param="service_tier")
+    if "reasoning_format" in body and "include_reasoning" in body:
+        raise BadRequest("include_reasoning: cannot be given with reasoning_format", param="include_reasoning")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def prompt_bytes(body: dict[str, Any]) -> int:
+    """Bytes of what becomes the prompt: messages, tools and schemas."""
+    return len(msgspec.json.encode([body.get("messages"), body.get("tools"), body.get("response_format")]))
+
+
+def prompt_tokens(body: dict[str, Any], tokens_per_byte: float = 1 / _BYTES_PER_TOKEN) -> int:
+    """What the prompt is taken to have, rather more than less, until the service has counted."""
+    return math.ceil(prompt_bytes(body) * tokens_per_byte) + _MESSAGE_TOKENS * len(body["messages"])
+
+
+def answer_tokens(body: dict[str, Any]) -> int:
+    return int(body.get("max_completion_tokens") or body["max_tokens"])
+
+
+def price(settings: Settings) -> tuple[float, float]:
+    """Nano-dollars for a token of a prompt, and of an answer; 0 where nobody said."""
+    usd_in, usd_out = settings.hosted_prices.get(settings.hosted_model or "", (0.0, 0.0))
+    return usd_in * NANO / 1e6, usd_out * NANO / 1e6
+
+
+def base_names(settings: Settings) -> tuple[str, ...]:
+    """What an adapter's `base_model_name_or_path` must be, exactly, to be served there."""
+    known = BASES.get(settings.hosted_model or "")
+    return settings.hosted_base_names or tuple(known.names if known else ())
+
+
+def api_key(settings: Settings) -> str:
+    """Raises `SetupError`. A server of one's own may need none."""
+    key = settings.hosted_key.get_secret_value() if settings.hosted_key else os.environ.get("GROQ_API_KEY", "")
+    if not key and settings.hosted_api == "groq":
+        raise SetupError("no key of the hosted service: set LORAYARD_HOSTED_KEY or GROQ_API_KEY")
+    return key.strip()
+
+
+def organisation(settings: Settings, client: Any) -> Organisation:
+    """Limits and money of the settings' organisation, its function library in place. Raises `SetupError`."""
+    caps = Caps.of(settings.hosted_daily_usd, settings.hosted_monthly_usd)
+    if max(caps) >= 0 and not any(price(settings)):
+        raise SetupError(
+            f"a budget without prices: set LORAYARD_HOSTED_PRICES='{{\"{settings.hosted_model}\": [DOLLARS_IN, DOLLARS_OUT]}}', a million tokens"
+        )
+    rates = Rates(settings.hosted_rpm, settings.hosted_tpm, settings.hosted_rpd, settings.hosted_tpd)
+    org = Organisation(client, settings.hosted_org, rates=rates, caps=caps)
+    org.install()
+    return org
