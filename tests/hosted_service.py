@@ -142,7 +142,7 @@ def over_limits(service: Service, want: int) -> JSONResponse | None:
 def limit_headers(service: Service) -> dict[str, str]:
     """Requests are the day's, tokens the minute's; of a limit that is not there nothing is said."""
     _, tokens = used(service)
-    headers = {}
+    headers: dict[str, str] = {}
     if service.tpm:
         headers |= {"x-ratelimit-limit-tokens": str(service.tpm), "x-ratelimit-remaining-tokens": str(max(0, int(service.tpm - tokens)))}
         headers |= {"x-ratelimit-reset-tokens": f"{tokens * MINUTE / service.tpm:.3f}s"}
@@ -260,7 +260,13 @@ class Fault(Response):
 
 
 def add_file(service: Service, name: str, purpose: str, data: bytes) -> dict[str, Any]:
-    made = {"id": service.new_id("file"), "object": "file", "bytes": len(data), "created_at": int(time.time()), "filename": name}
+    made: dict[str, Any] = {
+        "id": service.new_id("file"),
+        "object": "file",
+        "bytes": len(data),
+        "created_at": int(time.time()),
+        "filename": name,
+    }
     made["purpose"] = purpose
     service.files[made["id"]] = made
     service.content[made["id"]] = data
@@ -411,7 +417,8 @@ def progress(service: Service, batch: dict[str, Any]) -> dict[str, Any]:
 def run_lines(service: Service, batch: dict[str, Any]) -> None:
     """Each line once; output in no order, what failed in a file of its own."""
     lines = [json.loads(line) for line in service.content[batch["input_file_id"]].splitlines() if line.strip()]
-    good, bad = [], []
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
     for n, line in enumerate(lines):
         text = str(line["body"]["messages"][-1]["content"])
         if 0 <= service.expire_after <= n:

@@ -100,11 +100,10 @@ def test_files_and_a_batch_with_a_line_that_fails(service: Running) -> None:
             completion_window="24h", endpoint="/v1/chat/completions", input_file_id=str(file.id), metadata={"lorayard": "b1"}
         )
         give_up = time.monotonic() + 10
-        while batch.status != "completed":
+        while (over := client.batches.retrieve(batch.id)).status != "completed":
             assert time.monotonic() < give_up
-            batch = client.batches.retrieve(batch.id)
-        good = [json.loads(line) for line in client.files.content(str(batch.output_file_id)).read().splitlines()]
-        bad = [json.loads(line) for line in client.files.content(str(batch.error_file_id)).read().splitlines()]
+        good = [json.loads(line) for line in client.files.content(str(over.output_file_id)).read().splitlines()]
+        bad = [json.loads(line) for line in client.files.content(str(over.error_file_id)).read().splitlines()]
         assert sorted(row["custom_id"] for row in good) == ["rone", "rthree"]
         assert [row["response"]["status_code"] for row in bad] == [400]
         assert client.batches.list().data[0].metadata == {"lorayard": "b1"}

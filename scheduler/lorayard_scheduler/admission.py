@@ -14,11 +14,12 @@ import redis
 from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.bodies import read_body
 from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
-from lorayard.jobs import BASE_DIGEST, JobSpec, convert_spec, new_id, parse_spec
+from lorayard.jobs import BASE_DIGEST, JobSpec, Lane, convert_spec, laned, new_id, parse_spec
 from lorayard.ledger.documents import meta_line
 from lorayard.ledger.ledger import Entry, Ledger, unavailable
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
+from lorayard_scheduler.routing import Routes, Routing
 
 _BY_ID = "id\x1f"
 """Begins the idempotency key of a job whose producer chose the id alone; no producer's key can hold such a character."""
@@ -44,6 +45,7 @@ class Admission:
         self._ledger = ledger
         self._adapters = AdapterRegistry(ledger.client)
         self._workers = WorkerRegistry(ledger.client)
+        self._routing = Routing(settings, ledger.client)
 
     def submit(self, tenant: str, items: Sequence[Item], *, via: str = "http") -> list[Answer]:
         """Enqueue what is in order; one answer an item, in order. An item that is refused harms no other.
@@ -55,6 +57,7 @@ class Admission:
         names = {spec.adapter for spec in specs if isinstance(spec, JobSpec) and spec.adapter}
         try:
             adapters = self._known(tenant, names)
+            routes = self._routing.look(tenant) if any(isinstance(s, JobSpec) and s.route != "local" for s in specs) else None
             limit = self._prompt_limit()
         except redis.RedisError as error:
             raise unavailable(error) from error
@@ -66,7 +69,7 @@ class Admission:
                 answers[i] = spec
                 continue
             try:
-                entries.append(self._entry(tenant, spec, adapters, limit, via))
+                entries.append(self._entry(tenant, spec, adapters, limit, routes, via))
                 places.append(i)
             except LorayardError as error:
                 answers[i] = error
@@ -120,29 +123,27 @@ class Admission:
         workers = [w for w in self._workers.workers(self._settings.pool) if w.max_prompt_tokens]
         return max((w.max_prompt_tokens * w.max_token_bytes for w in workers), default=0)
 
-    def _entry(self, tenant: str, spec: JobSpec, adapters: dict[str, Manifest], limit: int, via: str) -> Entry:
+    def _entry(self, tenant: str, spec: JobSpec, adapters: dict[str, Manifest], limit: int, routes: Routes | None, via: str) -> Entry:
         settings = self._settings
         pool = spec.pool or settings.pool
         if pool != settings.pool:
             raise NotFound(f"no pool named {pool!r} here; there is {settings.pool!r}", code="pool_not_found", param="pool")
-        if spec.route != "local":
-            raise BadRequest(
-                f"route {spec.route!r}: this fleet has no hosted worker yet; leave route out or say 'local'",
-                code="route_unavailable",
-                param="route",
-            )
-        read_body(spec.endpoint, spec.request)
         manifest = adapters.get(spec.adapter) if spec.adapter else None
         if spec.adapter and manifest is None:
             raise NotFound(self._unknown(tenant, spec.adapter), code="adapter_not_found", param="adapter")
+        lane: Lane = ""
+        if routes is None:
+            read_body(spec.endpoint, spec.request)
+        else:
+            lane = routes.lane(spec, manifest)
         request = msgspec.json.encode(spec.request)
-        if limit and len(request) > limit and (size := _text_bytes(spec.request)) > limit:
+        if lane in ("", "auto") and limit and len(request) > limit and (size := _text_bytes(spec.request)) > limit:
             raise PromptTooLong(
                 f"the prompt cannot fit the model's context ({size} bytes of text): shorten it, or serve it with a larger LORAYARD_N_CTX",
                 param="messages" if "messages" in spec.request else "prompt",
             )
         digest = manifest.digest if manifest else BASE_DIGEST
-        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata)
+        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata, spec.route)
         if (size := len(request) + len(meta)) > settings.max_job_bytes:
             raise TooLarge(
                 f"the job has {size} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES: shorten request or metadata",
@@ -152,7 +153,7 @@ class Admission:
         return Entry(
             id=spec.id or new_id(pool),
             tenant=tenant,
-            digest=digest,
+            digest=laned(digest, lane),
             wait_ms=settings.wait_target_ms(spec.priority),
             deadline_ms=math.ceil((spec.deadline_s or 0) * 1000),  # never rounded to 0, which would mean none
             not_before_ms=math.ceil((spec.not_before_s or 0) * 1000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorayard.jobs import lane_of, laned
 from lorayard.ledger.ledger import Event, InFlight, Ledger
 from lorayard.ledger.registry import WorkerInfo
 from lorayard_scheduler.planner import TOKENS_PER_JOB, GroupView, View, WorkerView
@@ -90,6 +91,11 @@ class Backlog:
             self.served[tenant] = level
         active.add(tenant)
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether anything waits that a hosted worker might take."""
+        return any(lane_of(digest) for digest, _ in self._groups)
+
     def missed(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
         """A batch could not be claimed: its groups are not what they seemed."""
         self._dirty |= {(digest, tenant) for tenant, _ in takes}
@@ -118,6 +124,7 @@ class Backlog:
         for worker in workers:
             digest, since = self._stays.get(worker.name, (None, 0))
             warm = frozenset(worker.hot) | frozenset(worker.loaded)
+            warm |= {laned(digest, "auto") for digest in warm}
             views.append(WorkerView(worker.name, max(1, worker.width), outstanding.get(worker.name, 0), digest, since, warm))
         groups = tuple(GroupView(d, t, g.jobs, g.due, g.since, g.served_before) for (d, t), g in sorted(self._groups.items()))
         return View(groups, tuple(views), served)

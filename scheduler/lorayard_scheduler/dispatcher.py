@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import redis
 import structlog
@@ -21,6 +22,8 @@ from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.hosted_planner import HOSTED_WHY, OUTSTANDING, local_groups
+from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Dispatch, Policy, plan
 from lorayard_scheduler.reconciler import Reconciler
 
@@ -46,6 +49,7 @@ class Dispatcher:
         self._backlog = Backlog(ledger)
         self._registry = WorkerRegistry(ledger.client)
         self._reconciler = Reconciler(ledger, app)
+        self._hosted = HostedPlanning(settings, ledger)
         self._workers: list[WorkerInfo] = []
         self._workers_read = 0.0
         self._epoch = 0
@@ -103,11 +107,15 @@ class Dispatcher:
             self._rebuild()
         self._event, events = self._ledger.events(self._event, 0 if self._backlog.stale else 100)
         self._backlog.hear(events)
+        if self._hosted.wants(self._backlog, self._workers):
+            self._backlog.stale = True
         if time.monotonic() - self._workers_read > WORKERS_EVERY_S or any(e.kind == "worker" for e in events):
             self._read_workers()
         if self._backlog.stale:
             self._backlog.refresh()
-            for dispatch in plan(self._backlog.view(self._workers), self._backlog.now, self._policy):
+            view = self._backlog.view([worker for worker in self._workers if not worker.hosted])
+            hosted = self._hosted.plan(self._backlog, view, self._workers)
+            for dispatch in [*plan(replace(view, groups=local_groups(view.groups)), self._backlog.now, self._policy), *hosted]:
                 self._dispatch(dispatch)
         self._reconciler.sweep()
 
@@ -126,7 +134,7 @@ class Dispatcher:
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,
-            most=self._policy.outstanding,
+            most=OUTSTANDING if dispatch.why.startswith(HOSTED_WHY) else self._policy.outstanding,
             batch=batch,
             digest=dispatch.digest,
             delivery_ms=self._settings.delivery_ms,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from lorayard import __version__, doctor, embedded
+from lorayard import __version__, doctor, embedded, hosted_cli
 from lorayard.celery_app import make_app
 from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
@@ -40,6 +40,7 @@ app.add_typer(worker_app, name="worker")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(keys_app, name="keys")
+hosted_cli.add_to(app, adapters_app)
 
 out = Console()
 err = Console(stderr=True)
@@ -195,8 +196,8 @@ def worker_llama() -> None:
 
 @worker_app.command("groq")
 def worker_groq() -> None:
-    """Not built yet: a worker that sends jobs to Groq."""
-    raise SetupError("the Groq worker is not built yet; run 'lorayard worker llama'")
+    """Run a worker whose jobs are computed by Groq, or by another OpenAI-compatible host (LORAYARD_HOSTED_URL)."""
+    _serve("worker-groq")
 
 
 @app.command()

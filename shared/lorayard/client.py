@@ -158,6 +158,29 @@ class Client:
         """Take a name away from your own adapters; with `public` (the operator's key only) from everyone's."""
         self._http_call("DELETE", f"/v1/adapters/{_segment(name)}", params={"public": "true"} if public else None)
 
+    def publish_adapter(self, name: str, *, to: str = "groq", model: str | None = None) -> dict[str, Any]:
+        """Want it, and later contents of its name, at a hosted service; its publication, whose `state` becomes ready or refused.
+
+        With `model`, it is there under that id already.
+        """
+        body = {"to": to} | ({"model": model} if model else {})
+        document: dict[str, Any] = self._http_call("PUT", f"/v1/adapters/{_segment(name)}/publication", json=body)
+        return document
+
+    def publication(self, name: str) -> dict[str, Any]:
+        """Of an adapter at the hosted service."""
+        document: dict[str, Any] = self._http_call("GET", f"/v1/adapters/{_segment(name)}/publication")
+        return document
+
+    def unpublish_adapter(self, name: str) -> bool:
+        """Take it away from the hosted service; False if it was not there."""
+        return bool(self._http_call("DELETE", f"/v1/adapters/{_segment(name)}/publication")["deleted"])
+
+    def hosted(self) -> dict[str, Any]:
+        """What the tenant may do at the hosted service, has there (`data`) and has spent."""
+        document: dict[str, Any] = self._http_call("GET", "/v1/hosted")
+        return document
+
     def ready(self) -> dict[str, Any]:
         """What `/readyz` says: pool, live workers, whether a scheduler leads."""
         document: dict[str, Any] = self._http_call("GET", "/readyz")

@@ -62,7 +62,7 @@ _BYTES_PER_TOKEN, _MESSAGE_TOKENS = 3.0, 8
 
 
 def hosted_body(request: dict[str, Any], settings: Settings, *, endpoint: str = CHAT) -> tuple[dict[str, Any], list[str]]:
-    """The body as the service takes it, without `model`; and notes of what was changed. Raises `BadRequest` that names the field at fault."""
+    """The body as the service takes it, without `model`, and notes of what was changed. Raises `BadRequest` that names the field."""
     if endpoint != CHAT:
         raise BadRequest(f"{endpoint}: hosted services answer only {CHAT}", code="endpoint_unavailable", param="endpoint")
     groq = settings.hosted_api == "groq"
@@ -152,7 +152,8 @@ def organisation(settings: Settings, client: Any) -> Organisation:
     caps = Caps.of(settings.hosted_daily_usd, settings.hosted_monthly_usd)
     if max(caps) >= 0 and not any(price(settings)):
         raise SetupError(
-            f"a budget without prices: set LORAYARD_HOSTED_PRICES='{{\"{settings.hosted_model}\": [DOLLARS_IN, DOLLARS_OUT]}}', a million tokens"
+            "a budget without prices: set LORAYARD_HOSTED_PRICES to dollars for a million tokens in and out, as"
+            f' {{"{settings.hosted_model}": [0.05, 0.08]}}'
         )
     rates = Rates(settings.hosted_rpm, settings.hosted_tpm, settings.hosted_rpd, settings.hosted_tpd)
     org = Organisation(client, settings.hosted_org, rates=rates, caps=caps)

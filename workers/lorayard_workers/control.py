@@ -24,7 +24,7 @@ import redis
 import structlog
 
 from lorayard.errors import LorayardError, SetupError, Unavailable
-from lorayard.jobs import BASE_DIGEST, ENDPOINT
+from lorayard.jobs import BASE_DIGEST, ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
@@ -37,6 +37,9 @@ log = structlog.get_logger()
 
 FetchAdapter = Callable[[str, dict[str, Any]], str]
 """(digest, base) -> path of the adapter's file here; fetches and converts it when it is not on disk."""
+
+Handover = Callable[[Taken], Taken | None]
+"""What is left to be run here of a batch that was taken; None where the ledger has handed all of it over to others."""
 
 FETCHERS = 4
 """More than the batches a worker may have outstanding: fetching one adapter never keeps the next batch waiting."""
@@ -59,12 +62,21 @@ class Control:
     """One worker. `wait_ready` after `start`; `run_batch` from then on; `close` drains."""
 
     def __init__(
-        self, settings: Settings, ledger: Ledger, runner: Runner, fetch: FetchAdapter, events: JobEvents, *, kind: str = "llama"
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        runner: Runner,
+        fetch: FetchAdapter,
+        events: JobEvents,
+        *,
+        kind: str = "llama",
+        handover: Handover | None = None,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._runner = runner
         self._fetch = fetch
+        self._handover = handover
         self._events = events
         self._registry = WorkerRegistry(ledger.client)
         self._lock = threading.Lock()
@@ -175,6 +187,11 @@ class Control:
         if not self.info.ready:  # the model is being loaded again, or we are leaving: others may have room
             self._ledger.give_back(batch, held.fence, list(held.jobs))
             return None
+        if self._handover is not None:
+            left = self._handover(taken)
+            if left is None:
+                return None
+            taken, held = left, _Held(left)
         with self._lock:
             if not self._held:
                 self._moved = time.monotonic()
@@ -198,6 +215,7 @@ class Control:
 
     def _adapter(self, digest: str) -> AdapterFile | None:
         """Its file here. Raises `LorayardError`: `Unavailable` when another time may go better."""
+        digest = adapter_of(digest)
         if digest == BASE_DIGEST:
             return None
         with self._lock:
@@ -223,10 +241,11 @@ class Control:
                 job.meta.get("endpoint", ENDPOINT),
                 msgspec.Raw(job.request),
                 company(job.attempts, job.most, self.info.width),
+                job.due,
             )
             for job in list(held.jobs.values())
         ]
-        self._runner.submit(Work(held.batch, adapter, items))
+        self._runner.submit(Work(held.batch, adapter, items, lane_of(held.digest)))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
 
     def _fail(self, held: _Held, error: dict[str, Any], *, later: bool) -> None:
@@ -284,7 +303,7 @@ class Control:
             self._commit_ends([e for e in events if isinstance(e, Outcome)])
         for event in events:
             if isinstance(event, Progress):
-                self.info.hot, self.info.loaded, self.info.counters = event.hot, event.loaded, event.counters
+                self.info.hot, self.info.loaded, self.info.counters, self.info.room = event.hot, event.loaded, event.counters, event.room
             elif isinstance(event, Ready):
                 self._on_ready(event)
             elif isinstance(event, Died):
@@ -328,13 +347,15 @@ class Control:
             "timings_ms": outcome.timings_ms,
             "temperature": outcome.temperature,
             "width": outcome.width,
+            **outcome.more,
         }
         line = msgspec.json.encode(document)
         if outcome.error is None:
             return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome))
         job = held.jobs.get(outcome.ref)
-        if outcome.later:
-            return End(outcome.ref, "later", line, delay_ms=backoff_ms("later", job.laters if job else 0))
+        if outcome.later or (job is not None and job.laters < outcome.patience):
+            delay_ms = max(outcome.after_ms, backoff_ms("later", job.laters if job else 0))
+            return End(outcome.ref, "later", line, delay_ms=delay_ms)
         if outcome.retryable:
             return End(outcome.ref, "retry", line, delay_ms=backoff_ms(str(outcome.error.get("code")), job.attempts if job else 0))
         return End(outcome.ref, "failed", line)
@@ -355,7 +376,8 @@ class Control:
         info = self.info
         info.width, info.max_prompt_tokens, info.max_token_bytes = event.width, event.max_prompt_tokens, event.max_token_bytes
         info.ready = not self._closing.is_set()
-        self._registry.announce_base(info.pool, event.base)
+        if event.base:
+            self._registry.announce_base(info.pool, event.base)
         self._beat_once()
         self._ready.set()
         self._ledger.hello(info.name, info.incarnation)  # the scheduler hears of it at once
@@ -435,7 +457,7 @@ class Control:
     def _take_told(self, batch: str) -> None:
         """As `run_batch`, for a thread that must not wait for a file to be fetched."""
         held = self._take(batch)
-        if held is not None and held.digest in self._fetched:
+        if held is not None and adapter_of(held.digest) in self._fetched:
             self._run(held)
         elif held is not None:
             self._fetchers.submit(self._run, held)

@@ -20,21 +20,23 @@ class WorkItem(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str
     request: msgspec.Raw  # JSON of an OpenAI request body without `model`
     company: int = 0
+    due: int = 0  # ms by the ledger's clock
 
 
 class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
-    """An adapter as a local file that the backend can load."""
+    """An adapter as a local file that the backend can load; for a hosted backend, `path` is the id of the model with it."""
 
     digest: str
     path: str
 
 
 class Work(msgspec.Struct, frozen=True, tag="work"):
-    """A batch: all of one adapter; None is the base model."""
+    """A batch: all of one adapter; None is the base model. `lane`: who else might have claimed it (`lorayard.jobs.Lane`)."""
 
     batch: str
     adapter: AdapterFile | None
     items: list[WorkItem]
+    lane: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -58,8 +60,9 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     """One job's end. `response` is an OpenAI response without `id` and `model`; or `error` is OpenAI's error object.
 
     `timings_ms` has `adapter_load`, `adapter_switch`, `prefill`, `decode` (each ≥ 0) and `on_deck` (from receiving the work to its start).
-    `retryable`: the same job may succeed another time; `later`: it may, and this time it was not to blame. `temperature`: hot, loaded or
-    disk, what its adapter was when it began.
+    `retryable`: the same job may succeed another time; `later`: it may, and this time it was not to blame; with `patience`, nor was it the
+    first so many times. `after_ms`: not before that. `temperature`: hot, loaded or disk (hosted: warm or cold), what its adapter was when
+    it began. A hosted backend has two timings more, `remote_queue` and `network`, and tells in `more` what its documents shall have too.
     """
 
     batch: str
@@ -71,15 +74,20 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     timings_ms: dict[str, float] = {}
     temperature: str = ""
     width: int = 1  # sequences that were decoded beside it, itself included, when it began
+    patience: int = 0
+    after_ms: int = 0
+    more: dict[str, Any] = {}
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """Sign of life while there is work: at most a few a second. `hot` and `loaded` are adapter digests, most recent first."""
+    """Sign of life while there is work: at most a few a second. `hot` and `loaded` are adapter digests, most recent first. `room`: how many
+    jobs a hosted backend would like to have, in all."""
 
     steps: int
     hot: list[str]
     loaded: list[str]
     counters: dict[str, float]
+    room: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

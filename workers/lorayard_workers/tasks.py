@@ -19,7 +19,7 @@ from lorayard.errors import LorayardError, Unavailable
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
-from lorayard_workers.control import FETCHERS, Control, FetchAdapter
+from lorayard_workers.control import FETCHERS, Control, FetchAdapter, Handover
 from lorayard_workers.runner import Runner
 
 log = structlog.get_logger()
@@ -59,10 +59,19 @@ def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
     serve(settings, ledger, app, LlamaRunner(settings), fetch_from_store(settings), kind="llama")
 
 
-def serve(settings: Settings, ledger: Ledger, app: Celery, runner: Runner, fetch: FetchAdapter, *, kind: str) -> None:
+def serve(
+    settings: Settings,
+    ledger: Ledger,
+    app: Celery,
+    runner: Runner,
+    fetch: FetchAdapter,
+    *,
+    kind: str,
+    handover: Handover | None = None,
+) -> None:
     """A worker process around any backend, until SIGTERM or SIGINT. Raises `SetupError` when the backend does not become ready."""
     events = JobEvents(app, node_name(settings))
-    control = Control(settings, ledger, runner, fetch, events, kind=kind)
+    control = Control(settings, ledger, runner, fetch, events, kind=kind, handover=handover)
 
     @app.task(name=RUN_BATCH, ignore_result=True, Request=_WakeUp)  # type: ignore[untyped-decorator]
     def run_batch(batch: str) -> None:

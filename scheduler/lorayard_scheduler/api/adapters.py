@@ -16,6 +16,7 @@ from lorayard.errors import BadRequest, Forbidden, Unavailable
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import Caller, WorkerRegistry
 from lorayard.settings import Settings
+from lorayard_scheduler.api.hosting import publish_again
 from lorayard_scheduler.api.http import Auth, Json, limited
 
 FORM_BYTES = 16 * 1024 * 1024
@@ -50,7 +51,9 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
             raise Unavailable("no worker has told yet which base model it serves: try again when one is ready", code="no_worker")
         content = file.file.read()
         store = ArtifactStore.open(settings)
-        return add_adapter(settings, registry, store, msgspec.convert(base, BaseModel), tenant, name, content)
+        manifest = add_adapter(settings, registry, store, msgspec.convert(base, BaseModel), tenant, name, content)
+        publish_again(settings, ledger, manifest)
+        return manifest
 
     @router.get("")
     def adapters(who: Auth) -> Json:

@@ -12,7 +12,7 @@ from lorayard import __version__
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
-from lorayard_scheduler.api import adapters, health, jobs, pauses
+from lorayard_scheduler.api import adapters, health, hosting, jobs, pauses
 from lorayard_scheduler.api.http import Json, handle_errors
 from lorayard_scheduler.api.waiting import Waiting
 
@@ -32,6 +32,7 @@ def make_api(settings: Settings, ledger: Ledger, celery: Celery) -> FastAPI:
     handle_errors(app)
     app.include_router(jobs.routes(settings, ledger, waiting, celery))
     app.include_router(adapters.routes(settings, ledger))
+    app.include_router(hosting.routes(settings, ledger))
     app.include_router(pauses.routes(settings, ledger))
     app.include_router(health.routes(settings, ledger))
     return app

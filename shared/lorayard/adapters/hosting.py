@@ -7,7 +7,7 @@ to look for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import redis
@@ -29,7 +29,7 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     base: str  # the hosted base model
     state: PublicationState
     asked_ms: int
-    title: str = ""  # TENANT/NAME by which it was last asked for
+    titles: list[str] = []  # TENANT/NAME, by which it was asked for
     file_id: str = ""
     tuning_id: str = ""
     model: str = ""
@@ -67,26 +67,31 @@ class Publications:
         return {one.digest: one for one in found if one.base == self._base}
 
     def ask(self, digest: str, title: str, *, model: str = "") -> Publication:
-        """Want it there; one that is there already is looked at again. With `model`, it is there under that id, which is somebody else's."""
+        """Want it there, under a name (TENANT/NAME) more; what is there is looked at again. With `model`, another hand has brought it there
+        under that id."""
 
         def wish(old: Publication | None, now: int) -> Publication:
-            if model:
+            titles = sorted({title, *(old.titles if old else [])})
+            if model or old is None or old.given:
                 return Publication(
-                    digest=digest, base=self._base, state="wanted", asked_ms=now, title=title, model=model, given=True, checked_ms=0
+                    digest=digest, base=self._base, state="wanted", asked_ms=now, titles=titles, model=model, given=bool(model)
                 )
-            if old is None or old.given:
-                return Publication(digest=digest, base=self._base, state="wanted", asked_ms=now, title=title)
-            return msgspec.structs.replace(old, state="wanted", asked_ms=now, title=title, error="", code="")
+            return msgspec.structs.replace(old, state="wanted", asked_ms=now, titles=titles, error="", code="")
 
         written = self._change(digest, wish)
         assert written is not None
         return written
 
-    def unask(self, digest: str) -> Publication | None:
-        """Want it there no more; None if it was not."""
+    def unask(self, digest: str, title: str) -> Publication | None:
+        """Under this name it is wanted no more; under none, it is to be removed. None if it was not."""
 
         def wish(old: Publication | None, now: int) -> Publication | None:
-            return old and msgspec.structs.replace(old, state="unwanted", asked_ms=now, error="", code="")
+            if old is None:
+                return None
+            titles = [one for one in old.titles if one != title]
+            if titles:
+                return msgspec.structs.replace(old, titles=titles)
+            return msgspec.structs.replace(old, state="unwanted", asked_ms=now, titles=[], error="", code="")
 
         return self._change(digest, wish)
 
@@ -97,7 +102,7 @@ class Publications:
         def write(old: Publication | None, now: int) -> Publication | None:
             nonlocal done
             done = old is not None and old.asked_ms == seen.asked_ms and old.state != "unwanted"
-            return msgspec.structs.replace(old, checked_ms=now, **changes) if done and old is not None else old
+            return msgspec.structs.replace(old, **{"checked_ms": now} | changes) if done and old is not None else old
 
         self._change(seen.digest, write)
         return done
@@ -128,8 +133,8 @@ class Publications:
                 pipe.hset(self._key, field, msgspec.json.encode(new))
             return new
 
-        changed: Any = self._client.transaction(write, self._key, value_from_callable=True)
-        return None if changed is None else msgspec.convert(changed, Publication)
+        # The stubs of `transaction` know nothing of value_from_callable.
+        return cast("Publication | None", self._client.transaction(cast("Any", write), self._key, value_from_callable=True))
 
     # -- names whose every new content is to be there -----------------------------------------------------------------------------------
 
@@ -146,4 +151,4 @@ class Publications:
 
     def lock(self, digest: str, hold_s: float) -> Lock:
         """To be acquired by whoever works on it, without waiting: another does so otherwise."""
-        return self._client.lock(f"{self._prefix}work:{digest}", timeout=hold_s, blocking=False, thread_local=False)
+        return Lock(self._client, f"{self._prefix}work:{digest}", timeout=hold_s, blocking=False, thread_local=False)

@@ -35,7 +35,7 @@ def pack(adapter: PeftAdapter, base_names: tuple[str, ...]) -> bytes:
     ranks = sorted({module.rank for module in adapter.modules})
     if len(ranks) > 1 or ranks[0] not in RANKS:
         raise AdapterRejected(
-            f"the adapter has rank {' and '.join(map(str, ranks))}; the host takes one rank for all modules, of {', '.join(map(str, RANKS))}",
+            f"the adapter has rank {' and '.join(map(str, ranks))}; the host takes one rank for all, of {', '.join(map(str, RANKS))}",
             code="adapter_rank",
         )
     alpha = next((module.scale for module in adapter.modules if module.scale), 1.0) * ranks[0]

@@ -17,7 +17,7 @@ POLICIES = "ly:{tenants}:policies"
 
 
 def organisation(name: str) -> str:
-    """What every key of an organisation at a hosted service begins with. Documented in `limits.lua`; with it, `models` (adapters/hosting.py)."""
+    """What every key of an organisation at a hosted service begins with: those of `limits.lua`, and of `adapters/hosting.py`."""
     return f"ly:{{org:{name}}}:"
 
 

@@ -52,7 +52,7 @@ class Enqueued(NamedTuple):
 
 
 class TakenJob(NamedTuple):
-    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost. `due` is the ledger's, ms."""
+    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost. `due` is in ms."""
 
     ref: str
     attempts: int
@@ -85,7 +85,7 @@ class End(NamedTuple):
 
 
 class Submitted(NamedTuple):
-    """A batch at a hosted batch service, to be looked after now. `note` is what its last keeper wrote; `submitted` is the ledger's time, ms."""
+    """A batch at a hosted batch service, to be looked after now. `note` is what its last keeper wrote; `submitted` is in ms."""
 
     batch: str
     fence: int

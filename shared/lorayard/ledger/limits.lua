@@ -15,7 +15,7 @@
 --   called         HASH    model id -> ms of its last call
 --   spent:DATE     HASH    tenant, and * for all -> nano-dollars; DATE is a day or a month (UTC)
 --   costs:MONTH    HASH    tenant \t adapter -> nano-dollars
---   once:TOKEN     STRING  the reply, for a minute
+--   once:TOKEN     STRING  the reply, for a minute; of a charge, for as long as its month is kept
 
 local SLOT_MS = 250
 local MINUTE_MS, DAY_MS = 60000, 86400000
@@ -43,12 +43,12 @@ local function dates(at) -- day and month, as 2026-11-22 and 2026-11
   return string.format('%s-%02d', name, day), name
 end
 
-local function once(p, token, call)
+local function once(p, token, call, ttl_ms)
   local key = p .. 'once:' .. token
   local known = redis.call('GET', key)
   if known then return cjson.decode(known) end
   local reply = call()
-  redis.call('SET', key, cjson.encode(reply), 'PX', 60000)
+  redis.call('SET', key, cjson.encode(reply), 'PX', ttl_ms or 60000)
   return reply
 end
 
@@ -236,7 +236,7 @@ local function charge(keys, args)
       redis.call('EXPIRE', p .. 'costs:' .. month, MONTHS_KEPT)
     end
     return 1
-  end)
+  end, MONTHS_KEPT * 1000) -- a batch is read again as late as its keeper comes back
 end
 
 -- lyl_learn P | MODEL source, then name value... -> 1. source 'told': rpm tpm rpd tpd of a refusal. 'head': tpm rpd left_tokens left_requests of

@@ -42,6 +42,9 @@ class Caps(NamedTuple):
         return cls(*(-1 if usd is None else round(usd * NANO) for usd in (daily_usd, monthly_usd)))
 
 
+UNKNOWN, ANY = Rates(), Caps()
+
+
 class Want(NamedTuple):
     """A call about to be made: at most so many tokens, prompt and answer, for so much money at most."""
 
@@ -49,7 +52,7 @@ class Want(NamedTuple):
     tokens: int
     tenant: str
     nano: int
-    caps: Caps = Caps()
+    caps: Caps = ANY
 
 
 class Grant(NamedTuple):
@@ -61,7 +64,7 @@ class Grant(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """It cannot be made: `why` is day or month, when the money for that is spent, or tokens, when it has more than a whole minute allows."""
+    """It cannot be made: the day's or the month's money is spent, or it has more tokens than a whole minute allows."""
 
     why: Literal["day", "month", "tokens"]
     limit: int = 0
@@ -100,7 +103,7 @@ class State(NamedTuple):
 class Organisation:
     """One organisation's limits and budgets. Thread-safe. Raises `Unavailable` while the server cannot be reached."""
 
-    def __init__(self, client: redis.Redis, name: str, *, rates: Rates = Rates(), caps: Caps = Caps(), library: str = LIBRARY) -> None:
+    def __init__(self, client: redis.Redis, name: str, *, rates: Rates = UNKNOWN, caps: Caps = ANY, library: str = LIBRARY) -> None:
         self.client = client
         self.prefix = keys.organisation(name)
         self._rates = rates

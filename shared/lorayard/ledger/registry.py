@@ -20,6 +20,8 @@ ALIVE_MS = 5_000
 """A worker that has told nothing for so long gets no new work; its leases decide over what it holds."""
 
 KEY_PREFIX = "ly-"
+HOSTED = "hosted"
+"""The kind of a worker whose jobs leave this fleet."""
 
 
 class Caller(NamedTuple):
@@ -30,7 +32,8 @@ class Caller(NamedTuple):
 
 
 class WorkerInfo(msgspec.Struct, kw_only=True):
-    """What a worker tells every heartbeat. `seen_ms` is the ledger's clock; `hot` and `loaded` are adapter digests, most recent first."""
+    """What a worker tells every heartbeat. `seen_ms` is the ledger's clock; `hot` and `loaded` are adapter digests, most recent first; of a
+    hosted worker `loaded` is all it can serve."""
 
     name: str
     pool: str
@@ -45,7 +48,12 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     hot: list[str] = []
     loaded: list[str] = []
     counters: dict[str, float] = {}
+    room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
     seen_ms: int = 0
+
+    @property
+    def hosted(self) -> bool:
+        return self.kind == HOSTED
 
 
 class WorkerRegistry:

@@ -1,0 +1,1 @@
+"""Jobs computed by a hosted service: Groq, or any host with an OpenAI-compatible API and a model id for each LoRA adapter."""

@@ -1,0 +1,119 @@
+"""Routes of what is at a hosted service: bring an adapter there, look at it, take it away; what it has cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
+from lorayard.adapters.hosting import Publication, Publications
+from lorayard.errors import BadRequest, Forbidden, NotFound
+from lorayard.hosted import organisation
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.organisation import NANO
+from lorayard.ledger.policies import Policies
+from lorayard.ledger.registry import Caller
+from lorayard.settings import Settings
+from lorayard_scheduler.api.http import Auth, Json, limited
+
+HOSTS = ("groq",)
+BODY_BYTES = 16 * 1024
+
+
+def routes(settings: Settings, ledger: Ledger) -> APIRouter:
+    """`/v1/adapters/NAME/publication` and `/v1/hosted`."""
+    router = APIRouter(prefix="/v1")
+    registry = AdapterRegistry(ledger.client)
+    policies = Policies(ledger.client)
+
+    def publications() -> Publications:
+        if not settings.hosted_model:
+            raise BadRequest("this pool's base model is at no hosted service: set LORAYARD_HOSTED_MODEL", code="route_unavailable")
+        return Publications(ledger.client, settings.hosted_org, settings.hosted_model)
+
+    @router.put("/adapters/{name}/publication", status_code=202)
+    async def publish(name: str, request: Request, who: Auth) -> Json:
+        """Want the adapter, and whatever content its name gets later, at the hosted service. Again: have it looked at anew.
+
+        `{"to": "groq"}`; with `"model": ID`, it is there under that id already, and nothing is brought there.
+        """
+        body = _body(await limited(request, BODY_BYTES, "it has two short fields").body())
+        manifest, there = registry.get(who.tenant, name), publications()
+        _may(who, manifest)
+        if not policies.get(who.tenant).hosted and manifest.tenant != PUBLIC:
+            raise Forbidden(
+                f"tenant {who.tenant} has not allowed its data to leave, and an adapter is data; the operator can: 'lorayard tenants set"
+                f" {who.tenant} --hosted'",
+                code="hosted_not_allowed",
+            )
+        wanted = there.ask(manifest.digest, _title(manifest), model=body.get("model") or "")
+        there.mark(manifest.tenant, manifest.name)
+        return Json(_document(manifest.name, wanted), status_code=202)
+
+    @router.get("/adapters/{name}/publication")
+    def show(name: str, who: Auth) -> Json:
+        manifest = registry.get(who.tenant, name)
+        found = publications().get(manifest.digest)
+        if found is None:
+            raise NotFound(f"the adapter {name!r} is not at the hosted service", code="not_published")
+        return Json(_document(name, found))
+
+    @router.delete("/adapters/{name}/publication")
+    def unpublish(name: str, who: Auth) -> Json:
+        """Take every content of this name away from the service."""
+        manifest, there = registry.get(who.tenant, name), publications()
+        _may(who, manifest)
+        there.unmark(manifest.tenant, manifest.name)
+        mine = [one for one in there.all().values() if _title(manifest) in one.titles]
+        for one in mine:
+            there.unask(one.digest, _title(manifest))
+        return Json({"name": name, "object": "publication", "deleted": bool(mine)})
+
+    @router.get("/hosted")
+    def hosted(who: Auth) -> Json:
+        """What the tenant has at the hosted service, may do there and has spent: in dollars, of this day and month (UTC)."""
+        there = publications().all()
+        mine = [_document(m.name, there[m.digest]) for m in registry.list(who.tenant) if m.digest in there]
+        org = organisation(settings, ledger.client)
+        state = org.state(str(settings.hosted_model))
+        spent = {which: org.spent(date).get(who.tenant, 0) / NANO for which, date in (("day", state.day), ("month", state.month))}
+        costs = {adapter: nano / NANO for (tenant, adapter), nano in org.costs(state.month).items() if tenant == who.tenant}
+        policy = msgspec.to_builtins(policies.get(who.tenant)) | {"hosted": policies.get(who.tenant).hosted}
+        return Json({"object": "hosted", "policy": policy, "spent_usd": spent, "month_usd_by_adapter": costs, "data": mine})
+
+    return router
+
+
+def publish_again(settings: Settings, ledger: Ledger, manifest: Manifest) -> None:
+    """A name that is published has new content: that goes there too."""
+    if settings.hosted_model:
+        there = Publications(ledger.client, settings.hosted_org, settings.hosted_model)
+        if there.marked(manifest.tenant, manifest.name):
+            there.ask(manifest.digest, _title(manifest))
+
+
+def _may(who: Caller, manifest: Manifest) -> None:
+    if manifest.tenant == PUBLIC and not who.operator:
+        raise Forbidden("only the operator's key may publish or unpublish everyone's adapter", code="operator_only")
+
+
+def _title(manifest: Manifest) -> str:
+    return f"{manifest.tenant}/{manifest.name}"
+
+
+def _body(raw: bytes) -> dict[str, str]:
+    try:
+        body = msgspec.json.decode(raw or b"{}", type=dict[str, str | None])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise BadRequest('send {"to": "groq"}, with "model": ID where it is there already') from None
+    if unknown := set(body) - {"to", "model"}:
+        raise BadRequest(f"unknown field {min(unknown)!r} beside 'to' and 'model'", param=min(unknown))
+    if body.get("to") not in HOSTS:
+        raise BadRequest(f"to: use {' or '.join(HOSTS)}", param="to")
+    return {key: value for key, value in body.items() if value}
+
+
+def _document(name: str, one: Publication) -> dict[str, Any]:
+    return {"object": "publication", "name": name, **msgspec.to_builtins(one)}

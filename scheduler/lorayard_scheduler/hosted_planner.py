@@ -1,0 +1,161 @@
+"""Which jobs go to hosted workers next. Pure, as `planner.py`, and simpler: no adapter need be switched there, so what counts is shares,
+due time, and how many jobs a worker has room for.
+
+What may go where, by lane (`lorayard.jobs.Lane`):
+- local workers claim jobs without a lane, and `auto`;
+- hosted workers claim `groq`, `batch` (many at once, for the service's batch API), and of `auto` what local work queued ahead would make
+  miss its due time (`overdue_at_home`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from lorayard.jobs import adapter_of, lane_of
+from lorayard_scheduler.planner import TOKENS_PER_JOB, Dispatch, GroupView
+
+OUTSTANDING = 64
+"""Batches a hosted worker may have."""
+
+HOSTED_WHY = "hosted: "
+"""Begins the `why` of every dispatch to a hosted worker."""
+
+TAKE = 32
+"""Jobs in a batch of them: few, so that tenants take turns."""
+
+
+@dataclass(frozen=True)
+class HostedWorker:
+    """`room`: jobs it would like to have; `held`: jobs it has; `serves`: digests the service has."""
+
+    name: str
+    room: int
+    held: int
+    outstanding: int
+    serves: frozenset[str]
+
+
+@dataclass(frozen=True)
+class HostedPolicy:
+    """`batch_jobs` go to the batch API together, or fewer when the first has waited `gather_ms`; what has no more than `urgent_ms` left
+    is called at once."""
+
+    slack_tokens: int = 4_000
+    batch_jobs: int = 1_000
+    gather_ms: int = 60_000
+    urgent_ms: int = 25 * 3_600_000
+
+
+@dataclass(frozen=True)
+class AtHome:
+    """What local workers do: jobs a second, None where nobody has seen it yet; `workers` that live; jobs `in_flight`."""
+
+    workers: int = 0
+    rate: float | None = None
+    in_flight: int = 0
+
+
+def local_groups(groups: Iterable[GroupView]) -> tuple[GroupView, ...]:
+    """What local workers may claim."""
+    return tuple(g for g in groups if lane_of(g.digest) in ("", "auto"))
+
+
+def overdue_at_home(group: GroupView, groups: Iterable[GroupView], home: AtHome, now: int) -> int:
+    """How many of an `auto` group's jobs would miss its due time at home: those that the jobs queued ahead leave no time for."""
+    if not home.workers:
+        return group.jobs
+    if home.rate is None:
+        return group.jobs if group.due <= now else 0
+    ahead = home.in_flight + sum(
+        g.jobs for g in local_groups(groups) if g.due <= group.due and (g.digest, g.tenant) != (group.digest, group.tenant)
+    )
+    in_time = home.rate * max(0, group.due - now) / 1000 - ahead
+    return max(0, min(group.jobs, group.jobs - int(max(0.0, in_time))))
+
+
+def plan_hosted(
+    groups: Collection[GroupView],
+    workers: Iterable[HostedWorker],
+    served: Mapping[str, float],
+    home: AtHome,
+    now: int,
+    policy: HostedPolicy,
+    closed: Collection[str] = (),
+) -> list[Dispatch]:
+    """Dispatches for all the room there is. `closed`: tenants whose `auto` jobs stay at home, for they may not leave or have no money."""
+    state = _State(groups, served, home, now, policy, closed)
+    dispatches: list[Dispatch] = []
+    for worker in sorted(workers, key=lambda w: (w.held, w.name)):
+        dispatches += state.fill(worker)
+    return dispatches
+
+
+class _State:
+    """What changes while one plan is made."""
+
+    def __init__(
+        self,
+        groups: Collection[GroupView],
+        served: Mapping[str, float],
+        home: AtHome,
+        now: int,
+        policy: HostedPolicy,
+        closed: Collection[str],
+    ) -> None:
+        self.now, self.policy = now, policy
+        self.served = defaultdict(float, served)
+        self.groups = {(g.digest, g.tenant): g for g in groups}
+        self.left = {(g.digest, g.tenant): self._may_go(g, groups, home, closed) for g in groups}
+
+    def _may_go(self, group: GroupView, groups: Collection[GroupView], home: AtHome, closed: Collection[str]) -> int:
+        lane = lane_of(group.digest)
+        if lane == "auto":
+            return 0 if group.tenant in closed else overdue_at_home(group, groups, home, self.now)
+        return group.jobs if lane in ("groq", "batch") else 0
+
+    def fill(self, worker: HostedWorker) -> Iterable[Dispatch]:
+        room, outstanding = worker.room - worker.held, worker.outstanding
+        if worker.room <= 0:
+            return
+        while outstanding < OUTSTANDING and (group := self._next(worker, room)) is not None:
+            many = self._gathered(group)
+            take = min(self.left[group.digest, group.tenant], self.policy.batch_jobs if many else min(TAKE, room))
+            self.left[group.digest, group.tenant] -= take
+            self.served[group.tenant] += take * TOKENS_PER_JOB
+            room -= 0 if many else take
+            outstanding += 1
+            yield Dispatch(worker.name, group.digest, ((group.tenant, take),), self._why(group, many))
+
+    def _next(self, worker: HostedWorker, room: int) -> GroupView | None:
+        """The most due of the least served tenants' groups."""
+        open_groups = [
+            g
+            for key, g in self.groups.items()
+            if self.left[key] > 0 and adapter_of(g.digest) in worker.serves and (self._gathered(g) or (room > 0 and not self._gathering(g)))
+        ]
+        if not open_groups:
+            return None
+        floor = min(self.served[g.tenant] for g in open_groups)
+        eligible = [g for g in open_groups if self.served[g.tenant] <= floor + self.policy.slack_tokens]
+        return min(eligible, key=lambda g: (g.due, self.served[g.tenant], g.digest, g.tenant))
+
+    def _has_time(self, group: GroupView) -> bool:
+        return lane_of(group.digest) == "batch" and group.due - self.now > self.policy.urgent_ms
+
+    def _gathered(self, group: GroupView) -> bool:
+        """Enough of them, or waited for long enough, for a batch."""
+        enough = self.left[group.digest, group.tenant] >= self.policy.batch_jobs
+        return self._has_time(group) and (enough or self.now - group.since >= self.policy.gather_ms)
+
+    def _gathering(self, group: GroupView) -> bool:
+        return self._has_time(group) and not self._gathered(group)
+
+    @staticmethod
+    def _why(group: GroupView, many: bool) -> str:
+        if many:
+            return HOSTED_WHY + "there is time for the batch service"
+        if lane_of(group.digest) == "auto":
+            return HOSTED_WHY + "local work queued ahead would make it miss its due time"
+        return HOSTED_WHY + "its route"

@@ -1,0 +1,99 @@
+"""What `hosted_planner` needs to know, gathered: hosted workers and what they hold, how fast local ones are, who may not leave."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from lorayard.hosted import organisation
+from lorayard.jobs import lane_of
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.policies import NOTHING_LEAVES, Policies
+from lorayard.ledger.registry import WorkerInfo
+from lorayard.settings import Settings
+from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.hosted_planner import AtHome, HostedPolicy, HostedWorker, plan_hosted
+from lorayard_scheduler.planner import Dispatch, View
+
+LOOK_EVERY_S = 2.0
+RATE_OVER_S = 5.0
+HANDOVER_S = 900
+
+
+class LocalRate:
+    """Jobs a second that local workers finish, seen while they have work; older times count less."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._since = 0.0
+        self._finished = 0.0
+
+    def see(self, now_s: float, finished: float, busy: bool) -> None:
+        """`finished` by all of them ever, as they tell it."""
+        if not busy or finished < self._finished or not self._since:
+            self._since, self._finished = now_s, finished
+            return
+        passed = now_s - self._since
+        if passed >= RATE_OVER_S:
+            seen = (finished - self._finished) / passed
+            self.rate = seen if self.rate is None else 0.5 * self.rate + 0.5 * seen
+            self._since, self._finished = now_s, finished
+
+
+class HostedPlanning:
+    """One scheduler's. Without hosted workers it costs nothing."""
+
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+        self._settings = settings
+        self._policies = Policies(ledger.client)
+        self._org = organisation(settings, ledger.client) if settings.hosted_model else None
+        self._policy = HostedPolicy(
+            batch_jobs=settings.hosted_batch_jobs,
+            gather_ms=round(settings.hosted_batch_gather_s * 1000),
+            urgent_ms=(settings.hosted_batch_window_s + HANDOVER_S) * 1000,
+        )
+        self._rate = LocalRate()
+        self._closed: frozenset[str] = frozenset()
+        self._looked = 0.0
+
+    def wants(self, backlog: Backlog, workers: Iterable[WorkerInfo]) -> bool:
+        """Whether to plan though nothing was heard: room at hosted workers comes with every job that ends."""
+        return any(worker.hosted for worker in workers) and backlog.has_lanes
+
+    def plan(self, backlog: Backlog, view: View, workers: Iterable[WorkerInfo]) -> list[Dispatch]:
+        """Dispatches to hosted workers. `view` is that of the local ones, with all groups."""
+        workers = list(workers)
+        hosted = [worker for worker in workers if worker.hosted]
+        if not hosted:
+            return []
+        at_home = [worker for worker in workers if not worker.hosted]
+        held, batches = Counter[str](), Counter[str]()
+        for flight in backlog.in_flight:
+            held[flight.worker] += flight.left
+            batches[flight.worker] += 1
+        in_flight = sum(held[worker.name] for worker in at_home)
+        self._rate.see(time.monotonic(), sum(worker.counters.get("finished", 0.0) for worker in at_home), in_flight > 0)
+        self._look({g.tenant for g in view.groups if lane_of(g.digest) == "auto"})
+        return plan_hosted(
+            view.groups,
+            [HostedWorker(w.name, w.room, held[w.name], batches[w.name], frozenset(w.loaded)) for w in hosted],
+            view.served,
+            AtHome(len(at_home), self._rate.rate, in_flight),
+            backlog.now,
+            self._policy,
+            self._closed,
+        )
+
+    def _look(self, tenants: set[str]) -> None:
+        """Which of these may not leave, or have no money left."""
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        policies = self._policies.all() if tenants else {}
+        base = self._settings.hosted_model or ""
+        self._closed = frozenset(
+            tenant
+            for tenant in tenants
+            if self._org is None or not policies.get(tenant, NOTHING_LEAVES).hosted or self._org.over(base, tenant, policies[tenant].caps)
+        )

@@ -1,0 +1,186 @@
+"""The hosted worker's control and runner against the stand-in, with a real ledger; the test plays the scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis
+from fleet_support import until
+from hosted_service import BASE, Running, serving
+from hosted_support import Bench, answer, bench_of, settings_of
+
+from lorayard.ledger.audit import audit
+from lorayard.ledger.policies import Policy
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def bench(store: redis.Redis, redis_url: str, service: Running) -> Iterator[Bench]:
+    with bench_of(store, redis_url, service) as one:
+        yield one
+
+
+def test_a_job_comes_back_with_the_service_s_own_times_and_its_cost(bench: Bench, service: Running) -> None:
+    service.service.service_s = 0.02
+    document = bench.run("j1", max_tokens=8)
+    assert answer(document) == f"{BASE} says: j1"
+    latencies = document["latencies_ms"]
+    assert latencies["remote_queue"] == 3
+    assert (latencies["prefill"], latencies["decode"]) == (1, 4)
+    assert latencies["network"] > 0
+    assert latencies["total"] == pytest.approx(sum(v for k, v in latencies.items() if k != "total"), abs=2)
+    usage = document["response"]["usage"]
+    assert document["cost_usd"] == pytest.approx((usage["prompt_tokens"] * 0.05 + usage["completion_tokens"] * 0.08) / 1e6)
+    assert (document["attempts"], document["hosted_model"], document["adapter_temperature"]) == (1, BASE, "cold")
+    assert bench.run("j2")["adapter_temperature"] == "warm"
+    spent = bench.org.spent(bench.org.state(BASE).month)
+    until(lambda: sum(bench.org.costs(bench.org.state(BASE).month).values()) > 0)
+    assert spent["acme"] == spent["*"]
+
+
+def test_what_changes_nothing_is_left_out_and_said(bench: Bench, service: Running) -> None:
+    document = bench.run("j1", frequency_penalty=0, top_k=0, n=1, max_tokens=None)
+    assert answer(document)
+    sent = service.service.bodies[-1]
+    assert sorted(sent) == ["max_completion_tokens", "messages", "model"]
+    assert len(document["notes"]) == 4
+
+
+def test_a_field_the_service_refuses_never_reaches_it(bench: Bench, service: Running) -> None:
+    document = bench.run("j1", logit_bias={"1": 5})
+    assert document["error"]["code"] == "unsupported_parameter"
+    assert not service.service.bodies
+
+
+@pytest.mark.parametrize("fault", ["429", "498", "499", "500", "503", "timeout", "reset", "truncated", "garbage"])
+def test_what_is_not_the_job_s_fault_costs_no_attempt(store: redis.Redis, redis_url: str, service: Running, fault: str) -> None:
+    service.service.next_faults, service.service.hang_s = [fault], 3
+    with bench_of(store, redis_url, service, hosted_timeout_s=0.5) as bench:
+        bench.put(["j1"])
+        bench.work_off()
+        document = bench.job("j1")
+        assert answer(document) == f"{BASE} says: j1"
+        assert document["attempts"] == 1
+        assert service.service.answered["j1"] == 1
+        assert sum(service.service.calls.values()) == 2
+        assert audit(bench.ledger) == []
+
+
+def test_what_never_gets_an_answer_is_a_dead_letter_in_the_end(
+    store: redis.Redis, redis_url: str, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.runner.PATIENCE", 1)
+    monkeypatch.setattr("lorayard_workers.control.backoff_ms", lambda kind, before: 0)
+    service.service.faults = {"reset": 1.0}
+    with bench_of(store, redis_url, service) as bench:
+        bench.put(["j1"])
+        bench.work_off()
+        document = bench.job("j1")
+        assert (document["status"], document["error"]["code"]) == ("failed", "connection_lost")
+        assert bench.ledger.list_ids("acme", limit=9, dead=True) == ["j1"]
+
+
+def test_a_final_refusal_ends_the_job_with_what_was_generated(bench: Bench, service: Running) -> None:
+    service.service.next_faults = ["json"]
+    document = bench.run("j1", response_format={"type": "json_object"})
+    assert (document["status"], document["error"]["code"]) == ("failed", "json_validate_failed")
+    assert document["failed_generation"] == '{"half": '
+    service.service.tpm = 50
+    document = bench.run("j2", max_tokens=500)
+    assert (document["status"], document["error"]["type"]) == ("failed", "invalid_request_error")
+    assert len(service.service.calls) == 2, "neither was sent again"
+
+
+def test_a_limit_is_learned_from_one_refusal_and_then_kept(bench: Bench, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hosted_service.MINUTE", 2.0)
+    service.service.rpm = 5
+    bench.put([f"j{n}" for n in range(10)])
+    bench.dispatch()
+    until(lambda: service.service.calls["429"] >= 1)
+    until(lambda: bench.org.state(BASE).numbers.get("rpm") == 5)
+    refused = service.service.calls["429"]
+    assert refused <= 4
+    bench.ledger.reap()
+    bench.dispatch()
+    time.sleep(0.5)
+    assert service.service.calls["429"] == refused
+    assert bench.org.state(BASE).numbers["used_requests"] >= 5
+
+
+def test_headers_tell_the_limit_of_tokens(bench: Bench, service: Running) -> None:
+    service.service.tpm, service.service.rpd = 10_000, 14_400
+    bench.run("j1")
+    numbers = until(lambda: (n := bench.org.state(BASE).numbers).get("tpm") and n)
+    assert numbers
+    assert (numbers["tpm"], numbers["rpd"]) == (10_000, 14_400)
+    assert numbers["left_requests"] <= 14_399
+
+
+def test_money_that_is_spent_puts_jobs_off_until_there_is_more(bench: Bench, service: Running) -> None:
+    bench.policies.set("acme", Policy(hosted=True, daily_usd=0))
+    time.sleep(1.2)  # the worker looks every second
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    assert not service.service.bodies
+    bench.policies.set("acme", Policy(hosted=True, daily_usd=1))
+    assert bench.job("j1")["attempts"] == 0
+
+
+def test_nothing_leaves_without_the_tenant_s_leave(bench: Bench, service: Running) -> None:
+    bench.put(["j1"], tenant="zeta")
+    bench.dispatch(tenant="zeta")
+    until(lambda: bench.job("j1", "zeta")["status"] == "failed")
+    assert bench.job("j1", "zeta")["error"]["code"] == "hosted_not_allowed"
+    bench.put(["j2"], tenant="zeta", lane="auto")
+    bench.dispatch(tenant="zeta", digest="base@auto")
+    until(lambda: bench.job("j2", "zeta")["status"] == "delayed")
+    assert not service.service.bodies
+
+
+def test_a_cancelled_call_is_stopped_and_its_place_free(bench: Bench, service: Running) -> None:
+    service.service.service_s = 5
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: service.service.under_way == 1)
+    assert bench.ledger.cancel("acme", ["j1"]) == ["cancelled"]
+    until(lambda: not bench.control._runner._running, 3)  # type: ignore[attr-defined]
+    service.service.service_s = 0.0
+    assert answer(bench.run("j2"))
+
+
+def test_a_service_that_is_away_opens_the_circuit_and_is_probed(store: redis.Redis, redis_url: str, service: Running) -> None:
+    service.service.faults = {"503": 1.0}
+    with bench_of(store, redis_url, service, hosted_unlimited=True) as bench:
+        bench.put([f"j{n}" for n in range(100)])
+        for _ in range(4):
+            bench.dispatch()
+        until(lambda: not bench.control._runner._breaker.closed)  # type: ignore[attr-defined]
+        tried = sum(service.service.calls.values())
+        assert tried < 60, "the rest was not even tried"
+        service.service.faults = {}
+        bench.work_off()
+        assert bench.ledger.counts()["succeeded"] == 100
+        assert max(bench.job(f"j{n}")["attempts"] for n in range(100)) == 1
+
+
+def test_two_workers_share_one_organisation_s_limits(store: redis.Redis, redis_url: str, service: Running) -> None:
+    service.service.rpm = 20
+    settings = {"hosted_rpm": 20}
+    with bench_of(store, redis_url, service, **settings) as one:
+        other = Bench(store, redis_url, settings_of(service, **settings), name="h")
+        try:
+            one.put([f"j{n}" for n in range(40)])
+            assert one.dispatch(20) == other.dispatch(20) == 20
+            until(lambda: one.ledger.counts().get("succeeded") == 20)
+            time.sleep(0.5)
+            assert dict(service.service.calls) == {"200": 20}
+        finally:
+            other.control.close()

@@ -1,0 +1,124 @@
+"""What a hosted service's answers mean: a complete one, or what went wrong and what to do next. Pure; lenient in what it reads."""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+How = Literal["final", "attempt", "patience", "later"]
+"""What becomes of the job: failed for good · tried again, an attempt used · put off at no cost the first times · put off at no cost."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
+_AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
+_LIMIT = re.compile(r"\((RPM|RPD|TPM|TPD|ITPM|OTPM)\): Limit (\d+)")
+_LIMITED_S = 2.0  # where a refusal says neither
+_KEPT = 16_384  # characters of a failed generation
+
+
+class Failure(NamedTuple):
+    """`after_s`: the service asked for so much time. `limit`: (rpm, tpm, rpd or tpd, its value), where a refusal told.
+
+    `overload`: the service has too much to do, or is away; `missing`: it does not know the model; `blocked`: no call of the organisation
+    would do better now.
+    """
+
+    code: str
+    message: str
+    how: How
+    after_s: float = 0.0
+    limit: tuple[str, int] | None = None
+    overload: bool = False
+    missing: bool = False
+    blocked: bool = False
+    failed_generation: str = ""
+
+
+def seconds(text: str) -> float | None:
+    """Of a duration as Go writes it (`2m59.56s`, `185ms`), of a plain number of seconds, or until an HTTP date; None for anything else."""
+    text = text.strip()
+    try:
+        number = float(text)
+        return number if math.isfinite(number) and number >= 0 else None
+    except ValueError:
+        pass
+    parts = _DURATION.findall(text)
+    if parts and "".join(n + unit for n, unit in parts) == text:
+        return sum(float(n) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts)
+    if date := email.utils.parsedate_tz(text):
+        return max(0.0, email.utils.mktime_tz(date) - time.time())
+    return None
+
+
+def limits_told(headers: Mapping[str, str]) -> dict[str, int]:
+    """Of an answer's headers: tpm and rpd, and what is left of them. Requests are the day's there, tokens the minute's."""
+    names = {
+        "tpm": "x-ratelimit-limit-tokens",
+        "left_tokens": "x-ratelimit-remaining-tokens",
+        "rpd": "x-ratelimit-limit-requests",
+        "left_requests": "x-ratelimit-remaining-requests",
+    }
+    return {name: int(value) for name, header in names.items() if (value := headers.get(header, "")).isdecimal()}
+
+
+def complete(body: Any) -> bool:
+    """Whether a decoded answer is a whole chat completion."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    return isinstance(choices, list) and bool(choices) and all(isinstance(c, dict) and isinstance(c.get("message"), dict) for c in choices)
+
+
+def read_error(content: bytes) -> dict[str, Any]:
+    """The error object of a body; {} where there is none."""
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    error = body.get("error") if isinstance(body, dict) else None
+    return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
+
+
+def failure(status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> Failure:
+    """What an HTTP status other than success means."""
+    message = str(error.get("message") or f"HTTP {status}")[:2000]
+    code = str(error.get("code") or error.get("type") or f"http_{status}")
+    after = _after(message, headers)
+    if status == 429:
+        told = _LIMIT.search(message)
+        limit = (told[1].lower(), int(told[2])) if told and told[1] in ("RPM", "RPD", "TPM", "TPD") else None
+        return Failure("rate_limited", message, "later", _LIMITED_S if after is None else after, limit, blocked=True)
+    if status in (498, 503):
+        return Failure("over_capacity", message, "later", after or 0.0, overload=True)
+    if status in (408, 409, 425, 499) or status >= 500:
+        return Failure(code, message, "patience", after or 0.0, overload=status != 409)
+    if status == 401 or code == "blocked_api_access":
+        return Failure(code, message, "later", 60.0, overload=True, blocked=True)
+    if status == 404:
+        return Failure("model_not_found", message, "patience", missing=True)
+    if status == 422:
+        return Failure(code, message, "attempt")
+    kept = str(error.get("failed_generation") or "")[:_KEPT]
+    return Failure(code, message, "final", failed_generation=kept)
+
+
+def _after(message: str, headers: Mapping[str, str]) -> float | None:
+    told = headers.get("retry-after")
+    after = seconds(told) if told else None
+    if after is None and (again := _AGAIN.search(message)):
+        after = seconds(again[1])
+    return after
+
+
+def broken(code: str, message: str) -> Failure:
+    """No whole answer came: a connection lost, a time-out, half a body."""
+    return Failure(code, message, "patience", overload=True)
+
+
+def document(failure: Failure) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if failure.how == "final" else "server_error"
+    return {"message": failure.message, "type": kind, "code": failure.code, "param": None}

@@ -1,0 +1,369 @@
+"""Jobs that have time, through a hosted service's batch API. The ledger owns them (`Ledger.submit`); whichever worker lives tends them.
+
+The ledger's batch becomes one file and one batch there, whose names carry its own: each step begins by looking at what the last keeper
+wrote and, where that may be less than what he did, at what is there. So a crash at any point costs no line twice and loses none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from lorayard.errors import BadRequest, LorayardError, NotFound, Unavailable
+from lorayard.hosted import hosted_body, price
+from lorayard.jobs import ENDPOINT, adapter_of, lane_of
+from lorayard.ledger.keys import split_ref
+from lorayard.ledger.ledger import End, Ledger, Submitted, Taken, TakenJob
+from lorayard.ledger.organisation import NANO, Organisation
+from lorayard.ledger.policies import NOTHING_LEAVES, Policies
+from lorayard.settings import Settings
+from lorayard_workers.groq.answers import Failure, complete, document, failure
+from lorayard_workers.groq.client import ServiceClient, ServiceError
+from lorayard_workers.groq.keeping import holding
+from lorayard_workers.retries import backoff_ms
+
+log = structlog.get_logger("lorayard.hosted")
+
+HOLD_S = 60.0
+SWEEP_S = 1.0
+STUCK_S = 900.0
+SLACK_S = 600
+"""What a job needs beyond the service's own time: to be gathered, uploaded, read back."""
+MAX_BYTES = 90 * 1024 * 1024
+DISCOUNT = 0.5
+PURPOSE = "batch"
+_CHUNK = 500
+_OVER = ("completed", "expired", "cancelled", "failed")
+_MONEY_AGAIN_MS = 600_000
+
+
+class Note(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known of a batch at the service. `tried`: something may have been created there. `tenants`: of its lines, by number."""
+
+    tried: bool = False
+    file_id: str = ""
+    batch_id: str = ""
+    tenants: list[str] = []
+    cancelled: bool = False
+
+
+class BatchKeeper:
+    """`handover` on the worker's way in; `sweep` every so often. `model_of` tells the service's model of an adapter digest, or raises."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        organisation: Organisation,
+        policies: Policies,
+        service: ServiceClient,
+        model_of: Callable[[str], str],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._org = organisation
+        self._policies = policies
+        self._service = service
+        self._model_of = model_of
+        self._token = secrets.token_hex(8)
+
+    # -- in -----------------------------------------------------------------------------------------------------------------------------
+
+    def handover(self, taken: Taken) -> Taken | None:
+        """None when the ledger has the batch from now on; else what is left to be run at once."""
+        if lane_of(taken.digest) != "batch":
+            return taken
+        needed_ms = (self._settings.hosted_batch_window_s + SLACK_S) * 1000
+        hurry = [job for job in taken.jobs if not self._settings.hosted_batches or job.due - taken.taken < needed_ms]
+        if hurry:  # they have been through a batch that ran out of time
+            self._give_back(taken, [job for job in taken.jobs if job not in hurry])
+            return taken._replace(jobs=hurry)
+        size, fits = 0, 0
+        for job in taken.jobs:
+            size += len(job.request) + 512
+            fits += size < MAX_BYTES
+        self._give_back(taken, taken.jobs[max(1, fits) :])
+        self._ledger.submit(taken.batch, taken.fence, msgspec.json.encode(Note()))
+        return None
+
+    def _give_back(self, taken: Taken, jobs: Sequence[TakenJob]) -> None:
+        if jobs:
+            self._ledger.give_back(taken.batch, taken.fence, [job.ref for job in jobs])
+
+    # -- step by step -------------------------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        for submitted in self._ledger.tend(self._token, limit=4, hold_ms=round(HOLD_S * 1000)):
+            try:
+                self._step(submitted)
+            except Unavailable as error:
+                self._wait(submitted, error.message)
+            except LorayardError as error:
+                if isinstance(error, ServiceError) and error.status == 401:
+                    self._wait(submitted, error.message)
+                else:
+                    self._fail(submitted, error)
+
+    def _wait(self, submitted: Submitted, why: str) -> None:
+        """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
+        log.warning("batch at the service waits", batch=submitted.batch, reason=why)
+        now_s = int(self._ledger.client.time()[0])
+        if not msgspec.json.decode(submitted.note, type=Note).tried and now_s - submitted.submitted / 1000 > STUCK_S:
+            self._put_off(submitted, "hosted_batch_stuck", why)
+
+    def _look_again(self, batch: str, note: Note, seconds: float) -> bool:
+        return self._ledger.note(batch, self._token, msgspec.json.encode(note), round(seconds * 1000))
+
+    def _step(self, submitted: Submitted) -> None:
+        note = msgspec.json.decode(submitted.note, type=Note)
+        if not note.batch_id and note.tried:
+            note = self._adopt(submitted.batch, note)
+        if note.batch_id:
+            self._poll(submitted, note)
+        elif submitted.refs:
+            self._create(submitted, note)
+        else:
+            self._clean_up(submitted.batch, note)
+
+    def _adopt(self, batch: str, note: Note) -> Note:
+        """What an earlier keeper created and could not write down. Of two batches, by keepers who took each other for dead, one is kept."""
+        mine = [row for row in self._service.batches() if (row.get("metadata") or {}).get("lorayard") == batch]
+        mine.sort(key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
+        for row in mine[1:]:
+            if row.get("status") not in _OVER:
+                self._service.cancel_batch(str(row["id"]))
+        if mine:
+            return msgspec.structs.replace(note, batch_id=str(mine[0]["id"]), file_id=str(mine[0].get("input_file_id") or ""))
+        return note
+
+    def _create(self, submitted: Submitted, note: Note) -> None:
+        jobs = self._ledger.contents(submitted.batch, self._token)
+        model = self._model_of(adapter_of(submitted.digest))
+        tenants = sorted({split_ref(job.ref)[0] for job in jobs})
+        lines = list(self._lines(submitted, self._allowed(submitted, jobs), model, tenants))
+        if not lines:
+            self._look_again(submitted.batch, note, 0)
+            return
+        note = msgspec.structs.replace(note, tried=True, tenants=tenants)
+        if not self._look_again(submitted.batch, note, HOLD_S):  # the intent, and that it is ours
+            return
+        with holding(lambda: self._look_again(submitted.batch, note, HOLD_S), HOLD_S / 3):
+            file_id = self._file(f"lorayard-{submitted.batch}.jsonl", b"".join(lines))
+        note = msgspec.structs.replace(note, file_id=file_id)
+        if not self._look_again(submitted.batch, note, HOLD_S):
+            return
+        window = f"{self._settings.hosted_batch_window_s // 3600}h"
+        made = self._service.start_batch(file_id, window, {"lorayard": submitted.batch})
+        note = msgspec.structs.replace(note, batch_id=str(made["id"]))
+        self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s)
+        log.info("batch at the service", batch=submitted.batch, hosted=note.batch_id, jobs=len(lines))
+
+    def _allowed(self, submitted: Submitted, jobs: Sequence[TakenJob]) -> Iterator[TakenJob]:
+        """Those whose tenants let their data leave, and have money."""
+        policies = self._policies.all()
+        poor = {tenant for tenant, policy in policies.items() if self._org.over(self._base, tenant, policy.caps)}
+        for job in jobs:
+            tenant = split_ref(job.ref)[0]
+            if not policies.get(tenant, NOTHING_LEAVES).hosted:
+                message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
+                self._finish(submitted, [End(job.ref, "failed", _error(message, "hosted_not_allowed"))])
+            elif tenant in poor:
+                outcome = _error("the money for hosted calls is spent", "budget_exhausted")
+                self._finish(submitted, [End(job.ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS)])
+            else:
+                yield job
+
+    @property
+    def _base(self) -> str:
+        return self._settings.hosted_model or ""
+
+    def _lines(self, submitted: Submitted, jobs: Iterable[TakenJob], model: str, tenants: list[str]) -> Iterator[bytes]:
+        """The same bytes for the same jobs, so that a file that is there already can be known."""
+        for job in jobs:
+            try:
+                endpoint = job.meta.get("endpoint", ENDPOINT)
+                body, _ = hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=endpoint)
+            except BadRequest as error:
+                self._finish(submitted, [End(job.ref, "failed", msgspec.json.encode({"error": error.document()}))])
+                continue
+            name = f"{_digest(job.ref)}-{tenants.index(split_ref(job.ref)[0])}"
+            line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}
+            yield msgspec.json.encode(line) + b"\n"
+
+    def _file(self, filename: str, data: bytes) -> str:
+        there = self._service.files(filename)
+        whole = [row for row in there if row.get("bytes") in (None, len(data))]
+        for row in there:
+            if row not in whole[:1]:
+                self._service.delete_file(str(row["id"]))
+        return str(whole[0]["id"] if whole else self._service.upload(filename, data, PURPOSE)["id"])
+
+    def _poll(self, submitted: Submitted, note: Note) -> None:
+        try:
+            batch = self._service.batch(note.batch_id)
+        except NotFound:
+            self._put_off(submitted, "hosted_batch_lost", "the service no longer knows the batch")
+            self._clean_up(submitted.batch, note)
+            return
+        status = batch.get("status")
+        if status not in _OVER:
+            if not submitted.refs and not note.cancelled:  # all were cancelled: no more is to be paid for
+                self._service.cancel_batch(note.batch_id)
+                note = msgspec.structs.replace(note, cancelled=True)
+            self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s if submitted.refs else 1.0)
+            return
+        self._read_back(submitted, note, batch)
+        self._clean_up(submitted.batch, note, [batch.get("output_file_id"), batch.get("error_file_id")])
+        log.info("batch at the service is over", batch=submitted.batch, hosted=note.batch_id, status=status)
+
+    # -- out ----------------------------------------------------------------------------------------------------------------------------
+
+    def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> None:
+        """Money first, once; then every job's end: by its line, where there is one."""
+        rows: dict[str, dict[str, Any]] = {}
+        for name in ("output_file_id", "error_file_id"):
+            if batch.get(name):
+                rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(self._content(str(batch[name])))}
+        prices = tuple(DISCOUNT * usd for usd in price(self._settings))
+        self._charge(submitted, note, rows.values(), prices)
+        model = self._model_or_nothing(submitted)
+        ends, lost = [], []
+        for ref in submitted.refs:
+            row = rows.get(_digest(ref))
+            if row is None:
+                lost.append(ref)
+            else:
+                ends.append(_end_of(ref, row, _cost(row, prices), model))
+        self._finish(submitted, ends)
+        if lost:
+            why = _errors(batch) or f"the batch {batch.get('status')} before this line was run"
+            how = "retry" if batch.get("status") == "failed" else "later"
+            outcome = _error(why, f"hosted_batch_{batch.get('status')}")
+            self._finish(
+                submitted, [End(ref, "retry" if how == "retry" else "later", outcome, delay_ms=backoff_ms(how, 0)) for ref in lost]
+            )
+
+    def _content(self, file_id: str) -> bytes:
+        try:
+            return self._service.content(file_id)
+        except NotFound:  # read before, by a keeper who was lost while he cleaned up
+            return b""
+
+    def _model_or_nothing(self, submitted: Submitted) -> str:
+        try:
+            return self._model_of(adapter_of(submitted.digest))
+        except LorayardError:
+            return ""
+
+    def _charge(self, submitted: Submitted, note: Note, rows: Iterable[dict[str, Any]], prices: tuple[float, ...]) -> None:
+        """Every line that was run is paid for, whatever has become of its job meanwhile."""
+        by: dict[str, int] = {}
+        for row in rows:
+            number = str(row.get("custom_id")).rpartition("-")[2]
+            tenant = note.tenants[int(number)] if number.isdecimal() and int(number) < len(note.tenants) else "*unknown"
+            by[tenant] = by.get(tenant, 0) + _cost(row, prices)
+        owed = [(tenant, adapter_of(submitted.digest), nano) for tenant, nano in sorted(by.items()) if nano]
+        if owed:
+            self._org.charge(owed, f"batch:{submitted.batch}")
+
+    def _finish(self, submitted: Submitted, ends: Sequence[End]) -> None:
+        for start in range(0, len(ends), _CHUNK):
+            self._ledger.finish(submitted.batch, submitted.fence, ends[start : start + _CHUNK])
+
+    def _put_off(self, submitted: Submitted, code: str, message: str) -> None:
+        outcome = _error(message, code)
+        self._finish(submitted, [End(ref, "later", outcome, delay_ms=backoff_ms("later", 0)) for ref in submitted.refs])
+
+    def _fail(self, submitted: Submitted, error: LorayardError) -> None:
+        """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more."""
+        log.warning("the service refuses a batch", batch=submitted.batch, reason=error.message)
+        outcome = _error(error.message, error.code)
+        self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
+        note = msgspec.structs.replace(msgspec.json.decode(submitted.note, type=Note), tried=True)
+        self._look_again(submitted.batch, note, 1.0)  # what is left of it there is cleaned up next
+
+    def _clean_up(self, batch: str, note: Note, made: Iterable[Any] = ()) -> None:
+        """Nothing of it stays there; then it is closed here."""
+        for file_id in [note.file_id, *made]:
+            if file_id:
+                self._service.delete_file(str(file_id))
+        if note.tried:
+            for row in self._service.files(f"lorayard-{batch}.jsonl"):
+                self._service.delete_file(str(row["id"]))
+        self._ledger.settle(batch, self._token)
+
+
+def _digest(ref: str) -> str:
+    """A line's name: the job's own may be another tenant's too, and the service need not know tenants."""
+    return hashlib.blake2b(ref.encode(), digest_size=10).hexdigest()
+
+
+def _rows(content: bytes) -> Iterator[dict[str, Any]]:
+    """The lines that can be read; the others count as not run."""
+    for line in content.splitlines():
+        try:
+            row = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _body(row: dict[str, Any]) -> dict[str, Any]:
+    response = row.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    return body if isinstance(body, dict) else {}
+
+
+def _cost(row: dict[str, Any], prices: tuple[float, ...]) -> int:
+    usage = _body(row).get("usage")
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+    return round(sum(n * nano for n, nano in zip(counts, prices, strict=False) if isinstance(n, int)))
+
+
+def _end_of(ref: str, row: dict[str, Any], nano: int, model: str) -> End:
+    body, response = _body(row), row.get("response")
+    status = response.get("status_code") if isinstance(response, dict) else None
+    if complete(body) and status in (None, 200):
+        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+        assert isinstance(usage, dict)
+        timings = {name: 1000 * float(usage.get(told) or 0) for name, told in (("prefill", "prompt_time"), ("decode", "completion_time"))}
+        answer = {key: value for key, value in body.items() if key not in ("id", "model")}
+        outcome = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
+        return End(ref, "succeeded", msgspec.json.encode(outcome), tokens=int(usage.get("total_tokens") or 0))
+    why = _why(row, body, status)
+    more = {"failed_generation": why.failed_generation} if why.failed_generation else {}
+    outcome = {"response": None, "error": document(why), **more}
+    how = {"final": "failed", "attempt": "retry"}.get(why.how, "later")
+    delay_ms = 0 if how == "failed" else backoff_ms(how, 0)
+    return End(
+        ref, "failed" if how == "failed" else "retry" if how == "retry" else "later", msgspec.json.encode(outcome), delay_ms=delay_ms
+    )
+
+
+def _why(row: dict[str, Any], body: dict[str, Any], status: Any) -> Failure:
+    error = body.get("error") or row.get("error")
+    error = error if isinstance(error, dict) else {}
+    if isinstance(status, int) and status >= 400:
+        return failure(status, error, {})
+    code = str(error.get("code") or "bad_line")
+    how = "later" if code in ("batch_expired", "batch_cancelled") else "attempt"
+    return Failure(
+        code, str(error.get("message") or "the service's line for this job could not be read"), "later" if how == "later" else "attempt"
+    )
+
+
+def _errors(batch: dict[str, Any]) -> str:
+    """What a failed batch says: a list, or an object with one."""
+    errors = batch.get("errors")
+    rows = errors.get("data") if isinstance(errors, dict) else errors
+    return "; ".join(str(row.get("message")) for row in rows[:3] if isinstance(row, dict)) if isinstance(rows, list) else ""
+
+
+def _error(message: str, code: str) -> bytes:
+    return msgspec.json.encode({"error": {"message": message, "type": "server_error", "code": code, "param": None}})

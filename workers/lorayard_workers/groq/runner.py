@@ -1,0 +1,489 @@
+"""The hosted backend: jobs of any adapters wait at a gate until limits, money and the service's health let them through, each is then one
+call, made once. It runs in an event loop of a thread of its own; whoever is called from outside only passes word to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from lorayard.errors import BadRequest, LorayardError, Unavailable
+from lorayard.hosted import answer_tokens, hosted_body, price, prompt_bytes, prompt_tokens
+from lorayard.jobs import BASE_DIGEST
+from lorayard.ledger.keys import split_ref
+from lorayard.ledger.organisation import NANO, Grant, Organisation, Refused, Settled, State, Want
+from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
+from lorayard.settings import Settings
+from lorayard_workers.groq.answers import Failure, document, limits_told
+from lorayard_workers.groq.client import ChatClient, Reply
+from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
+from lorayard_workers.runner import Event, Outcome, Progress, Ready, Started, Work, WorkItem
+
+log = structlog.get_logger("lorayard.hosted")
+
+T = TypeVar("T")
+PATIENCE = 8
+"""So often a job is put off at no cost because no whole answer came; then each time is an attempt: it may be the job's own doing."""
+HOLD_S = 90.0
+"""Who waits longer than this for a limit waits in the ledger, where somebody else may take it. Most limits are of a minute."""
+BEAT_S = 1.0
+SETTLE_S = 0.1
+ASK_AGAIN_S = 0.25
+_ASK_MOST = 64  # calls in one question about limits
+_MONEY_AGAIN_MS = 60_000
+_RECENT_S = 10.0
+
+
+class _Call:
+    """A job on its way."""
+
+    __slots__ = (
+        "batch",
+        "body",
+        "cancelled",
+        "digest",
+        "grant",
+        "item",
+        "lane",
+        "model",
+        "notes",
+        "received",
+        "size",
+        "started",
+        "task",
+        "want",
+    )
+
+    def __init__(self, batch: str, item: WorkItem, model: str, digest: str, lane: str) -> None:
+        self.batch, self.item, self.model, self.digest, self.lane = batch, item, model, digest, lane
+        self.received = time.monotonic()
+        self.started = 0.0
+        self.cancelled = False
+        self.body: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.size = 0
+        self.want: Want | None = None
+        self.grant: Grant | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.batch, self.item.ref
+
+
+class HostedRunner:
+    """`served` tells which adapters' digests the service has; `missing` is told of one whose model it does not know any more."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        organisation: Organisation,
+        policies: Policies,
+        served: Callable[[], list[str]],
+        missing: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._base = settings.hosted_model or ""
+        self._org = organisation
+        self._policies = policies
+        self._served = served
+        self._missing = missing
+        self._price = price(settings)
+        self._concurrency = Concurrency(settings.hosted_calls)
+        self._breaker = Breaker()
+        self._estimate = Estimate()
+        self._waiting: list[tuple[int, int, _Call]] = []
+        self._order = itertools.count()
+        self._calls: dict[tuple[str, str], _Call] = {}  # waiting, asked for, or running
+        self._running: dict[tuple[str, str], _Call] = {}
+        self._settled: list[Settled] = []
+        self._heads: dict[str, int] = {}
+        self._blocked_until = self._ask_again = 0.0
+        self._granted: deque[tuple[float, int]] = deque()
+        self._hot: dict[str, float] = {}
+        self._loaded: list[str] = []
+        self._who_may: dict[str, Policy] = {}
+        self._known: State | None = None
+        self._counters: Counter[str] = Counter()
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._over = asyncio.Event()
+        # One for what calls wait for, one for what nobody waits for.
+        self._asking = ThreadPoolExecutor(1, "hosted-reserve")
+        self._telling = ThreadPoolExecutor(1, "hosted-settle")
+        self._thread = threading.Thread(target=self._run, name="hosted", daemon=True)
+
+    # -- from outside -------------------------------------------------------------------------------------------------------------------
+
+    def start(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+        self._thread.start()
+
+    def submit(self, work: Work) -> None:
+        self._loop.call_soon_threadsafe(self._admit, work)
+
+    def cancel(self, batch: str, refs: Sequence[str]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel, batch, list(refs))
+
+    def kill(self, reason: str) -> None:
+        """Give up all calls: the ledger gives the jobs out again."""
+        self._loop.call_soon_threadsafe(self._give_up, reason)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._over.set)
+            self._thread.join(10)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        except Exception:
+            log.exception("the hosted backend broke down; its process ends")
+            os._exit(3)  # nothing would be computed any more while leases are renewed
+        finally:
+            self._asking.shutdown()
+            self._telling.shutdown()
+            self._loop.close()
+
+    async def _main(self) -> None:
+        self._client = ChatClient(self._settings)
+        await self._look()
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(step) for step in (self._gate(), self._settle_loop(), self._beat_loop())]
+        self._emit(Ready({}, self._settings.hosted_calls, 0, 0, os.getpid()))
+        over = asyncio.create_task(self._over.wait())
+        done, _ = await asyncio.wait([over, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in [*tasks, *(call.task for call in self._running.values() if call.task)]:
+            task.cancel()
+        await self._settle()
+        await self._client.close()
+        for task in done - {over}:
+            task.result()
+
+    def _admit(self, work: Work) -> None:
+        digest = work.adapter.digest if work.adapter else BASE_DIGEST
+        model = work.adapter.path if work.adapter else self._base
+        for item in work.items:
+            call = _Call(work.batch, item, model, digest, work.lane)
+            try:
+                call.body, call.notes = hosted_body(msgspec.json.decode(item.request), self._settings, endpoint=item.endpoint)
+                call.size = prompt_bytes(call.body)
+            except BadRequest as error:
+                self._emit(Started(work.batch, [item.ref]))
+                self._end(call, error=error.document())
+                continue
+            self._calls[call.key] = call
+            heapq.heappush(self._waiting, (item.due, next(self._order), call))
+        self._wake.set()
+
+    def _cancel(self, batch: str, refs: list[str]) -> None:
+        for ref in refs:
+            call = self._calls.pop((batch, ref), None)
+            if call is not None:
+                call.cancelled = True
+                if call.task is not None:
+                    call.task.cancel()
+        self._waiting = [row for row in self._waiting if not row[2].cancelled]
+        heapq.heapify(self._waiting)
+
+    def _give_up(self, reason: str) -> None:
+        error = {"message": f"given up: {reason}", "type": "server_error", "code": "hosted_stuck", "param": None}
+        for call in list(self._calls.values()):
+            self._cancel(call.batch, [call.item.ref])
+            self._end(call, error=error, later=True)
+
+    async def _in(self, pool: ThreadPoolExecutor, what: Callable[..., T], *args: Any) -> T:
+        return await self._loop.run_in_executor(pool, what, *args)
+
+    # -- the gate -----------------------------------------------------------------------------------------------------------------------
+
+    async def _gate(self) -> None:
+        while True:
+            wait_s = await self._let_through()
+            if wait_s > HOLD_S:
+                self._put_off_all(wait_s)
+                continue
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s or None):
+                    await self._wake.wait()
+
+    async def _let_through(self) -> float:
+        """As many calls as may be made now; seconds until more may be, 0 when that depends on what happens next."""
+        while self._waiting:
+            now = time.monotonic()
+            if (wait_s := max(self._breaker.wait_s(now), self._blocked_until - now, self._ask_again - now)) > 0:
+                return wait_s
+            free = self._at_once(now) - len(self._running)
+            if free <= 0:
+                return 0.0
+            chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
+            if wait_s := await self._ask(chosen):
+                return wait_s
+        return 0.0
+
+    def _at_once(self, now: float) -> int:
+        if not self._breaker.closed:
+            return 1
+        known = self._settings.hosted_unlimited or bool(self._known and self._known.numbers.get("rpm"))
+        return self._concurrency.limit(now, known=known)
+
+    async def _ask(self, rows: list[tuple[int, int, _Call]]) -> float:
+        """Reserve for these calls and begin those that may be; seconds to wait before the next can be asked for, 0 for none."""
+        may = [row for row in rows if self._may_leave(row[2])]
+        wants = [self._want(row[2]) for row in may]
+        if not wants:
+            return 0.0
+        try:
+            reserved = await self._in(self._asking, self._org.reserve, self._base, wants)
+        except Unavailable as error:
+            log.warning("limits cannot be asked for; calls wait", reason=error.message)
+            self._push_back(may)
+            return 1.0
+        begun: dict[str, list[str]] = {}
+        for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
+            call.want = want
+            if isinstance(answer, Refused):
+                self._refused(call, answer)
+            elif call.cancelled:
+                self._settled.append(Settled(answer, want, call.digest, 0, 0))
+            else:
+                call.grant = answer
+                begun.setdefault(call.batch, []).append(call.item.ref)
+        for batch, refs in begun.items():
+            self._emit(Started(batch, refs))
+            for ref in refs:
+                self._begin(self._calls[batch, ref])
+        self._granted.append((time.monotonic(), sum(map(len, begun.values()))))
+        self._push_back(may[len(reserved.answers) :])
+        if len(reserved.answers) == len(may):
+            return 0.0
+        wait_s = reserved.wait_ms / 1000
+        # Tokens become free before their time, when calls take less than they might have: worth asking again soon.
+        self._ask_again = time.monotonic() + (min(wait_s, ASK_AGAIN_S) if reserved.why == "tpm" else wait_s)
+        return wait_s
+
+    def _push_back(self, rows: list[tuple[int, int, _Call]]) -> None:
+        for row in rows:
+            if not row[2].cancelled:
+                heapq.heappush(self._waiting, row)
+
+    def _may_leave(self, call: _Call) -> bool:
+        """Whether the tenant still lets its data leave. If not, its job fails, or goes where it may be run at home."""
+        tenant = split_ref(call.item.ref)[0]
+        if self._who_may.get(tenant, NOTHING_LEAVES).hosted:
+            return True
+        message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
+        error = {"message": message, "type": "permission_error", "code": "hosted_not_allowed", "param": None}
+        self._end(call, error=error, later=call.lane == "auto")
+        return False
+
+    def _want(self, call: _Call) -> Want:
+        tenant = split_ref(call.item.ref)[0]
+        prompt, answer = prompt_tokens(call.body, self._estimate.tokens_per_byte), answer_tokens(call.body)
+        nano = round(prompt * self._price[0] + answer * self._price[1])
+        return Want(call.model, prompt + answer, tenant, nano, self._who_may[tenant].caps)
+
+    def _refused(self, call: _Call, answer: Refused) -> None:
+        if answer.why == "tokens":
+            message = f"prompt and answer may have {call.want and call.want.tokens} tokens; the service allows {answer.limit} a minute"
+            self._emit(Started(call.batch, [call.item.ref]))
+            self._end(call, error={"message": message, "type": "invalid_request_error", "code": "request_too_large", "param": "max_tokens"})
+            return
+        message = f"the {answer.why}'s money for hosted calls is spent; the job waits for more, or for its deadline"
+        error = {"message": message, "type": "server_error", "code": "budget_exhausted", "param": None}
+        self._end(call, error=error, later=True, after_ms=_MONEY_AGAIN_MS)
+
+    def _put_off_all(self, wait_s: float) -> None:
+        error = {"message": f"the service allows no call for {wait_s:.0f} s", "type": "server_error", "code": "rate_limited", "param": None}
+        for _, _, call in self._waiting:
+            self._end(call, error=error, later=True, after_ms=round(min(wait_s, 600) * 1000))
+        self._waiting.clear()
+
+    # -- one call -----------------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, call: _Call) -> None:
+        self._running[call.key] = call
+        self._hot[call.digest] = call.started = time.monotonic()
+        self._breaker.calling()
+        call.task = self._loop.create_task(self._make(call))
+
+    async def _make(self, call: _Call) -> None:
+        try:
+            result = await self._client.chat(msgspec.json.encode({"model": call.model, **call.body}))
+        except asyncio.CancelledError:
+            self._breaker.released()
+            raise
+        finally:
+            self._running.pop(call.key, None)
+            self._wake.set()
+        if isinstance(result, Reply):
+            self._succeeded(call, result)
+        else:
+            self._failed(call, result)
+
+    def _succeeded(self, call: _Call, reply: Reply) -> None:
+        now = time.monotonic()
+        self._concurrency.succeeded(now)
+        self._breaker.succeeded()
+        self._heads = limits_told(reply.headers) or self._heads
+        tokens, nano = self._used(call, reply.body)
+        assert call.want is not None
+        assert call.grant is not None
+        self._settled.append(Settled(call.grant, call.want, call.digest, tokens, nano))
+        self._counters["answered"] += 1
+        self._counters["tokens"] += tokens
+        response = {key: value for key, value in reply.body.items() if key not in ("id", "model")}
+        more = {"hosted_model": call.model, "cost_usd": nano / NANO} | ({"notes": call.notes} if call.notes else {})
+        cold = call.grant.idle_ms is None or call.grant.idle_ms > self._settings.hosted_idle_s * 1000
+        timings = self._timings(call, reply, cold)
+        self._end(
+            call, response=response, timings_ms=timings, temperature="cold" if cold else "warm", width=len(self._running) + 1, more=more
+        )
+
+    def _used(self, call: _Call, body: dict[str, Any]) -> tuple[int, int]:
+        """Tokens and nano-dollars, by the service's own count where it tells one."""
+        usage = body.get("usage")
+        assert call.want is not None
+        prompt, answer = (usage.get("prompt_tokens"), usage.get("completion_tokens")) if isinstance(usage, dict) else (None, None)
+        if not isinstance(prompt, int) or not isinstance(answer, int):
+            return call.want.tokens, call.want.nano
+        self._estimate.learn(prompt, call.size)
+        return prompt + answer, round(prompt * self._price[0] + answer * self._price[1])
+
+    def _timings(self, call: _Call, reply: Reply, cold: bool) -> dict[str, float]:
+        """Milliseconds. What of a call the service does not account for is the network's; of an adapter's first in a while, its loading."""
+        usage = reply.body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+
+        def told(name: str) -> float:
+            value = usage.get(name)
+            return max(0.0, value * 1000) if isinstance(value, int | float) else 0.0
+
+        queue, prefill, decode = told("queue_time"), told("prompt_time"), told("completion_time")
+        rest = max(0.0, reply.seconds * 1000 - queue - prefill - decode)
+        loading = cold and call.digest != BASE_DIGEST
+        timings = {"on_deck": (call.started - call.received) * 1000, "remote_queue": queue, "prefill": prefill, "decode": decode}
+        return timings | {"adapter_load" if loading else "network": rest}
+
+    def _failed(self, call: _Call, failure: Failure) -> None:
+        now = time.monotonic()
+        self._counters[failure.code] += 1
+        if failure.overload or failure.blocked:
+            self._concurrency.overloaded(now)
+        if failure.overload:
+            self._breaker.failed(now)
+        else:
+            self._breaker.succeeded()
+        if failure.code not in ("timeout", "connection_lost", "bad_answer"):  # those may have been computed, and paid for
+            assert call.want is not None
+            assert call.grant is not None
+            self._settled.append(Settled(call.grant, call.want, call.digest, 0, 0))
+        if failure.blocked:
+            self._block(failure)
+        if failure.missing:
+            self._missing(call.digest)
+        more = {"failed_generation": failure.failed_generation} if failure.failed_generation else {}
+        self._end(
+            call,
+            error=document(failure),
+            retryable=failure.how in ("attempt", "patience"),
+            later=failure.how == "later",
+            patience=PATIENCE if failure.how == "patience" else 0,
+            after_ms=round(failure.after_s * 1000),
+            more=more,
+        )
+
+    def _block(self, failure: Failure) -> None:
+        """No call by anyone of the organisation for as long as the service said."""
+        self._blocked_until = max(self._blocked_until, time.monotonic() + failure.after_s)
+        log.warning("the service refuses calls", reason=failure.message, seconds=failure.after_s)
+        if failure.limit:
+            self._background(self._org.learn, self._base, "told", dict([failure.limit]))
+        self._background(self._org.block, self._base, failure.after_s * 1000, failure.code)
+
+    def _background(self, what: Callable[..., Any], *args: Any) -> None:
+        def tell() -> None:
+            try:
+                what(*args)
+            except LorayardError as error:
+                log.warning("not written to the ledger", reason=error.message)
+
+        self._telling.submit(tell)
+
+    def _end(self, call: _Call, **what: Any) -> None:
+        self._calls.pop(call.key, None)
+        if not call.cancelled:
+            self._emit(Outcome(call.batch, call.item.ref, **what))
+
+    # -- beside the calls ---------------------------------------------------------------------------------------------------------------
+
+    async def _settle_loop(self) -> None:
+        while True:
+            await asyncio.sleep(SETTLE_S)
+            await self._settle()
+
+    async def _settle(self) -> None:
+        if not self._settled:
+            return
+        part, self._settled = self._settled[:500], self._settled[500:]
+        try:
+            await self._in(self._telling, self._org.settle, self._base, part)
+        except Unavailable as error:
+            log.warning("use and money not settled yet", calls=len(part), reason=error.message)
+            self._settled = part + self._settled
+            await asyncio.sleep(1)
+
+    async def _beat_loop(self) -> None:
+        """What others of the organisation do shows in the ledger; and a sign of life, as each call has an end of its own."""
+        while True:
+            await self._look()
+            counters = {name: float(n) for name, n in self._counters.items()}
+            counters |= {"active": float(len(self._running)), "waiting": float(len(self._waiting))}
+            counters |= {name: float(n) for name, n in (self._known.numbers if self._known else {}).items()}
+            hot = [digest for digest, at in self._hot.items() if time.monotonic() - at < self._settings.hosted_idle_s]
+            self._emit(Progress(self._counters["answered"], hot, self._loaded, counters, self._room()))
+            await asyncio.sleep(BEAT_S)
+
+    async def _look(self) -> None:
+        heads, self._heads = self._heads, {}
+
+        def look() -> tuple[dict[str, Policy], list[str], State]:
+            if heads:
+                self._org.learn(self._base, "head", heads)
+            return self._policies.all(), self._served(), self._org.state(self._base)
+
+        try:
+            self._who_may, self._loaded, state = await self._in(self._telling, look)
+        except Exception as error:  # the ledger is away: what was known is good enough
+            log.warning("the ledger was not read", reason=str(error))
+            return
+        self._known = state
+        self._blocked_until = max(self._blocked_until, time.monotonic() + state.blocked_ms / 1000)
+
+    def _room(self) -> int:
+        """How many jobs are wanted here in all: those that can be called soon. The others stay where anybody can take them."""
+        now = time.monotonic()
+        while self._granted and self._granted[0][0] < now - _RECENT_S:
+            self._granted.popleft()
+        if self._blocked_until - now > HOLD_S:
+            return 0
+        room = max(2 * self._at_once(now), 8, 2 * sum(n for _, n in self._granted))
+        rpm = self._known.numbers.get("rpm") if self._known else None
+        if rpm:
+            room = min(room, max(8, rpm // 4))
+        return min(room, 2 * self._settings.hosted_calls)
