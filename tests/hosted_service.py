@@ -51,7 +51,6 @@ class Service:
     answer_tokens: int = 0  # 0: half of what was asked for
     hang_s: float = 30.0
     hosting: bool = True  # an enterprise, which may register adapters
-    ready: bool = True
     batch_s: float = 0.2
     expire_after: int = -1  # lines of a batch that are run before its window ends; -1: all
     fail_lines: tuple[str, ...] = ()  # of a batch: those whose text contains one of these fail

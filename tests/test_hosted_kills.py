@@ -183,7 +183,7 @@ def test_a_batch_is_run_once_through_a_kill_at_every_step(worker: Worker, store:
             assert time.monotonic() < give_up, f"never came to {point}:{when}"
         worker.wait_for_death(f"{point}:{when}")
         worker.start()
-    documents = []
+    documents: list[dict[str, Any]] = []
 
     def over() -> bool:
         dispatch()

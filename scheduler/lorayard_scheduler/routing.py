@@ -57,6 +57,13 @@ class Routes:
         if spec.route == "local":
             read_body(spec.endpoint, spec.request)
             return ""
+        if not self._settings.hosted_model:
+            raise BadRequest(
+                f"route {spec.route!r}: this fleet has no hosted worker, for LORAYARD_HOSTED_MODEL does not say which hosted model this"
+                " pool's base is; leave route out or say 'local'",
+                code="route_unavailable",
+                param="route",
+            )
         try:
             self._may_leave()
             self._is_there(manifest, spec.route)
@@ -71,12 +78,6 @@ class Routes:
         return "auto" if _runs_at_home(spec.endpoint, spec.request) else "groq"
 
     def _may_leave(self) -> None:
-        if not self._settings.hosted_model:
-            raise BadRequest(
-                "route 'groq': this pool's base model is at no hosted service (LORAYARD_HOSTED_MODEL is not set); leave route out",
-                code="route_unavailable",
-                param="route",
-            )
         if not self._policy.hosted:
             raise Forbidden(
                 f"route 'groq': tenant {self._tenant} has not allowed its data to leave; the operator can: 'lorayard tenants set"

@@ -172,7 +172,11 @@ class Fleet:
 
     def _config(self) -> str:
         """supervisord's configuration. Exit code 2 means wrong settings: starting again would not help."""
-        programs = {"scheduler": "scheduler", "worker": "worker llama", "api": "api", "flower": "flower"}
+        programs = {"scheduler": "scheduler", "api": "api", "flower": "flower"}
+        if self.settings.local_worker:
+            programs["worker"] = "worker llama"
+        if self.settings.hosted_model:
+            programs["hosted"] = "worker groq"
         if self.settings.redis_url is None:
             programs = {"store": "store"} | programs
         run = self._run_dir.name
@@ -185,11 +189,15 @@ class Fleet:
         ]
         for priority, (name, arguments) in enumerate(programs.items()):
             how = "KILL" if name == "flower" else "TERM"  # Flower's threads outlive its own shutdown; it keeps nothing
+            # Two workers of one name would take each other for their own past.
+            own_name = f"\nenvironment=LORAYARD_WORKER_NAME={self.settings.worker_name}-hosted"
+            environment = own_name if name == "hosted" and self.settings.worker_name else ""
             command = shlex.join([sys.executable, "-m", "lorayard", *arguments.split()]).replace("%", "%%")
             parts.append(
                 f"[program:{name}]\ncommand={command}\npriority={priority}\nautorestart=unexpected\nexitcodes=2\nstartsecs=0\n"
                 f"startretries=1000000\nstopsignal={how}\nstopwaitsecs={STOP_S}\nredirect_stderr=true\n"
                 f"stdout_logfile={_quoted(self.state / 'logs' / (name + '.log'))}\nstdout_logfile_maxbytes=20MB\nstdout_logfile_backups=2"
+                + environment
             )
         return "\n\n".join(parts) + "\n"
 

@@ -67,6 +67,7 @@ class Settings(BaseSettings):
     batch_rows_per_width: float = Field(2.0, gt=0)  # jobs in a batch, as a multiple of the worker's decode width
 
     # Worker
+    local_worker: bool = True  # whether `lorayard up` starts a llama worker; without one, jobs need a hosted service
     worker_name: str | None = Field(None, pattern=NAME_PATTERN)
     heartbeat_ms: int = Field(1_000, ge=50)
     hang_s: float = Field(60.0, gt=0)  # no decode step, load or result for so long while there is work: the child is killed

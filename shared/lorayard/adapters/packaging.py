@@ -67,7 +67,7 @@ def _half(module: Module, scale: float) -> Module:
 
 def _tensor(matrix: NDArray[np.float32], where: str) -> Tensor:
     peak = float(np.abs(matrix).max())
-    if peak and not np.finfo(np.float16).smallest_subnormal <= peak <= np.finfo(np.float16).max:
+    if peak and not float(np.finfo(np.float16).smallest_subnormal) <= peak <= float(np.finfo(np.float16).max):
         raise AdapterRejected(f"{where} has numbers too large or too small for float16", code="adapter_tensors")
     rows, columns = matrix.shape
     return Tensor("F16", (rows, columns), memoryview(np.ascontiguousarray(matrix, np.dtype("<f2")).tobytes()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -96,7 +96,10 @@ class ServiceClient:
         self._root = self._url.removesuffix("/openai/v1")
         self._http = httpx.Client(headers=_headers(settings), timeout=httpx.Timeout(60.0, connect=CONNECT_S))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def _request(self, method: str, url: str, **kwargs: Any) -> httpx.Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import structlog
 
@@ -33,17 +34,18 @@ def holding(renew: Callable[[], object], every_s: float) -> Iterator[None]:
 
 
 class Loop:
-    """Calls `sweep` every so often, in a thread, whatever it raises, until `close`."""
+    """Calls `sweep` every so often, in a thread, whatever it raises, until the end of the block."""
 
     def __init__(self, name: str, sweep: Callable[[], None], every_s: float) -> None:
         self._name, self._sweep, self._every_s = name, sweep, every_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join(5)
 

@@ -116,7 +116,6 @@ class HostedRunner:
         self._who_may: dict[str, Policy] = {}
         self._known: State | None = None
         self._counters: Counter[str] = Counter()
-        self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._over = asyncio.Event()
         # One for what calls wait for, one for what nobody waits for.
@@ -128,13 +127,14 @@ class HostedRunner:
 
     def start(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
+        self._loop = asyncio.new_event_loop()
         self._thread.start()
 
     def submit(self, work: Work) -> None:
         self._loop.call_soon_threadsafe(self._admit, work)
 
     def cancel(self, batch: str, refs: Sequence[str]) -> None:
-        if not self._loop.is_closed():
+        if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._cancel, batch, list(refs))
 
     def kill(self, reason: str) -> None:

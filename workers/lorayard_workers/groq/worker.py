@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import Any
 
@@ -36,23 +37,16 @@ def serve_groq(settings: Settings, ledger: Ledger, app: Celery) -> None:
         settings = settings.model_copy(update={"worker_name": f"groq-{socket.gethostname().split('.')[0]}"[:64]})
     org, policies = organisation(settings, ledger.client), Policies(ledger.client)
     hosting = Hosting(base, Publications(ledger.client, settings.hosted_org, base))
-    service = ServiceClient(settings)
-    _check_key(settings, service)
-    _announce_base(settings, ledger)
-    store = ArtifactStore.open(settings)
-    keeper = batches.BatchKeeper(settings, ledger, org, policies, service, hosting.model)
-    provisioner = adapters.Provisioner(settings, hosting.publications, ServiceClient(settings), store.get)
-    loops = [Loop("provisioning", provisioner.sweep, adapters.SWEEP_S)]
-    if settings.hosted_api == "groq":
-        loops.append(Loop("batches", keeper.sweep, batches.SWEEP_S))
     runner = HostedRunner(settings, org, policies, hosting.served, hosting.doubt)
-    for loop in loops:
-        loop.start()
-    try:
+    with ServiceClient(settings) as service, contextlib.ExitStack() as loops:
+        _check_key(settings, service)
+        _announce_base(settings, ledger)
+        keeper = batches.BatchKeeper(settings, ledger, org, policies, service, hosting.model)
+        provisioner = adapters.Provisioner(settings, hosting.publications, service, ArtifactStore.open(settings).get)
+        loops.enter_context(Loop("provisioning", provisioner.sweep, adapters.SWEEP_S))
+        if settings.hosted_api == "groq":
+            loops.enter_context(Loop("batches", keeper.sweep, batches.SWEEP_S))
         serve(settings, ledger, app, runner, hosting.fetch, kind=HOSTED, handover=keeper.handover)
-    finally:
-        for loop in loops:
-            loop.close()
 
 
 class Hosting:

@@ -1,0 +1,313 @@
+"""Provisioning against the stand-in: what is packed, adopted, refused, looked at again; and what the tenant is told of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from api_support import Api, job
+from api_support import serving as serving_api
+from hosted_service import BASE, KEY, Running, serving
+from hosted_support import LLAMA, settings_of, tiny_adapter
+from safetensors.numpy import load
+
+from lorayard.adapters.hosting import Publication, Publications
+from lorayard.adapters.packaging import pack
+from lorayard.adapters.peft import read_adapter
+from lorayard.adapters.store import ArtifactStore
+from lorayard.errors import AdapterRejected
+from lorayard.hosted import BASES
+from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.registry import WorkerRegistry
+from lorayard_workers.groq import adapters
+from lorayard_workers.groq.adapters import Provisioner
+from lorayard_workers.groq.client import ServiceClient
+from lorayard_workers.groq.worker import Hosting, serve_groq
+
+NAMES = (LLAMA,)
+
+
+# -- the package ---------------------------------------------------------------------------------------------------------------------------
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
+        return json.loads(archive.read("adapter_config.json")), load(archive.read("adapter_model.safetensors"))
+
+
+def delta(tensors: dict[str, Any], scale: float) -> Any:
+    (a,), (b,) = ([t.astype(np.float64) for name, t in tensors.items() if side in name] for side in ("lora_A", "lora_B"))
+    return scale * b @ a
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 3}}], ids=["plain", "rslora", "pattern"])
+def test_the_package_computes_what_peft_does_with_plain_alpha_over_rank(options: dict[str, Any]) -> None:
+    adapter = read_adapter(tiny_adapter(**options))
+    config, tensors = unpacked(pack(adapter, NAMES))
+    assert {t.dtype for t in tensors.values()} == {np.dtype(np.float16)}
+    assert not config.get("use_rslora")
+    assert not config.get("alpha_pattern")
+    (module,) = adapter.modules
+    expected = module.scale * module.b.float32().astype(np.float64) @ module.a.float32()
+    np.testing.assert_allclose(delta(tensors, config["lora_alpha"] / config["r"]), expected, rtol=1e-2, atol=0.1)
+    assert pack(adapter, NAMES) == pack(read_adapter(tiny_adapter(**options)), NAMES), "the same bytes each time"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ({"rank": 12}, "adapter_rank", "rank 12"),
+        ({"base": "meta-llama/Llama-3.2-1B"}, "adapter_base_mismatch", "must be exactly"),
+    ],
+)
+def test_what_the_service_could_not_serve_is_not_even_packed(options: dict[str, Any], code: str, says: str) -> None:
+    with pytest.raises(AdapterRejected, match=says) as told:
+        pack(read_adapter(tiny_adapter(**options)), NAMES)
+    assert told.value.code == code
+
+
+def test_numbers_beyond_float16_are_refused() -> None:
+    adapter = read_adapter(tiny_adapter(lora_alpha=16.0))
+    (module,) = adapter.modules
+    big = module.b.float32() * np.float32(1e6)
+    tensor = type(module.b)("F32", module.b.shape, memoryview(big.tobytes()))
+    broken = type(adapter)(config=adapter.config, modules=(type(module)(0, "v_proj", module.scale, module.a, tensor),))
+    with pytest.raises(AdapterRejected, match="float16"):
+        pack(broken, NAMES)
+
+
+# -- bringing it there ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+class Desk:
+    """A provisioner with a store of its own."""
+
+    def __init__(self, folder: Path, client: redis.Redis, service: Running) -> None:
+        self.settings = settings_of(service, state_dir=folder)
+        self.store = ArtifactStore.open(self.settings)
+        self.publications = Publications(client, "default", BASE)
+        self.client = ServiceClient(self.settings)
+        self.provisioner = Provisioner(self.settings, self.publications, self.client, self.store.get)
+        self.service = service.service
+
+    def add(self, **options: Any) -> str:
+        return self.store.put(read_adapter(tiny_adapter(**options)))
+
+    def settle(self, digest: str) -> Publication | None:
+        self.provisioner.sweep()
+        return self.publications.get(digest)
+
+    def published(self, **options: Any) -> Publication:
+        digest = self.add(**options)
+        self.publications.ask(digest, "acme/tone")
+        found = self.settle(digest)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def desk(tmp_path: Path, store: redis.Redis, service: Running) -> Iterator[Desk]:
+    one = Desk(tmp_path, store, service)
+    with one.client:
+        yield one
+
+
+def test_an_adapter_asked_for_twice_is_there_once(desk: Desk) -> None:
+    found = desk.published()
+    assert found.state == "ready"
+    assert found.model.startswith(f"ft:{BASE}:")
+    assert desk.published().model == found.model
+    assert set(desk.service.made.values()) == {1}
+    assert (len(desk.service.files), len(desk.service.tunings)) == (1, 1)
+
+
+def test_what_lies_there_already_is_adopted_and_copies_are_removed(desk: Desk) -> None:
+    """Two workers took each other for dead: each has made everything, and one of them a file cut short."""
+    digest = desk.add()
+    data = pack(desk.store.get(digest), NAMES)
+    client = desk.client
+    ids = [str(client.upload(f"ly-{digest}.zip", data, "fine_tuning")["id"]) for _ in range(2)]
+    first, _ = (client.tune(f"ly-{digest}", file_id, BASE) for file_id in ids)
+    client.upload(f"ly-{digest}.zip", data[:1000], "fine_tuning")
+    client.upload("somebody-else.zip", data, "fine_tuning")
+    desk.publications.ask(digest, "acme/tone")
+    found = desk.settle(digest)
+    assert found is not None
+    assert (found.state, found.model) == ("ready", first["fine_tuned_model"])
+    assert [*desk.service.tunings] == [found.tuning_id]
+    assert sorted(f["filename"] for f in desk.service.files.values()) == [f"ly-{digest}.zip", "somebody-else.zip"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [({"rank": 12}, "adapter_rank"), ({"base": "meta-llama/Llama-3.2-1B"}, "adapter_base_mismatch")]
+)
+def test_what_cannot_be_served_is_refused_and_nothing_sent(desk: Desk, options: dict[str, Any], code: str) -> None:
+    found = desk.published(**options)
+    assert (found.state, found.code) == ("refused", code)
+    assert not desk.service.files
+
+
+def test_no_access_is_told_plainly(desk: Desk) -> None:
+    desk.service.hosting = False
+    found = desk.published()
+    assert (found.state, found.code) == ("refused", "hosted_no_access")
+    assert "ask the service for LoRA access" in found.error
+    assert not desk.service.files
+
+
+def test_a_rejected_file_does_not_stay_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hosted_service.RANKS", (16,))
+    found = desk.published()
+    assert (found.state, found.code) == ("refused", "adapter_refused_by_host")
+    assert "r must be one of" in found.error
+    assert not desk.service.files
+    monkeypatch.undo()
+    desk.publications.ask(found.digest, "acme/tone")
+    again = desk.settle(found.digest)
+    assert again is not None
+    assert again.state == "ready", "asked for again, it is tried again"
+
+
+def test_what_was_deleted_there_by_hand_is_brought_there_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = desk.published()
+    desk.service.tunings.clear()
+    desk.service.files.clear()
+    monkeypatch.setattr(adapters, "CHECK_S", -1.0)
+    again = desk.settle(found.digest)
+    assert again is not None
+    assert again.state == "ready"
+    assert again.model != found.model
+    assert again.model in {t["data"]["fine_tuned_model"] for t in desk.service.tunings.values()}
+
+
+def test_an_adapter_under_two_names_stays_until_both_are_gone(desk: Desk) -> None:
+    digest = desk.published().digest
+    desk.publications.ask(digest, "zeta/voice")
+    desk.settle(digest)
+    desk.publications.unask(digest, "acme/tone")
+    assert desk.settle(digest) is not None
+    desk.publications.unask(digest, "zeta/voice")
+    assert desk.settle(digest) is None
+    assert (desk.service.files, desk.service.tunings) == ({}, {})
+
+
+def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
+    digest = desk.add()
+    desk.publications.ask(digest, "acme/tone", model="tone-lora")
+    found = desk.settle(digest)
+    assert found is not None
+    assert (found.state, found.code) == ("refused", "model_not_found")
+    desk.publications.ask(digest, "acme/tone", model=BASE)
+    found = desk.settle(digest)
+    assert found is not None
+    assert (found.state, found.model) == ("ready", BASE)
+    assert not desk.service.files
+
+
+def test_a_forgotten_model_is_looked_at_again(desk: Desk) -> None:
+    found = desk.published()
+    Hosting(BASE, desk.publications).doubt(found.digest)
+    doubted = desk.publications.get(found.digest)
+    assert doubted is not None
+    assert doubted.state == "wanted"
+
+
+def test_a_wrong_key_is_told_at_the_start(store: redis.Redis, redis_url: str, tmp_path: Path, service: Running) -> None:
+    from lorayard.celery_app import make_app
+    from lorayard.errors import SetupError
+    from lorayard.ledger.registry import open_ledger
+
+    settings = settings_of(service, hosted_key="wrong", state_dir=tmp_path)
+    with pytest.raises(SetupError, match="refuses the key"):
+        serve_groq(settings, open_ledger(store, settings), make_app(redis_url))
+
+
+# -- over HTTP -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(tmp_path: Path, store: redis.Redis, redis_url: str, service: Running) -> Iterator[Api]:
+    import msgspec
+
+    known = {"hosted_model": BASE, "hosted_url": service.url, "hosted_key": KEY, "hosted_prices": {BASE: (0.05, 0.08)}}
+    with serving_api(redis_url, tmp_path, **known) as running:
+        running.new_keys()
+        WorkerRegistry(store).announce_base(running.settings.pool, msgspec.to_builtins(BASES[BASE]))
+        yield running
+
+
+def add(api: Api, name: str = "tone", **options: Any) -> None:
+    files = {"file": ("a.zip", tiny_adapter(**options), "application/zip")}
+    assert api.call("POST", "/v1/adapters", data={"name": name}, files=files).status_code == 201
+
+
+def error(reply: Any) -> tuple[int, str]:
+    return reply.status_code, reply.json()["error"]["code"]
+
+
+def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: redis.Redis, service: Running) -> None:
+    add(api)
+    path = "/v1/adapters/tone/publication"
+    assert error(api.call("PUT", path, json={"to": "groq"})) == (403, "hosted_not_allowed")
+    assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "hosted_not_allowed")
+    Policies(store).set("acme", Policy(hosted=True))
+    assert error(api.call("POST", "/v1/jobs", json=job(route="groq", adapter="tone"))) == (400, "adapter_not_hosted")
+    assert error(api.call("PUT", path, json={"to": "mars"})) == (400, "invalid_request")
+    assert api.call("PUT", path, json={"to": "groq"}).json()["state"] == "wanted"
+    desk = Desk(api.settings.state_dir, store, service)
+    desk.provisioner.sweep()
+    assert api.call("GET", path).json()["state"] == "ready"
+    (row,) = api.post(job(route="groq", adapter="tone"))
+    document = api.ledger.show("acme", [row["id"]])[0]
+    assert document is not None
+    assert (document["route"], document["adapter"], len(document["adapter_digest"])) == ("groq", "tone", 32)
+    add(api, seed=2)
+    desk.provisioner.sweep()
+    assert len(service.service.tunings) == 2, "new content of a published name follows by itself"
+    assert api.call("GET", "/v1/hosted").json()["policy"]["hosted"]
+    assert api.call("DELETE", path).json()["deleted"]
+    desk.provisioner.sweep()
+    assert not service.service.tunings
+    with desk.client:
+        pass
+
+
+def test_lanes_keep_hosted_and_local_jobs_apart(api: Api, store: redis.Redis, service: Running) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    week = 7 * 86400
+    for fields in ({"route": "local"}, {"route": "groq"}, {"route": "auto"}, {"route": "groq", "deadline_s": week}):
+        assert "id" in api.post(job(**fields))[0]
+    body = job(route="auto")
+    body["request"] |= tools
+    assert "id" in api.post(body)[0]
+    body = job(route="auto")
+    body["request"] |= {"logit_bias": {"1": 5}}
+    assert "id" in api.post(body)[0]
+    groups = {g.digest: g.jobs for g in api.ledger.snapshot().groups}
+    assert groups == {"base": 2, "base@groq": 2, "base@auto": 1, "base@batch": 1}
+    body["route"] = "groq"
+    assert api.post(body)[0]["error"]["code"] == "unsupported_parameter"
+    api.ledger.pause("adapter:base")
+    assert all(g.jobs == 0 for g in api.ledger.snapshot().groups), "a pause holds every lane"
+
+
+def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
+    Policies(store).set("acme", Policy(hosted=True, daily_usd=0.0))
+    assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "budget_exhausted")
+    assert "id" in api.post(job(route="auto"))[0]
+    assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"

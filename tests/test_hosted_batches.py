@@ -1,0 +1,189 @@
+"""The batch API against the stand-in: lines that fail, windows that end, batches refused, jobs cancelled; half the price."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from fleet_support import until
+from hosted_service import BASE, Running, serving
+from hosted_support import settings_of
+
+from lorayard.hosted import organisation
+from lorayard.ledger.audit import audit
+from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.organisation import NANO
+from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.registry import open_ledger
+from lorayard_workers.groq.batches import BatchKeeper
+from lorayard_workers.groq.client import ServiceClient
+
+DAYS_MS = 3 * 86_400_000
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+class Desk:
+    """A keeper, and the test as scheduler and worker."""
+
+    def __init__(self, store: redis.Redis, service: Running, client: ServiceClient) -> None:
+        self.settings = settings_of(service, hosted_batch_poll_s=0.02)
+        self.ledger: Ledger = open_ledger(store, self.settings)
+        self.org = organisation(self.settings, store)
+        self.policies = Policies(store)
+        self.policies.set("acme", Policy(hosted=True))
+        self.policies.set("zeta", Policy(hosted=True))
+        self.keeper = BatchKeeper(self.settings, self.ledger, self.org, self.policies, client, lambda _: BASE)
+        self.epoch = self.ledger.lead("test", 10**9)
+        self._batches = 0
+
+    def put(self, *ids: str, tenant: str = "acme", deadline_ms: int = DAYS_MS, **request: Any) -> None:
+        entry = Entry("", tenant, "base@batch", 0, deadline_ms, 0, 3, "http", "", "", b"{}", b"")
+        bodies = {i: {"messages": [{"role": "user", "content": f"{tenant} {i}"}], "max_tokens": 8} | request for i in ids}
+        self.ledger.enqueue([entry._replace(id=i, request=msgspec.json.encode(body)) for i, body in bodies.items()], max_queued=9999)
+
+    def claim(self) -> str:
+        """What is queued is claimed, taken and handed over; the batch's name."""
+        self._batches += 1
+        name = f"b{self._batches}"
+        takes = [("acme", 99), ("zeta", 99)]
+        self.ledger.claim(epoch=self.epoch, worker="g", most=9, batch=name, digest="base@batch", delivery_ms=9999, why="", takes=takes)
+        taken = self.ledger.take(name, "g", "i", 9999)
+        assert taken is not None
+        self.left = self.keeper.handover(taken)
+        return name
+
+    def settled(self) -> bool:
+        self.keeper.sweep()
+        return not self.ledger.client.zcard(f"ly:{{{self.ledger.pool}}}:submitted")
+
+    def sweep_until(self, *statuses: str, tenant: str = "acme", ids: tuple[str, ...] = ("a", "b", "c")) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+
+        def as_expected() -> bool:
+            over = self.settled()
+            found[:] = [d for d in self.ledger.show(tenant, ids) if d is not None]
+            return over and [d["status"] for d in found] == list(statuses)
+
+        until(as_expected, 20, every_s=0.02)
+        assert audit(self.ledger) == []
+        return found
+
+
+@pytest.fixture
+def desk(store: redis.Redis, service: Running) -> Iterator[Desk]:
+    with ServiceClient(settings_of(service)) as client:
+        yield Desk(store, service, client)
+
+
+def test_jobs_with_time_go_through_one_batch_at_half_the_price(desk: Desk, service: Running) -> None:
+    desk.put("a", "b", "c")
+    desk.put("a", tenant="zeta")
+    desk.claim()
+    assert desk.left is None
+    assert [d["status"] for d in desk.ledger.show("acme", ["a", "b", "c"]) if d] == ["submitted"] * 3
+    documents = desk.sweep_until("succeeded", "succeeded", "succeeded")
+    (other,) = desk.sweep_until("succeeded", tenant="zeta", ids=("a",))
+    texts = [d["response"]["choices"][0]["message"]["content"] for d in [*documents, other]]
+    assert texts == [f"{BASE} says: {text}" for text in ("acme a", "acme b", "acme c", "zeta a")]
+    usage = other["response"]["usage"]
+    assert other["cost_usd"] == pytest.approx(0.5 * (usage["prompt_tokens"] * 0.05 + usage["completion_tokens"] * 0.08) / 1e6)
+    assert (other["attempts"], other["hosted_model"]) == (1, BASE)
+    month = desk.org.state(BASE).month
+    assert desk.org.costs(month)["zeta", "base"] / NANO == pytest.approx(other["cost_usd"], rel=1e-6)
+    assert len(service.service.batches) == 1
+    assert service.service.files == {}
+    assert not any("acme" in name or "zeta" in name for name in service.service.paid), "the service is told no tenant"
+
+
+def test_a_line_that_fails_harms_no_other(desk: Desk, service: Running) -> None:
+    service.service.fail_lines = ("acme b",)
+    desk.put("a", "b", "c")
+    desk.claim()
+    documents = desk.sweep_until("succeeded", "failed", "succeeded")
+    assert documents[1]["error"]["code"] == "json_validate_failed"
+    assert documents[1]["failed_generation"] == '{"half": '
+
+
+def test_when_the_window_ends_what_was_run_counts_and_the_rest_comes_again(desk: Desk, service: Running) -> None:
+    service.service.expire_after = 2
+    desk.put("a", "b", "c")
+    desk.claim()
+    documents = desk.sweep_until("succeeded", "succeeded", "delayed")
+    assert (documents[2]["attempts"], documents[2]["postponed"]) == (0, 1)
+    assert sum(service.service.paid.values()) == 2
+    service.service.expire_after = -1
+    until(lambda: desk.ledger.reap().woken, 5)
+    desk.claim()
+    desk.sweep_until("succeeded", "succeeded", "succeeded")
+    assert sorted(service.service.paid.values()) == [1, 1, 1], "no line is paid twice"
+
+
+@pytest.mark.parametrize("as_array", [True, False])
+def test_a_batch_that_is_refused_uses_attempts_and_ends(desk: Desk, service: Running, as_array: bool) -> None:
+    service.service.refuse_batch, service.service.errors_as_array = True, as_array
+    desk.put("a")
+    for _ in range(3):
+        until(lambda: desk.ledger.reap().woken or desk.ledger.counts()["queued"], 5)
+        desk.claim()
+        until(desk.settled, 10, every_s=0.02)
+    (document,) = desk.sweep_until("failed", ids=("a",))
+    assert document["error"]["message"] == "a line is not valid"
+    assert desk.ledger.list_ids("acme", limit=9, dead=True) == ["a"]
+
+
+def test_a_cancelled_job_is_not_awaited_and_a_batch_of_such_is_cancelled(desk: Desk, service: Running) -> None:
+    service.service.batch_s = 60
+    desk.put("a", "b")
+    desk.claim()
+    desk.keeper.sweep()
+    until(lambda: service.service.batches)
+    assert desk.ledger.cancel("acme", ["a"]) == ["cancelled"]
+    desk.keeper.sweep()
+    (batch,) = service.service.batches.values()
+    assert batch["status"] in ("in_progress", "validating")
+    assert desk.ledger.cancel("acme", ["b"]) == ["cancelled"]
+    desk.sweep_until("cancelled", "cancelled", ids=("a", "b"))
+    assert batch["status"] == "cancelled"
+    assert service.service.files == {}
+
+
+def test_who_has_no_time_is_run_at_once_and_the_others_go_back(desk: Desk) -> None:
+    desk.put("late", deadline_ms=3_600_000)
+    desk.put("a", "b")
+    desk.claim()
+    assert desk.left is not None
+    assert [job.ref for job in desk.left.jobs] == ["acme/late"]
+    assert [d["status"] for d in desk.ledger.show("acme", ["late", "a", "b"]) if d] == ["claimed", "queued", "queued"]
+
+
+def test_leave_and_money_are_asked_for_when_the_lines_are_made(desk: Desk, service: Running) -> None:
+    desk.put("a")
+    desk.put("a", tenant="zeta")
+    desk.put("b", tenant="zeta", logit_bias={"1": 5})
+    desk.claim()
+    desk.policies.set("acme", Policy(hosted=False))
+    desk.policies.set("zeta", Policy(hosted=True, daily_usd=0))
+    (document,) = desk.sweep_until("failed", ids=("a",))
+    assert document["error"]["code"] == "hosted_not_allowed"
+    desk.sweep_until("delayed", "delayed", tenant="zeta", ids=("a", "b"))
+    assert service.service.made == {}
+
+
+def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.HOLD_S", 0.1)
+    desk.put("a")
+    desk.claim()
+    key = desk.keeper._service._http.headers["authorization"]
+    desk.keeper._service._http.headers["authorization"] = "Bearer wrong"
+    desk.keeper.sweep()
+    assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
+    desk.keeper._service._http.headers["authorization"] = key
+    desk.sweep_until("succeeded", ids=("a",))

@@ -1,0 +1,249 @@
+"""Limits and money of an organisation: the real functions, by the clock of the test; and what a worker finds out by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorayard.ledger.organisation import LIBRARY, MARGIN_MS, Caps, Grant, Organisation, Rates, Refused, Settled, Want
+from lorayard_workers.groq.answers import complete, failure, limits_told, read_error, seconds
+from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
+
+NOON = 1_795_521_600_000  # 2026-11-24 12:00 UTC
+CLOCK = "ly:{org:x}:clock"
+_NOW = re.search(r"local function now\(\).*?\nend", LIBRARY, re.DOTALL)
+assert _NOW is not None
+CLOCKED = LIBRARY.replace(_NOW.group(), f"local function now() return tonumber(redis.call('GET', '{CLOCK}')) end")
+WANT = Want("m", 100, "acme", 500)
+
+
+class Org(Organisation):
+    """By the clock of the test."""
+
+    def __init__(self, client: redis.Redis, **options: object) -> None:
+        super().__init__(client, "x", library=CLOCKED, **options)  # type: ignore[arg-type]
+        self.at = NOON
+        self.go(0)
+
+    def go(self, ms: int) -> None:
+        self.at += ms
+        self.client.set(CLOCK, self.at)
+
+    def ask(self, *wants: Want) -> tuple[int, int, str]:
+        """(granted, wait ms, why)"""
+        reserved = self.reserve("b", wants)
+        return sum(isinstance(answer, Grant) for answer in reserved.answers), reserved.wait_ms, reserved.why
+
+
+@pytest.fixture
+def org(store: redis.Redis) -> Iterator[Org]:
+    one = Org(store, rates=Rates(rpm=10, tpm=2000))
+    one.install()
+    yield one
+    store.function_delete("lorayard_limits")
+
+
+def test_no_minute_ever_has_more_calls_than_allowed(org: Org) -> None:
+    granted: list[int] = []
+    for _ in range(400):
+        n, wait_ms, _ = org.ask(WANT, WANT, WANT)
+        granted += [org.at] * n
+        assert n == 3 or 0 < wait_ms <= 60_000 + MARGIN_MS + 500
+        org.go(777)
+    for start in granted:
+        assert sum(start <= at < start + 60_000 for at in granted) <= 10
+    assert len(granted) >= 0.95 * 10 * (400 * 777 / 60_000)
+
+
+def test_the_wait_that_is_told_is_long_enough_and_not_longer(org: Org) -> None:
+    assert org.ask(*[WANT] * 12)[0] == 10
+    _, wait_ms, why = org.ask(WANT)
+    assert why == "rpm"
+    org.go(wait_ms - 251)
+    assert org.ask(WANT)[0] == 0
+    org.go(251)
+    assert org.ask(WANT)[0] == 1
+
+
+def test_tokens_are_reserved_at_most_and_settled_by_what_was_used(org: Org) -> None:
+    big = WANT._replace(tokens=900)
+    assert org.ask(big, big, big) == (2, org.ask(big)[1], "tpm")
+    granted = org.reserve("c", [big])
+    grant = granted.answers[0]
+    assert isinstance(grant, Grant)
+    org.settle("c", [Settled(grant, big, "base", 100, 70)])
+    assert org.state("c").numbers["used_tokens"] == 100
+    assert org.spent("2026-11-24")["acme"] == org.spent("2026-11")["*"] == 500 * 2 + 70
+    assert org.costs("2026-11") == {("acme", "base"): 70}
+
+
+def test_a_call_that_no_minute_has_room_for_is_refused_and_the_next_goes_on(org: Org) -> None:
+    answers = org.reserve("b", [WANT._replace(tokens=2001), WANT]).answers
+    assert answers[0] == Refused("tokens", 2000)
+    assert isinstance(answers[1], Grant)
+
+
+def test_a_reply_that_was_lost_counts_nothing_twice(org: Org, store: redis.Redis) -> None:
+    args = ["lyl_reserve", 1, org.prefix, "token", "b", 1000, 10, 0, 0, 0, -1, -1, "m", 100, "acme", 500, -1, -1]
+    first: object = store.fcall(*args)  # type: ignore[arg-type]
+    assert store.fcall(*args) == first  # type: ignore[arg-type]
+    assert org.state("b").numbers["used_requests"] == 1
+    org.charge([("acme", "base", 5)], "batch:1")
+    org.charge([("acme", "base", 5)], "batch:1")
+    assert org.costs("2026-11") == {("acme", "base"): 5}
+
+
+def test_budgets_of_tenant_and_organisation_end_with_their_day_and_month(store: redis.Redis) -> None:
+    org = Org(store, caps=Caps(day=2000, month=2500))
+    poor = WANT._replace(caps=Caps(day=1000))
+    assert [type(a) for a in org.reserve("b", [poor, poor, poor]).answers] == [Grant, Grant, Refused]
+    assert org.ask(WANT, WANT, WANT)[0] == 2, "another tenant has what the organisation has left"
+    assert org.over("b", "acme", Caps(day=1000)) == "day"
+    org.go(24 * 3_600_000)
+    assert org.ask(WANT, WANT)[0] == 1, "a new day, the same month"
+    assert org.over("b", "zeta", Caps()) == "month"
+    org.go(10 * 24 * 3_600_000)
+    assert org.over("b", "acme", Caps(day=1000)) is None
+
+
+@pytest.mark.parametrize(
+    ("days", "date"),
+    [
+        (-1, "2026-11-23"),
+        (0, "2026-11-24"),
+        (7, "2026-12-01"),
+        (38, "2027-01-01"),
+        (96, "2027-02-28"),
+        (461, "2028-02-28"),
+        (462, "2028-02-29"),
+    ],
+)
+def test_dates_are_right(org: Org, days: int, date: str) -> None:
+    org.go(days * 86_400_000)
+    assert (org.state("b").day, org.state("b").month) == (date, date[:7])
+
+
+def test_the_day_s_requests_fill_up_evenly(store: redis.Redis) -> None:
+    org = Org(store, rates=Rates(rpd=24))
+    assert org.ask(*[WANT] * 30)[0] == 24
+    assert org.ask(WANT) == (0, 3_600_000, "rpd")
+    org.go(3_600_000)
+    assert org.ask(WANT, WANT)[0] == 1
+
+
+def test_what_the_service_says_is_better_than_settings(org: Org) -> None:
+    org.learn("b", "told", {"rpm": 3})
+    org.learn("b", "head", {"tpm": 250, "left_tokens": 250})
+    assert org.ask(*[WANT] * 5)[0] == 2
+    assert org.state("b").numbers["tpm"] == 250
+
+
+def test_others_of_the_organisation_show_in_what_is_left(org: Org) -> None:
+    org.learn("b", "head", {"tpm": 1000, "left_tokens": 300})
+    assert org.ask(*[WANT] * 9)[0] == 4, "700 are used by others, of which a tenth of the limit may be our own calls under way"
+
+
+def test_a_block_holds_for_all_and_ends_by_itself(org: Org, store: redis.Redis) -> None:
+    org.block("b", 60_000, "tokens")
+    org.block("b", 10, "less")
+    granted, wait_ms, why = org.ask(WANT)
+    assert (granted, why) == (0, "tokens")
+    assert 59_000 < wait_ms <= 60_000
+    store.delete(org.prefix + "blocked:b")
+    assert org.ask(WANT)[0] == 1
+
+
+def test_idleness_is_told_by_model(org: Org) -> None:
+    def idle(model: str) -> int | None:
+        answer = org.reserve("b", [WANT._replace(model=model)]).answers[0]
+        assert isinstance(answer, Grant)
+        return answer.idle_ms
+
+    assert idle("m1") is None
+    org.go(5000)
+    assert (idle("m1"), idle("m2")) == (5000, None)
+
+
+# -- one worker ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_concurrency_doubles_until_the_first_trouble_and_is_small_while_limits_are_unknown() -> None:
+    one = Concurrency(500)
+    assert one.limit(0, known=False) == 4
+    for _ in range(8):
+        one.succeeded(1.0)
+    assert one.limit(1, known=True) == 16
+    one.overloaded(2.0)
+    one.overloaded(2.1)
+    assert one.limit(2, known=True) == 11, "once for all calls of a moment"
+    for _ in range(11):
+        one.succeeded(3.0)
+    assert 11 <= one.limit(3, known=True) <= 12
+    for _ in range(3000):
+        one.succeeded(4.0)
+    assert 4 <= one.limit(4, known=False) <= 0.01 * 3019, "no more refusals than 1 % when the limit shows"
+    assert one.limit(70, known=False) == 4
+
+
+def test_the_breaker_opens_probes_and_closes() -> None:
+    one = Breaker()
+    for _ in range(Breaker.WINDOW):
+        assert one.wait_s(0) == 0
+        one.calling()
+        one.failed(10.0)
+    assert not one.closed
+    assert one.wait_s(10.5) == pytest.approx(0.5)
+    one.failed(10.6)  # one that was under way
+    assert one.wait_s(11.0) == 0
+    one.calling()
+    assert one.wait_s(11.0) > 0, "one probe at a time"
+    one.failed(11.1)
+    assert one.wait_s(11.2) == pytest.approx(1.9), "longer each time"
+    assert one.wait_s(13.2) == 0
+    one.calling()
+    one.succeeded()
+    assert one.closed
+    assert one.wait_s(13.3) == 0
+
+
+def test_the_estimate_is_rather_more_than_less() -> None:
+    one = Estimate()
+    for tokens in (25, 24, 26, 25) * 20:
+        one.learn(tokens, 100)
+    assert 0.25 <= one.tokens_per_byte < 0.28
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("2", 2), ("2.5", 2.5), ("2m59.56s", 179.56), ("185ms", 0.185), ("1h25m3.847s", 5103.847), ("1m7.391999999s", 67.391999999)),
+        *(("", None), ("soon", None), ("-3", None), ("nan", None), ("5s ago", None)),
+    ],
+)
+def test_durations_as_go_writes_them(text: str, value: float | None) -> None:
+    assert seconds(text) == (None if value is None else pytest.approx(value))
+
+
+@given(st.text())
+def test_no_header_breaks_anything(text: str) -> None:
+    seconds(text)
+    limits_told({"x-ratelimit-limit-tokens": text})
+    failure(429, {"message": text}, {"retry-after": text})
+    assert complete(read_error(text.encode("utf-8", "replace"))) is False
+
+
+def test_where_a_refusal_says_when_and_which_limit() -> None:
+    message = "Rate limit reached on tokens per day (TPD): Limit 500000, Used 499000, Requested 1500. Please try again in 36m25.056s."
+    told = failure(429, {"message": message}, {})
+    assert told.limit == ("tpd", 500000)
+    assert told.after_s == pytest.approx(2185.056)
+    assert told.how == "later"
+    assert failure(429, {"message": message}, {"retry-after": "1.75"}).after_s == 1.75
+    assert failure(413, {"message": message.replace("try", "")}, {}).how == "final"
+    assert failure(400, {"code": "blocked_api_access"}, {}).blocked
+    assert failure(404, {"message": "no model"}, {}).missing
