@@ -74,7 +74,7 @@ class Service:
         self.answered: Counter[str] = Counter()  # by the last message: complete answers that were sent
         self.paid: Counter[str] = Counter()  # by custom_id: lines of batches that were run
         self.made: Counter[str] = Counter()  # by name: files and fine-tunings that were ever created
-        self.log: list[tuple[float, int, int]] = []  # (seconds, status, tokens) of each call
+        self.log: list[list[float]] = []  # [seconds, status, tokens] of each call
         self.under_way = self.most_under_way = 0
         self.bodies: deque[dict[str, Any]] = deque(maxlen=100)
         self._ids = itertools.count(1)
@@ -203,7 +203,8 @@ async def chat(request: Request) -> Response:
     prompt, most = tokens_of(body) if body.get("messages") else (0, 0)
     reply = (fault(service, kind) if kind else None) or bad_body(service, body) or over_limits(service, prompt + most)
     service.calls[kind or str(reply.status_code if reply else 200)] += 1
-    service.log.append((time.monotonic() - service.started, reply.status_code if reply else 200, prompt + most))
+    row = [time.monotonic() - service.started, float(reply.status_code if reply else 200), float(prompt + most)]
+    service.log.append(row)
     if reply:
         return reply
     entry = [time.monotonic(), float(prompt + most)]
@@ -216,10 +217,11 @@ async def chat(request: Request) -> Response:
     finally:
         service.under_way -= 1
     answer = completion(service, body)
-    entry[1] = answer["usage"]["total_tokens"]
+    entry[1] = row[2] = answer["usage"]["total_tokens"]
     if kind in ("reset", "truncated", "garbage"):
         return Fault(kind, json.dumps(answer).encode())
-    service.answered[str(body["messages"][-1]["content"])] += 1
+    if not await request.is_disconnected():  # who has given up gets no answer
+        service.answered[str(body["messages"][-1]["content"])] += 1
     return JSONResponse(answer, headers=limit_headers(service))
 
 
@@ -465,7 +467,7 @@ async def models(request: Request) -> Response:
 
 async def told(request: Request) -> Response:
     service: Service = request.app.state.service
-    names = ("calls", "answered", "paid", "made", "most_under_way", "log", "files", "tunings")
+    names = ("calls", "answered", "paid", "made", "under_way", "most_under_way", "log", "files", "tunings")
     return JSONResponse({name: getattr(service, name) for name in names})
 
 
