@@ -35,6 +35,10 @@ SUITES = {
     "ledger": ("tests/test_ledger.py", "tests/test_ledger_operations.py", "tests/test_ledger_model.py"),
     "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
+    "limits": ("tests/test_hosted_limits.py",),
+    "hosted": ("tests/test_hosted_worker.py",),
+    "provisioning": ("tests/test_hosted_adapters.py", "tests/test_hosted_kills.py"),
+    "batches": ("tests/test_hosted_batches.py", "tests/test_hosted_kills.py"),
 }
 """What may notice a mutant of that kind; each file is run by itself until its first failure."""
 
@@ -56,7 +60,9 @@ def mutate(text: str, mutant: Mutant) -> str:
     start, end = 0, len(text)
     if mutant.within:
         opening = re.search(
-            rf"^(local function|    def|def) {re.escape(mutant.within)}\(.*?(?=^\S|^    def|\Z)", text, re.DOTALL | re.MULTILINE
+            rf"^(local function|    def|    async def|def) {re.escape(mutant.within)}\(.*?(?=^\S|^    def|^    async def|\Z)",
+            text,
+            re.DOTALL | re.MULTILINE,
         )
         if opening is None:
             raise LookupError(f"{mutant.name}: no function {mutant.within} in {mutant.file}")

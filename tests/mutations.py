@@ -247,7 +247,7 @@ CONTROL = _of(
     ("what starts after its lease was lost goes on", "_commit_starts", "self._runner.cancel(batch, started)", ""),
     ("every error is final", "_end", "if outcome.retryable:", "if False:"),
     ("every error is tried again", "_end", "if outcome.retryable:", "if True:"),
-    ("what was not to blame has used an attempt", "_end", "if outcome.later:", "if False:"),
+    ("what was not to blame has used an attempt", "_end", "if outcome.later or (", "if ("),
     ("tokens are not told", "_end", "tokens=_tokens(outcome)", "tokens=0"),
     ("results are dropped while the ledger is away", "_until_stored", "if self._closing.is_set() and waited > _AWAY_S:", "if True:"),
     ("a dead process costs all its batch an attempt", "_on_died", "if ref in running]", "]"),
@@ -297,4 +297,106 @@ CONTROL = _of(
     file="lorayard_workers/control.py",
 )
 
-MUTANTS = [*FENCING, *LEASES, *IDEMPOTENCY, *TIME, *ATTEMPTS, *WITHDRAWAL, *SCHEDULING, *MEMORY, *PYTHON, *CONTROL]
+SUBMITTED = _of(
+    "submitted",
+    ("a submitted batch keeps its lease", "submit", "redis.call('ZREM', p .. 'leases', bid)", ""),
+    ("a submitted batch stays its worker's", "submit", "redis.call('SREM', p .. 'outstanding:' .. batch.worker, bid)", ""),
+    ("a batch can be submitted before it is taken", "submit", " or not batch.was_taken then", " then"),
+    ("anybody can submit", "submit", "batch.fence ~= args[2] or", ""),
+    ("submitting counts no attempt", "submit", "redis.call('SUNIONSTORE', p .. 'begun:' .. bid, p .. 'members:' .. bid)", ""),
+    ("two keepers get the same batch", "tend", "redis.call('ZADD', p .. 'submitted', digits(at + args[2]), bid)", ""),
+    ("a keeper who was taken for dead still writes", "tended_by", "return b[1] and b[2] == token", "return b[1]"),
+    ("a batch is closed with jobs in it", "settle", " or redis.call('EXISTS', p .. 'members:' .. bid) == 1 then", " then"),
+    ("the last end closes what is still at the service", "close_if_empty", "if submitted then return end", ""),
+    ("its worker still renews what was submitted", "renew", " and redis.call('HEXISTS', p .. 'batch:' .. bid, 's') == 0 then", " then"),
+    ("a submitted job is found nowhere", "all_batches", "do names[#names + 1] = bid end", "do end"),
+)
+
+LIMITS = _of(
+    "limits",
+    ("a minute is as short as the service's", "read_minute", "(at - MINUTE_MS - margin)", "(at - MINUTE_MS + 5000)"),
+    (
+        "requests are not counted",
+        "reserve",
+        "took_requests, took_tokens = took_requests + 1, took_tokens + want",
+        "took_tokens = took_tokens + want",
+    ),
+    ("tokens of a minute are no limit", "reserve", "(known.tpm and tokens + took_tokens + want > known.tpm)", "false"),
+    ("settling frees nothing", "settle", "redis.call('HINCRBY', p .. 'used:' .. model, 't', digits(more))", ""),
+    ("money is not counted before the call", "reserve", "spend(p, day, month, tenant, nano)", ""),
+    ("the organisation's own cap is no cap", "spend", "redis.call('HINCRBY', p .. 'spent:' .. name, '*', digits(nano))", ""),
+    ("a repeated call counts again", "once", "if known then", "if false then"),
+    ("a shorter block ends a longer one", "block", "if redis.call('PTTL', key) < tonumber(args[2]) then", "do"),
+    ("a block holds nobody", "reserve", "if blocked > 0 then", "if false then"),
+    ("the day is full again at once", "read_day", "passed * limit / DAY_MS", "limit"),
+    suite="limits",
+    file="lorayard/ledger/limits.lua",
+)
+
+HOSTED = [
+    *_of(
+        "hosted calls",
+        ("a refusal holds only the one", "_failed", "if failure.blocked:\n            self._block(failure)", "if False:\n            pass"),
+        ("data leaves without leave", "_may_leave", "if self._who_may.get(tenant, NOTHING_LEAVES).hosted:", "if True:"),
+        ("a cancelled call goes on", "_cancel", "call.task.cancel()", "pass"),
+        ("no whole answer costs an attempt", "_failed", 'patience=PATIENCE if failure.how == "patience" else 0', "patience=0"),
+        ("no whole answer never costs an attempt", "_failed", 'later=failure.how == "later"', 'later=failure.how in ("later", "patience")'),
+        ("the limit that was told is not learned", "_block", "if failure.limit:", "if False:"),
+        ("a breaker that nobody asks", "_let_through", "max(self._breaker.wait_s(now), ", "max("),
+        suite="hosted",
+        file="lorayard_workers/groq/runner.py",
+    ),
+    *_of(
+        "provisioning",
+        (
+            "what is there is not adopted",
+            "_provide",
+            "tuning = fit[0] if fit else self._register(seen, name)",
+            "tuning = self._register(seen, name)",
+        ),
+        ("a file that is there is not adopted", "_file", "if whole:", "if False:"),
+        ("a file cut short is adopted", "_file", 'if row.get("bytes") in (None, len(data))', ""),
+        (
+            "a rejected file stays there",
+            "_register",
+            "self._service.delete_file(file_id)\n            if error.status == 403:",
+            "if error.status == 403:",
+        ),
+        ("copies stay", "_discard", 'self._service.delete_tuning(str(row["id"]))', "pass"),
+        suite="provisioning",
+        file="lorayard_workers/groq/adapters.py",
+    ),
+    *_of(
+        "hosted batches",
+        ("what an earlier keeper made is not looked for", "_step", "if not note.batch_id and note.tried:", "if False:"),
+        (
+            "the intent is not written",
+            "_create",
+            "note = msgspec.structs.replace(note, tried=True, tenants=tenants)",
+            "note = msgspec.structs.replace(note, tenants=tenants)",
+        ),
+        ("files stay there", "_clean_up", "for file_id in [note.file_id, *made]:", "for file_id in []:"),
+        ("who has no time is submitted all the same", "handover", "or job.due - taken.taken < needed_ms", ""),
+        ("lines that were not run are lost", "_read_back", "lost.append(ref)", "pass"),
+        ("the full price is charged", "_read_back", "DISCOUNT * usd", "usd"),
+        ("a batch whose jobs are all cancelled goes on", "_poll", "self._service.cancel_batch(note.batch_id)", "pass"),
+        suite="batches",
+        file="lorayard_workers/groq/batches.py",
+    ),
+]
+
+MUTANTS = [
+    *FENCING,
+    *LEASES,
+    *IDEMPOTENCY,
+    *TIME,
+    *ATTEMPTS,
+    *WITHDRAWAL,
+    *SCHEDULING,
+    *MEMORY,
+    *PYTHON,
+    *CONTROL,
+    *SUBMITTED,
+    *LIMITS,
+    *HOSTED,
+]

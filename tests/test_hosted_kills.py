@@ -43,7 +43,7 @@ class Worker:
         self.settings: Settings = settings_of(service, redis_url=url, state_dir=self.state, hosted_batch_poll_s=0.05)
         self._log = folder / "worker.log"
         self._environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+            "PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(TESTS), str(TESTS.parent)]),
             POINT: str(self.point),
             "LORAYARD_REDIS_URL": url,
             "LORAYARD_STATE_DIR": str(self.state),
