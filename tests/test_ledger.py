@@ -11,7 +11,7 @@ import redis
 from ledger_support import START_MS, ClockedLedger, make_entry, outlive
 
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import End, EndStatus, Ledger
+from lorayard.ledger.ledger import PART_BYTES, End, EndStatus, Ledger
 
 
 class Yard:
@@ -394,8 +394,22 @@ def test_bulk_enqueue_of_many_groups(yard: Yard) -> None:
     assert yard.counts_are_exact()
 
 
-def test_any_number_of_jobs_in_one_call(yard: Yard) -> None:
+def test_large_jobs_are_enqueued_in_parts(yard: Yard) -> None:
+    def calls() -> int:
+        return int(yard.client.info("commandstats")["cmdstat_fcall"]["calls"])
+
+    large = make_entry("", request=b'"' + b"x" * (PART_BYTES // 2) + b'"')
+    before = calls()
+    answers = yard.ledger.enqueue([large._replace(id=i) for i in "abaa"], max_queued=2)
+    assert calls() - before == 4
+    assert [(a.id, a.status) for a in answers] == [("a", "queued"), ("b", "queued"), ("a", "exists"), ("a", "exists")]
+    assert yard.ledger.enqueue([], max_queued=1) == []
+    assert calls() - before == 4
+
+
+def test_any_number_of_jobs_in_one_call(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lua hands a command, or a function, no more than some thousand arguments at once."""
+    monkeypatch.setattr("lorayard.ledger.ledger.PART_JOBS", 10**6)
     ids = [f"j{i}" for i in range(9_000)]
     refs = [f"acme/{i}" for i in ids]
     yard.ledger.enqueue([make_entry(i) for i in ids], max_queued=10**6)

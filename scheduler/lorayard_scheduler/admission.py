@@ -75,11 +75,9 @@ class Admission:
                 answers[i] = error
             except (RecursionError, TypeError, ValueError) as error:  # JSON has no words for it: a lone surrogate, too deep a nesting
                 answers[i] = BadRequest(f"not a job: cannot be written as JSON ({error})")
-        for start in range(0, len(entries), 1000):
-            part = entries[start : start + 1000]
-            enqueued = self._ledger.enqueue(part, max_queued=self._settings.max_queued, max_memory=self._settings.max_memory)
-            for i, entry, (job_id, status) in zip(places[start : start + 1000], part, enqueued, strict=True):
-                answers[i] = self._answer(entry, job_id, status)
+        enqueued = self._ledger.enqueue(entries, max_queued=self._settings.max_queued, max_memory=self._settings.max_memory)
+        for i, entry, (job_id, status) in zip(places, entries, enqueued, strict=True):
+            answers[i] = self._answer(entry, job_id, status)
         return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
 
     def _as_they_are(self, tenant: str, answers: list[Answer]) -> list[Answer]:

@@ -20,6 +20,9 @@ EndStatus = Literal["succeeded", "failed", "retry", "later"]
 EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory"]
 _ENQUEUE: dict[str, EnqueueStatus] = {"d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
 Audited = Literal["jobs", "entries", "batches", "worker", "groups", "totals"]
+PART_JOBS = 1_000
+PART_BYTES = 4 << 20
+"""Jobs are enqueued in calls of at most so many, and so much of them: the server does nothing else meanwhile."""
 REAP_GAP_MS = 2_000
 MAX_MEMORY = 0.85
 """The part of the server's maxmemory beyond which jobs are refused: results, and the broker's messages, need the rest."""
@@ -184,9 +187,16 @@ class Ledger:
     def enqueue(self, entries: Sequence[Entry], *, max_queued: int, max_memory: float = MAX_MEMORY) -> list[Enqueued]:
         """Write jobs; durable when it returns (with the server's fsync policy). One answer an entry, in order.
 
+        In parts that keep the server from others for milliseconds only; when one cannot be written, those before it are.
         Refused are jobs beyond `max_queued` ("full"), and those for which more than the part `max_memory` of the server's maxmemory would
         be used ("memory"); without a maxmemory, none of these.
         """
+        out: list[Enqueued] = []
+        for part in _parts(entries):
+            out += self._enqueue(part, max_queued, max_memory)
+        return out
+
+    def _enqueue(self, entries: Sequence[Entry], max_queued: int, max_memory: float) -> list[Enqueued]:
         args: list[Any] = [max_queued, max_memory]
         for e in entries:
             same = (
@@ -464,6 +474,18 @@ def _jobs(reply: list[Any]) -> list[TakenJob]:
         jobs.append(TakenJob(ref.decode(), attempts, int(most), laters, metas[meta], request, int(due)))
     jobs.sort(key=lambda job: (job.due, job.ref))
     return jobs
+
+
+def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    """At most so many jobs and so many bytes of them together."""
+    start = size = 0
+    for i, entry in enumerate(entries):
+        size += len(entry.request) + len(entry.meta)
+        if i > start and (i - start == PART_JOBS or size > PART_BYTES):
+            yield entries[start:i]
+            start, size = i, len(entry.request) + len(entry.meta)
+    if start < len(entries):
+        yield entries[start:]
 
 
 def _view(reply: list[Any], last_event: str) -> View:
