@@ -24,7 +24,7 @@ SEVEN = (
     "nothing stranded",
     "no message or key left",
 )
-_STAY = {"job", "dead", "idem", "by_tenant", "served", "counts", "leader", "fence", "reaped", "events", "paused"}
+_STAY = {"job", "dead", "idem", "by_tenant", "served", "counts", "leader", "fence", "reaped", "events", "ends", "paused"}
 """Kinds of keys that may be there when all jobs have ended."""
 
 _QUEUES_S = 30.0, 150.0  # in which the reconciler finds the queue of a worker that is gone: in haste, and at its usual pace

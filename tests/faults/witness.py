@@ -50,7 +50,7 @@ class Witness:
         self.changed: list[str] = []
         self.doubled: list[str] = []  # jobs seen under two leases at once
         self.looks = 0
-        self.told: Counter[str] = Counter()  # ends in the stream of events
+        self.told: Counter[str] = Counter()  # ends in the stream of ends
         self._clients = {tenant: yard.client(None if tenant == "default" else tenant) for tenant in TENANTS}
         self._readers = {tenant: yard.client(None if tenant == "default" else tenant) for tenant in TENANTS}
         self._made = 0
