@@ -228,6 +228,31 @@ def test_what_becomes_of_an_error(one: Bench, outcome: dict[str, Any], status: s
 
 
 @pytest.mark.parametrize(
+    ("more", "timings", "status"),
+    [
+        ({"usage": "abc"}, {}, "succeeded"),
+        ({"usage": {"total_tokens": -5}}, {}, "succeeded"),
+        ({"usage": {"total_tokens": 10**30}}, {}, "succeeded"),
+        ({}, {"decode": float("inf"), "prefill": float("nan"), "adapter_load": -1.0}, "succeeded"),
+        ({"choices": "\ud800"}, {}, "failed"),
+    ],
+    ids=["no usage", "negative tokens", "too many tokens", "no times", "no text"],
+)
+def test_a_strange_answer_holds_nothing_up(one: Bench, more: dict[str, Any], timings: dict[str, float], status: str) -> None:
+    strange, plain = one.put("strange", "plain")
+    batch = one.dispatch()
+    one.begin(batch, strange, plain)
+    strange_end = Outcome(batch, strange, response=ANSWER | more, timings_ms=timings)
+    one.control._heard.put(strange_end)  # as neighbours, most likely committed together
+    one.runner.emit(Outcome(batch, plain, response=ANSWER))
+    document = one.until(strange, status, attempts=1)
+    assert all(ms >= 0 for ms in document["latencies_ms"].values())
+    assert (document["error"] or {}).get("code") == (None if status == "succeeded" else "unstorable_answer")
+    assert one.until(plain, "succeeded", attempts=1)
+    until(lambda: not one.control._held, 10)
+
+
+@pytest.mark.parametrize(
     ("error", "status"), [(Unavailable("away"), "delayed"), (BadRequest("no adapter of this base"), "failed"), (OSError("disk"), "delayed")]
 )
 def test_an_adapter_that_cannot_be_had(bench: Callable[..., Bench], error: Exception, status: str) -> None:

@@ -394,6 +394,17 @@ def test_bulk_enqueue_of_many_groups(yard: Yard) -> None:
     assert yard.counts_are_exact()
 
 
+def test_an_end_that_is_none_changes_nothing(yard: Yard) -> None:
+    yard.put("a", "b")
+    taken = yard.ledger.take(yard.claim(), "w1", "i", 5000)
+    assert taken is not None
+    ends = [End("acme/a", "succeeded", OUTCOME), End("acme/b", "succeeded", OUTCOME, tokens=-5)]
+    with pytest.raises(RuntimeError, match="not an end"):
+        yard.ledger.finish(taken.batch, taken.fence, ends)
+    assert [yard.status("a"), yard.status("b")] == ["claimed", "claimed"]
+    assert yard.ledger.finish(taken.batch, taken.fence, [end._replace(tokens=5) for end in ends]) == ["stored", "stored"]
+
+
 def test_large_jobs_are_enqueued_in_parts(yard: Yard) -> None:
     def calls() -> int:
         return int(yard.client.info("commandstats")["cmdstat_fcall"]["calls"])

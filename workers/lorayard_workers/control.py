@@ -8,6 +8,7 @@ heard, in order and many at a time; one beats.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import secrets
@@ -285,9 +286,28 @@ class Control:
                     return self._abandon({event.batch for event in events if isinstance(event, Started | Outcome)})
                 time.sleep(wait)
                 wait, waited = min(wait * 2, 2.0), waited + wait
-            except Exception:
-                log.exception("events dropped; the leases of their batches will lapse", events=len(events))
-                return self._abandon({event.batch for event in events if isinstance(event, Started | Outcome)})
+            except Exception:  # one of them is not what it should be: the others must not suffer for it
+                if len(events) == 1:
+                    return self._dismiss(events[0])
+                for event in events:
+                    self._until_stored([event])
+                return None
+
+    def _dismiss(self, event: Event) -> None:
+        """An answer that cannot be stored ends its job with an error; the batches of any other event are held no longer."""
+        if isinstance(event, Outcome) and event.error is None:
+            log.exception("answer cannot be stored", job=split_ref(event.ref)[1])
+            error = {
+                "message": "the answer was not one that can be stored",
+                "type": "server_error",
+                "code": "unstorable_answer",
+                "param": None,
+            }
+            return self._until_stored([Outcome(event.batch, event.ref, error=error)])
+        log.exception("event dropped; the lease of its batch will lapse", kind=type(event).__name__)
+        if isinstance(event, Started | Outcome):
+            self._abandon({event.batch})
+        return None
 
     def _abandon(self, batches: set[str]) -> None:
         """Hold them no longer, so that their leases run out."""
@@ -344,7 +364,7 @@ class Control:
         document = {
             "response": outcome.response,
             "error": outcome.error,
-            "timings_ms": outcome.timings_ms,
+            "timings_ms": {name: ms for name, ms in outcome.timings_ms.items() if math.isfinite(ms) and ms >= 0},
             "temperature": outcome.temperature,
             "width": outcome.width,
             **outcome.more,
@@ -530,7 +550,9 @@ def _exists(pid: int) -> bool:
 
 
 def _tokens(outcome: Outcome) -> int:
-    return int(((outcome.response or {}).get("usage") or {}).get("total_tokens") or 0)
+    usage = (outcome.response or {}).get("usage")
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return total if isinstance(total, int) and 0 <= total < 1 << 31 else 0
 
 
 def _runs(events: Iterable[Event]) -> Iterable[list[Event]]:

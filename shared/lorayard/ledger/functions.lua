@@ -782,6 +782,9 @@ local function finish(keys, args)
   local c, bid, fence, ttl = begin(keys), args[1], args[2], args[3]
   local p, refs, names, reply, served, gone, done, sorts = c.p, {}, {}, {}, {}, {}, {}, {}
   for i = 4, #args, 3 do
+    local same = args[i + 1]
+    if not sorts[same] then sorts[same] = { string.match(same, '^(%a+)\t(%d+)\t(%d+)$') } end
+    if not sorts[same][1] or not args[i + 2] then error('not an end: ' .. same) end -- before anything is written: nothing undoes a half
     refs[#refs + 1] = args[i]
     names[#names + 1] = p .. 'job:' .. args[i]
   end
@@ -793,7 +796,6 @@ local function finish(keys, args)
   local fronts, back = {}, nil
   for k, ref in ipairs(refs) do
     local same, outcome, value = args[3 * k + 2], args[3 * k + 3], values[k]
-    if not sorts[same] then sorts[same] = { string.match(same, '^(%a+)\t(%d+)\t(%d+)$') } end
     local status, tokens = sorts[same][1], tonumber(sorts[same][3])
     if mine[k] ~= 1 or done[ref] or not lives(value) then
       reply[k] = done[ref] == 's' and 'a' or refuse(c, value, fence)

@@ -146,7 +146,8 @@ class Reaped(NamedTuple):
 
 
 class Ledger:
-    """One pool's ledger. Thread-safe. Raises `Unavailable` while the server cannot be reached or is out of memory."""
+    """One pool's ledger. Thread-safe. Raises `Unavailable` while the server cannot be reached or is out of memory, and `RuntimeError` for
+    arguments that a function was not made for."""
 
     def __init__(self, client: redis.Redis, pool: str, *, result_ttl_s: int, library: str = LIBRARY) -> None:
         self.client = client
@@ -180,6 +181,8 @@ class Ledger:
                 self.client.function_load(self._library, replace=True)
                 return self.client.fcall(function, 1, self._prefix, *args)
         except redis.RedisError as error:
+            if "user_function" in str(error):  # it is the function that failed, and would again
+                raise RuntimeError(f"{function}: {error}") from error
             raise unavailable(error) from error
 
     # -- producers --------------------------------------------------------------------------------------------------------------------
