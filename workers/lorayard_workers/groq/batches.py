@@ -157,8 +157,7 @@ class BatchKeeper:
         note = msgspec.structs.replace(note, file_id=file_id)
         if not self._look_again(submitted.batch, note, HOLD_S):
             return
-        window = f"{self._settings.hosted_batch_window_s // 3600}h"
-        made = self._service.start_batch(file_id, window, {"lorayard": submitted.batch})
+        made = self._service.start_batch(file_id, _window(self._settings.hosted_batch_window_s), {"lorayard": submitted.batch})
         note = msgspec.structs.replace(note, batch_id=str(made["id"]))
         self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s)
         log.info("batch at the service", batch=submitted.batch, hosted=note.batch_id, jobs=len(lines))
@@ -280,10 +279,13 @@ class BatchKeeper:
         self._finish(submitted, [End(ref, "later", outcome, delay_ms=backoff_ms("later", 0)) for ref in submitted.refs])
 
     def _fail(self, submitted: Submitted, error: LorayardError) -> None:
-        """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more."""
-        log.warning("the service refuses a batch", batch=submitted.batch, reason=error.message)
+        """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more; none where its adapter
+        is not there."""
+        log.warning("a batch cannot be run", batch=submitted.batch, reason=error.message)
         outcome = _error(error.message, error.code)
-        self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
+        again = isinstance(error, ServiceError | NotFound)
+        ends = [End(ref, "retry" if again else "failed", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs]
+        self._finish(submitted, ends)
         note = msgspec.structs.replace(msgspec.json.decode(submitted.note, type=Note), tried=True)
         self._look_again(submitted.batch, note, 1.0)  # what is left of it there is cleaned up next
 
@@ -296,6 +298,12 @@ class BatchKeeper:
             for row in self._service.files(f"lorayard-{batch}.jsonl"):
                 self._service.delete_file(str(row["id"]))
         self._ledger.settle(batch, self._token)
+
+
+def _window(seconds: int) -> str:
+    """As the service writes it: 24h, or days."""
+    hours = seconds // 3600
+    return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
 
 
 def _digest(ref: str) -> str:
