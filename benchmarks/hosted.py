@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import socket
 import statistics
 import subprocess
@@ -339,6 +340,7 @@ def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process of ours is left
     metrics: Metrics = {}
     for name in options.only:
         out.print(f"{name} …")

@@ -186,7 +186,7 @@ def completion(service: Service, body: dict[str, Any]) -> dict[str, Any]:
 
 def fault(service: Service, kind: str) -> JSONResponse | None:
     if kind == "429":
-        return limited(service, "TPM", service.tpm or 6000, 5000, 1500, 0.25)
+        return error(429, "Too many requests. Please try again in 0.250s.", "requests", {"retry-after": "0.25"}, code="rate_limit_exceeded")
     if kind == "json":
         return error(400, "Failed to generate JSON. …", code="json_validate_failed", failed_generation='{"half": ')
     if kind.isdigit():
