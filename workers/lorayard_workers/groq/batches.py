@@ -164,8 +164,8 @@ class BatchKeeper:
 
     def _allowed(self, submitted: Submitted, jobs: Sequence[TakenJob]) -> Iterator[TakenJob]:
         """Those whose tenants let their data leave, and have money."""
-        policies = self._policies.all()
-        poor = {tenant for tenant, policy in policies.items() if self._org.over(self._base, tenant, policy.caps)}
+        policies, tenants = self._policies.all(), {split_ref(job.ref)[0] for job in jobs}
+        poor = {tenant for tenant in tenants & policies.keys() if self._org.over(self._base, tenant, policies[tenant].caps)}
         for job in jobs:
             tenant = split_ref(job.ref)[0]
             if not policies.get(tenant, NOTHING_LEAVES).hosted:

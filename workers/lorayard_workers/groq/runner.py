@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
+import redis
 import structlog
 
 from lorayard.errors import BadRequest, LorayardError, Unavailable
@@ -77,7 +78,7 @@ class HostedRunner:
         self._granted: deque[tuple[float, int]] = deque()
         self._hot: dict[str, float] = {}
         self._loaded: list[str] = []
-        self._who_may: dict[str, Policy] = {}
+        self._who_may: dict[str, Policy] = {}  # by tenant
         self._known: State | None = None
         self._counters: Counter[str] = Counter()
         self._wake = asyncio.Event()
@@ -167,8 +168,8 @@ class HostedRunner:
     def _give_up(self, reason: str) -> None:
         error = {"message": f"given up: {reason}", "type": "server_error", "code": "hosted_stuck", "param": None}
         for call in list(self._calls.values()):
+            self._emit(Outcome(call.batch, call.item.ref, error=error, later=True))
             self._cancel(call.batch, [call.item.ref])
-            self._end(call, error=error, later=True)
 
     async def _in(self, pool: ThreadPoolExecutor, what: Callable[..., T], *args: Any) -> T:
         return await self._loop.run_in_executor(pool, what, *args)
@@ -208,15 +209,17 @@ class HostedRunner:
 
     async def _ask(self, rows: list[tuple[int, int, Call]]) -> float:
         """Reserve for these calls and begin those that may be; seconds to wait before the next can be asked for, 0 for none."""
-        may = [row for row in rows if self._may_leave(row[2])]
-        wants = [self._want(row[2]) for row in may]
-        if not wants:
-            return 0.0
         try:
+            if not all(self._has_leave(call) for _, _, call in rows):  # what was read a moment ago is not good enough to refuse
+                self._who_may = await self._in(self._asking, self._policies.all)
+            may = [row for row in rows if self._may_leave(row[2])]
+            wants = [self._want(row[2]) for row in may]
+            if not wants:
+                return 0.0
             reserved = await self._in(self._asking, self._org.reserve, self._base, wants)
-        except Unavailable as error:
-            log.warning("limits cannot be asked for; calls wait", reason=error.message)
-            self._push_back(may)
+        except (Unavailable, redis.RedisError) as error:
+            log.warning("limits cannot be asked for; calls wait", reason=str(error))
+            self._push_back([row for row in rows if row[2].key in self._calls])
             return 1.0
         begun: dict[str, list[str]] = {}
         for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
@@ -247,12 +250,16 @@ class HostedRunner:
             if not row[2].cancelled:
                 heapq.heappush(self._waiting, row)
 
+    def _has_leave(self, call: Call) -> bool:
+        return self._who_may.get(split_ref(call.item.ref)[0], NOTHING_LEAVES).hosted
+
     def _may_leave(self, call: Call) -> bool:
         """Whether the tenant still lets its data leave. If not, its job fails, or goes where it may be run at home."""
-        tenant = split_ref(call.item.ref)[0]
-        if self._who_may.get(tenant, NOTHING_LEAVES).hosted:
+        if call.cancelled:
+            return False
+        if self._has_leave(call):
             return True
-        message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
+        message = f"tenant {split_ref(call.item.ref)[0]} no longer allows its data to leave for a hosted service"
         error = {"message": message, "type": "permission_error", "code": "hosted_not_allowed", "param": None}
         self._end(call, error=error, later=call.lane == "auto")
         return False
@@ -432,7 +439,7 @@ class HostedRunner:
         now = time.monotonic()
         while self._granted and self._granted[0][0] < now - _RECENT_S:
             self._granted.popleft()
-        if self._blocked_until - now > HOLD_S:
+        if max(self._blocked_until, self._ask_again) - now > HOLD_S:
             return 0
         room = max(2 * self._at_once(now), 8, 2 * sum(n for _, n in self._granted))
         rpm = self._known.numbers.get("rpm") if self._known else None
