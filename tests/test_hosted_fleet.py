@@ -96,6 +96,10 @@ def test_a_team_without_gpus_serves_its_adapters_through_the_service(fleet: Flee
     assert command(fleet, "adapters", "verify", "tone").startswith("tone: ready")
     command(fleet, "adapters", "add", "odd", str(write_adapter(tmp_path, tiny_adapter(rank=12))))
     assert "its jobs keep to local workers" in command(fleet, "adapters", "publish", "odd", "--to", "groq", code=2)
+    command(fleet, "adapters", "add", "voice", str(write_adapter(tmp_path, tiny_adapter(seed=3))), "--to", "groq")
+    with fleet.client() as client:
+        until(lambda: client.publication("voice")["state"] == "ready")
+    command(fleet, "adapters", "unpublish", "voice")
     command(fleet, "adapters", "unpublish", "tone")
     until(lambda: not service.service.tunings and not service.service.files)
     fleet.assert_settled()

@@ -193,7 +193,7 @@ class HostedRunner:
             now = time.monotonic()
             if (wait_s := max(self._breaker.wait_s(now), self._blocked_until - now, self._ask_again - now)) > 0:
                 return wait_s
-            free = self._at_once(now) - len(self._running)
+            free = self._at_once() - len(self._running)
             if free <= 0:
                 return 0.0
             chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
@@ -201,11 +201,11 @@ class HostedRunner:
                 return wait_s
         return 0.0
 
-    def _at_once(self, now: float) -> int:
+    def _at_once(self) -> int:
         if not self._breaker.closed:
             return 1
         known = self._settings.hosted_unlimited or bool(self._known and self._known.numbers.get("rpm"))
-        return self._concurrency.limit(now, known=known)
+        return self._concurrency.limit(known=known)
 
     async def _ask(self, rows: list[tuple[int, int, Call]]) -> float:
         """Reserve for these calls and begin those that may be; seconds to wait before the next can be asked for, 0 for none."""
@@ -319,8 +319,7 @@ class HostedRunner:
             self._wake.set()
 
     def _succeeded(self, call: Call, reply: Reply) -> None:
-        now = time.monotonic()
-        self._concurrency.succeeded(now)
+        self._concurrency.succeeded()
         self._breaker.succeeded()
         self._heads = limits_told(reply.headers) or self._heads
         prompt, tokens, nano = call.used(reply.body, self._price)
@@ -355,7 +354,7 @@ class HostedRunner:
         if failure.blocked:
             self._block(failure)
         if failure.missing:
-            self._background(self._missing, call.digest)
+            self._background(self._telling, self._missing, call.digest)
         more = {"failed_generation": failure.failed_generation} if failure.failed_generation else {}
         self._end(
             call,
@@ -372,17 +371,18 @@ class HostedRunner:
         self._blocked_until = max(self._blocked_until, time.monotonic() + failure.after_s)
         log.warning("the service refuses calls", reason=failure.message, seconds=failure.after_s)
         if failure.limit:
-            self._background(self._org.learn, self._base, "told", dict([failure.limit]))
-        self._background(self._org.block, self._base, failure.after_s * 1000, failure.code)
+            self._background(self._asking, self._org.learn, self._base, "told", dict([failure.limit]))
+        self._background(self._asking, self._org.block, self._base, failure.after_s * 1000, failure.code)  # before we ask again
 
-    def _background(self, what: Callable[..., Any], *args: Any) -> None:
+    @staticmethod
+    def _background(pool: ThreadPoolExecutor, what: Callable[..., Any], *args: Any) -> None:
         def tell() -> None:
             try:
                 what(*args)
             except LorayardError as error:
                 log.warning("not written to the ledger", reason=error.message)
 
-        self._telling.submit(tell)
+        pool.submit(tell)
 
     def _end(self, call: Call, **what: Any) -> None:
         self._calls.pop(call.key, None)
@@ -441,7 +441,7 @@ class HostedRunner:
             self._granted.popleft()
         if max(self._blocked_until, self._ask_again) - now > HOLD_S:
             return 0
-        room = max(2 * self._at_once(now), 8, 2 * sum(n for _, n in self._granted))
+        room = max(2 * self._at_once(), 8, 2 * sum(n for _, n in self._granted))
         rpm = self._known.numbers.get("rpm") if self._known else None
         if rpm:
             room = min(room, max(8, rpm // 4))
