@@ -38,16 +38,19 @@ MAX_BYTES = 90 * 1024 * 1024
 DISCOUNT = 0.5
 PURPOSE = "batch"
 _CHUNK = 500
+_AT_ONCE = 32  # batches in a sweep
 _OVER = ("completed", "expired", "cancelled", "failed")
 _MONEY_AGAIN_MS = 600_000
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of a batch at the service. `tried`: something may have been created there. `tenants`: of its lines, by number."""
+    """What is known of a batch at the service. `tried`: something may have been created there; `alone`: there is no second one.
+    `tenants`: of its lines, by number."""
 
     tried: bool = False
     file_id: str = ""
     batch_id: str = ""
+    alone: bool = False
     tenants: list[str] = []
     cancelled: bool = False
 
@@ -81,7 +84,8 @@ class BatchKeeper:
         needed_ms = (self._settings.hosted_batch_window_s + SLACK_S) * 1000
         hurry = [job for job in taken.jobs if not self._settings.hosted_batches or job.due - taken.taken < needed_ms]
         if hurry:  # they have been through a batch that ran out of time
-            self._give_back(taken, [job for job in taken.jobs if job not in hurry])
+            refs = {job.ref for job in hurry}
+            self._give_back(taken, [job for job in taken.jobs if job.ref not in refs])
             return taken._replace(jobs=hurry)
         size, fits = 0, 0
         for job in taken.jobs:
@@ -98,7 +102,7 @@ class BatchKeeper:
     # -- step by step -------------------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        for submitted in self._ledger.tend(self._token, limit=4, hold_ms=round(HOLD_S * 1000)):
+        for submitted in self._to_tend():
             try:
                 self._step(submitted)
             except Unavailable as error:
@@ -108,6 +112,11 @@ class BatchKeeper:
                     self._wait(submitted, error.message)
                 else:
                     self._fail(submitted, error)
+
+    def _to_tend(self) -> Iterator[Submitted]:
+        """One at a time: each is held from its own beginning on."""
+        for _ in range(_AT_ONCE):
+            yield from self._ledger.tend(self._token, limit=1, hold_ms=round(HOLD_S * 1000))
 
     def _wait(self, submitted: Submitted, why: str) -> None:
         """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
@@ -131,15 +140,24 @@ class BatchKeeper:
             self._clean_up(submitted.batch, note)
 
     def _adopt(self, batch: str, note: Note) -> Note:
-        """What an earlier keeper created and could not write down. Of two batches, by keepers who took each other for dead, one is kept."""
-        mine = [row for row in self._service.batches() if (row.get("metadata") or {}).get("lorayard") == batch]
-        mine.sort(key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
-        for row in mine[1:]:
-            if row.get("status") not in _OVER:
-                self._service.cancel_batch(str(row["id"]))
+        """What an earlier keeper created and could not write down."""
+        mine = self._there(batch)
         if mine:
             return msgspec.structs.replace(note, batch_id=str(mine[0]["id"]), file_id=str(mine[0].get("input_file_id") or ""))
         return note
+
+    def _there(self, batch: str) -> list[dict[str, Any]]:
+        """Its batches at the service, oldest first."""
+        mine = [row for row in self._service.batches() if (row.get("metadata") or {}).get("lorayard") == batch]
+        return sorted(mine, key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
+
+    def _be_alone(self, batch: str, note: Note) -> Note:
+        """Two keepers who took each other for dead may have made two: one is kept."""
+        for row in self._there(batch):
+            if str(row["id"]) != note.batch_id and row.get("status") not in _OVER:
+                self._service.cancel_batch(str(row["id"]))
+                log.warning("a second batch at the service cancelled", batch=batch, hosted=row["id"])
+        return msgspec.structs.replace(note, alone=True)
 
     def _create(self, submitted: Submitted, note: Note) -> None:
         jobs = self._ledger.contents(submitted.batch, self._token)
@@ -210,6 +228,8 @@ class BatchKeeper:
             self._clean_up(submitted.batch, note)
             return
         status = batch.get("status")
+        if not note.alone:
+            note = self._be_alone(submitted.batch, note)
         if status not in _OVER:
             if not submitted.refs and not note.cancelled:  # all were cancelled: no more is to be paid for
                 self._service.cancel_batch(note.batch_id)
