@@ -319,9 +319,9 @@ def _next(heard: queue.SimpleQueue[Event], kind: type) -> None:
 
 
 def rss(quick: bool) -> Metrics:
-    """One worker with 500 calls under way, each of 20 s."""
+    """One worker with 500 calls under way, each of 8 s."""
     calls = 50 if quick else 500
-    with _service(service_s=20.0) as service, _yard(service, hosted_unlimited=True, hosted_calls=calls) as yard:
+    with _service(service_s=8.0) as service, _yard(service, hosted_unlimited=True, hosted_calls=calls) as yard:
         yard.submit(calls * 4, words=100)
         until(lambda: service.state()["under_way"] >= calls, 200)
         memory = _rss_mb(yard.pids[0])
