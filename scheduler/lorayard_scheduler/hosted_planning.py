@@ -81,7 +81,7 @@ class HostedPlanning:
             held[flight.worker] += flight.left
             batches[flight.worker] += 1
         in_flight = sum(held[worker.name] for worker in at_home)
-        self._rate.see(time.monotonic(), sum(worker.counters.get("finished", 0.0) for worker in at_home), in_flight > 0)
+        self._rate.see(time.monotonic(), sum(worker.ended for worker in at_home), in_flight > 0)
         self._look({g.tenant for g in view.groups if lane_of(g.digest) == "auto"})
         return plan_hosted(
             view.groups,
