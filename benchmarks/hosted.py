@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import queue
+import signal
 import socket
 import statistics
 import subprocess
@@ -280,9 +281,9 @@ def overhead(quick: bool) -> Metrics:
         )
         with embedded.running(settings) as url, connect(url) as store:
             Policies(store).set("acme", Policy(hosted=True))
-            heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            heard: queue.SimpleQueue[tuple[Event, float]] = queue.SimpleQueue()
             runner = HostedRunner(settings, organisation(settings, store), Policies(store), lambda: ["base"], lambda _: None)
-            runner.start(heard.put)
+            runner.start(lambda event: heard.put((event, time.perf_counter())))
             _next(heard, Ready)
             ours, bare = asyncio.run(_in_turns(rounds, runner, heard, settings))
             runner.close()
@@ -294,7 +295,7 @@ def overhead(quick: bool) -> Metrics:
 
 
 async def _in_turns(
-    rounds: int, runner: HostedRunner, heard: queue.SimpleQueue[Event], settings: Settings
+    rounds: int, runner: HostedRunner, heard: queue.SimpleQueue[tuple[Event, float]], settings: Settings
 ) -> tuple[Sequence[float], Sequence[float]]:
     ours, bare = [], []
     request = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}
@@ -303,8 +304,8 @@ async def _in_turns(
         for n in range(rounds):
             begun = time.perf_counter()
             runner.submit(Work(f"b{n}", None, [WorkItem(f"acme/j{n}", "/v1/chat/completions", raw)], "groq"))
-            await asyncio.to_thread(_next, heard, Outcome)
-            ours.append((time.perf_counter() - begun) * 1000)
+            ended = await asyncio.to_thread(_next, heard, Outcome)
+            ours.append((ended - begun) * 1000)
             begun = time.perf_counter()
             reply = await client.post(f"{settings.hosted_url}/chat/completions", json=request | {"model": BASE})
             reply.json()
@@ -312,15 +313,18 @@ async def _in_turns(
     return ours[5:], bare[5:]
 
 
-def _next(heard: queue.SimpleQueue[Event], kind: type) -> None:
-    while not isinstance(heard.get(timeout=30), kind):
-        pass
+def _next(heard: queue.SimpleQueue[tuple[Event, float]], kind: type) -> float:
+    """When the next of that kind was told."""
+    while True:
+        event, at = heard.get(timeout=30)
+        if isinstance(event, kind):
+            return at
 
 
 def rss(quick: bool) -> Metrics:
-    """One worker with 500 calls under way, each of 20 s."""
+    """One worker with 500 calls under way, each of 8 s."""
     calls = 50 if quick else 500
-    with _service(service_s=20.0) as service, _yard(service, hosted_unlimited=True, hosted_calls=calls) as yard:
+    with _service(service_s=8.0) as service, _yard(service, hosted_unlimited=True, hosted_calls=calls) as yard:
         yard.submit(calls * 4, words=100)
         until(lambda: service.state()["under_way"] >= calls, 200)
         memory = _rss_mb(yard.pids[0])
@@ -339,6 +343,7 @@ def main() -> None:
     parser = report.arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process of ours is left
     metrics: Metrics = {}
     for name in options.only:
         out.print(f"{name} …")

@@ -337,7 +337,7 @@ HOSTED = [
     *_of(
         "hosted calls",
         ("a refusal holds only the one", "_failed", "if failure.blocked:\n            self._block(failure)", "if False:\n            pass"),
-        ("data leaves without leave", "_may_leave", "if self._who_may.get(tenant, NOTHING_LEAVES).hosted:", "if True:"),
+        ("data leaves without leave", "_may_leave", "if self._has_leave(call):", "if True:"),
         ("a cancelled call goes on", "_cancel", "call.task.cancel()", "pass"),
         ("no whole answer costs an attempt", "_failed", 'patience=PATIENCE if failure.how == "patience" else 0', "patience=0"),
         ("no whole answer never costs an attempt", "_failed", 'later=failure.how == "later"', 'later=failure.how in ("later", "patience")'),

@@ -172,8 +172,22 @@ def test_flower_is_not_opened_to_everyone_without_a_password(tmp_path: Path) -> 
     fails(done, "open to everyone", "LORAYARD_FLOWER_BASIC_AUTH")
 
 
-def test_what_is_not_built_yet_says_so(tmp_path: Path) -> None:
-    fails(lorayard("worker", "groq", state=tmp_path), "not built yet", "lorayard worker llama")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ["LORAYARD_HOSTED_MODEL", "llama-3.1-8b-instant"]),
+        ({"hosted_model": "m", "hosted_key": ""}, ["LORAYARD_HOSTED_KEY", "GROQ_API_KEY"]),
+        ({"hosted_model": "m", "hosted_key": "k", "hosted_url": "api.groq.com"}, ["LORAYARD_HOSTED_URL", "'api.groq.com'"]),
+        ({"hosted_model": "m", "hosted_key": "k\u00e9y"}, ["LORAYARD_HOSTED_KEY", "characters"]),
+        ({"hosted_model": "m", "hosted_prices": "0.05"}, ["LORAYARD_HOSTED_PRICES", "0.05"]),
+        ({"hosted_model": "m", "hosted_prices": "m=0.05"}, ["LORAYARD_HOSTED_PRICES", "write it as JSON"]),
+        ({"hosted_model": "m", "hosted_key": "k", "hosted_daily_usd": "5"}, ["LORAYARD_HOSTED_PRICES", '{"m": [0.05, 0.08]}']),
+    ],
+)
+def test_a_hosted_worker_that_cannot_work_says_what_to_set(
+    tmp_path: Path, redis_url: str, settings: dict[str, str], words: list[str]
+) -> None:
+    fails(lorayard("worker", "groq", state=tmp_path, redis_url=redis_url, **settings), *words)
 
 
 def test_a_file_that_cannot_be_submitted_is_told_before_anything_else(command: Cli) -> None:

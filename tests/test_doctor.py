@@ -15,10 +15,12 @@ import redis
 from benchmarks.sentinels import Server, Watched, free_port, server, until
 from fleet_support import FleetProcess, chat
 
+from lorayard.adapters.hosting import Publications
 from lorayard.doctor import Check, examine
+from lorayard.hosted import organisation
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Entry, Ledger
-from lorayard.ledger.registry import WorkerInfo, WorkerRegistry, open_ledger
+from lorayard.ledger.registry import HOSTED, WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 
 GOOD = ("appendonly yes", "appendfsync always", "save ''", "maxmemory 200mb", "enable-debug-command local", "latency-monitor-threshold 100")
@@ -225,3 +227,23 @@ def doctor(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     return subprocess.run(
         command, env=os.environ | environment | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_hosted_workers_adapters_and_limits_are_looked_at(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    settings = settings_of(redis_url, tmp_path)
+    ledger = open_ledger(store, settings)
+    ledger.enqueue([entry("a")._replace(digest="base@groq")], max_queued=9)
+    tells(examine(settings), "hosted", "wrong", "LORAYARD_HOSTED_MODEL")
+    settings = settings_of(redis_url, tmp_path, hosted_model="m", hosted_org="x")
+    tells(examine(settings), "hosted", "wrong", "lorayard worker groq")
+    publications = Publications(store, "x", "m")
+    publications.tell(publications.ask("d" * 32, "t/tone"), state="refused", error="rank 12")
+    organisation(settings, store).block("m", 60_000, "rate_limited")
+    info = WorkerInfo(name="g", pool="d", kind=HOSTED, incarnation="i", host="h", pid=1, ready=True)
+    WorkerRegistry(store).beat(info)
+    checks = examine(settings)
+    tells(checks, "hosted", "ok", "1 hosted")
+    tells(checks, "hosted adapter", "warning", "t/tone", "rank 12")
+    tells(checks, "hosted limits", "warning", "rate_limited")
+    store.zadd("ly:{d}:submitted", {"b": 1})
+    tells(examine(settings), "hosted batches", "warning", "five minutes")

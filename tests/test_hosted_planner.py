@@ -41,7 +41,9 @@ def test_each_lane_has_its_claimants() -> None:
 
 
 def test_what_the_service_does_not_have_waits() -> None:
-    assert plan(group("other@groq")) == []
+    assert plan(group("other@groq"), pending={"other"}) == []
+    assert plan(group("other@auto")) == []
+    assert len(plan(group("other@groq"))) == 1, "it never will: the worker tells its jobs so"
 
 
 def test_auto_leaves_as_far_as_home_would_be_late() -> None:

@@ -134,6 +134,23 @@ def test_money_that_is_spent_puts_jobs_off_until_there_is_more(bench: Bench, ser
     assert bench.job("j1")["attempts"] == 0
 
 
+def test_leave_that_was_given_a_moment_ago_counts(bench: Bench) -> None:
+    bench.policies.set("omega", Policy(hosted=True))
+    bench.put(["j1"], tenant="omega")
+    bench.dispatch(tenant="omega")
+    until(lambda: bench.job("j1", "omega")["status"] == "succeeded")
+
+
+def test_calls_that_are_given_up_come_again_at_no_cost(bench: Bench, service: Running) -> None:
+    service.service.service_s = 30
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "running")
+    bench.control._runner.kill("a test")
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    assert (bench.job("j1")["attempts"], bench.job("j1")["postponed"]) == (0, 1)
+
+
 def test_nothing_leaves_without_the_tenant_s_leave(bench: Bench, service: Running) -> None:
     bench.put(["j1"], tenant="zeta")
     bench.dispatch(tenant="zeta")

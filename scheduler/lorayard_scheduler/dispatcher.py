@@ -22,7 +22,7 @@ from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
-from lorayard_scheduler.hosted_planner import HOSTED_WHY, OUTSTANDING, local_groups
+from lorayard_scheduler.hosted_planner import OUTSTANDING, local_groups
 from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Dispatch, Policy, plan
 from lorayard_scheduler.reconciler import Reconciler
@@ -134,7 +134,7 @@ class Dispatcher:
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,
-            most=OUTSTANDING if dispatch.why.startswith(HOSTED_WHY) else self._policy.outstanding,
+            most=OUTSTANDING if self._hosted.is_hosted(dispatch.worker) else self._policy.outstanding,
             batch=batch,
             digest=dispatch.digest,
             delivery_ms=self._settings.delivery_ms,

@@ -19,9 +19,6 @@ from lorayard_scheduler.planner import TOKENS_PER_JOB, Dispatch, GroupView
 OUTSTANDING = 64
 """Batches a hosted worker may have."""
 
-HOSTED_WHY = "hosted: "
-"""Begins the `why` of every dispatch to a hosted worker."""
-
 TAKE = 32
 """Jobs in a batch of them: few, so that tenants take turns."""
 
@@ -82,10 +79,16 @@ def plan_hosted(
     home: AtHome,
     now: int,
     policy: HostedPolicy,
+    *,
     closed: Collection[str] = (),
+    pending: Collection[str] = (),
 ) -> list[Dispatch]:
-    """Dispatches for all the room there is. `closed`: tenants whose `auto` jobs stay at home, for they may not leave or have no money."""
-    state = _State(groups, served, home, now, policy, closed)
+    """Dispatches for all the room there is.
+
+    `closed`: tenants whose `auto` jobs stay at home, for they may not leave or have no money. `pending`: adapters on their way there, whose
+    jobs wait. Jobs that can only go there and whose adapter never will are dispatched too: the worker tells them so.
+    """
+    state = _State(groups, served, home, now, policy, closed, pending)
     dispatches: list[Dispatch] = []
     for worker in sorted(workers, key=lambda w: (w.held, w.name)):
         dispatches += state.fill(worker)
@@ -103,8 +106,9 @@ class _State:
         now: int,
         policy: HostedPolicy,
         closed: Collection[str],
+        pending: Collection[str],
     ) -> None:
-        self.now, self.policy = now, policy
+        self.now, self.policy, self.pending = now, policy, pending
         self.served = defaultdict(float, served)
         self.groups = {(g.digest, g.tenant): g for g in groups}
         self.left = {(g.digest, g.tenant): self._may_go(g, groups, home, closed) for g in groups}
@@ -133,13 +137,17 @@ class _State:
         open_groups = [
             g
             for key, g in self.groups.items()
-            if self.left[key] > 0 and adapter_of(g.digest) in worker.serves and (self._gathered(g) or (room > 0 and not self._gathering(g)))
+            if self.left[key] > 0 and self._is_known(g, worker) and (self._gathered(g) or (room > 0 and not self._gathering(g)))
         ]
         if not open_groups:
             return None
         floor = min(self.served[g.tenant] for g in open_groups)
         eligible = [g for g in open_groups if self.served[g.tenant] <= floor + self.policy.slack_tokens]
         return min(eligible, key=lambda g: (g.due, self.served[g.tenant], g.digest, g.tenant))
+
+    def _is_known(self, group: GroupView, worker: HostedWorker) -> bool:
+        digest = adapter_of(group.digest)
+        return digest in worker.serves or (lane_of(group.digest) != "auto" and digest not in self.pending)
 
     def _has_time(self, group: GroupView) -> bool:
         return lane_of(group.digest) == "batch" and group.due - self.now > self.policy.urgent_ms
@@ -155,7 +163,7 @@ class _State:
     @staticmethod
     def _why(group: GroupView, many: bool) -> str:
         if many:
-            return HOSTED_WHY + "there is time for the batch service"
+            return "hosted: there is time for the batch service"
         if lane_of(group.digest) == "auto":
-            return HOSTED_WHY + "local work queued ahead would make it miss its due time"
-        return HOSTED_WHY + "its route"
+            return "hosted: local work queued ahead would make it miss its due time"
+        return "hosted: its route"

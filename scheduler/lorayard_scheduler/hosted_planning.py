@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
+from lorayard.adapters.hosting import Publications
 from lorayard.hosted import organisation
 from lorayard.jobs import lane_of
 from lorayard.ledger.ledger import Ledger
@@ -47,6 +48,7 @@ class HostedPlanning:
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
         self._policies = Policies(ledger.client)
+        self._publications = Publications(ledger.client, settings.hosted_org, settings.hosted_model or "")
         self._org = organisation(settings, ledger.client) if settings.hosted_model else None
         self._policy = HostedPolicy(
             batch_jobs=settings.hosted_batch_jobs,
@@ -55,16 +57,22 @@ class HostedPlanning:
         )
         self._rate = LocalRate()
         self._closed: frozenset[str] = frozenset()
+        self._pending: frozenset[str] = frozenset()
+        self._names: set[str] = set()
         self._looked = 0.0
 
     def wants(self, backlog: Backlog, workers: Iterable[WorkerInfo]) -> bool:
         """Whether to plan though nothing was heard: room at hosted workers comes with every job that ends."""
         return any(worker.hosted for worker in workers) and backlog.has_lanes
 
+    def is_hosted(self, worker: str) -> bool:
+        return worker in self._names
+
     def plan(self, backlog: Backlog, view: View, workers: Iterable[WorkerInfo]) -> list[Dispatch]:
         """Dispatches to hosted workers. `view` is that of the local ones, with all groups."""
         workers = list(workers)
         hosted = [worker for worker in workers if worker.hosted]
+        self._names = {worker.name for worker in hosted}
         if not hosted:
             return []
         at_home = [worker for worker in workers if not worker.hosted]
@@ -73,7 +81,7 @@ class HostedPlanning:
             held[flight.worker] += flight.left
             batches[flight.worker] += 1
         in_flight = sum(held[worker.name] for worker in at_home)
-        self._rate.see(time.monotonic(), sum(worker.counters.get("finished", 0.0) for worker in at_home), in_flight > 0)
+        self._rate.see(time.monotonic(), sum(worker.ended for worker in at_home), in_flight > 0)
         self._look({g.tenant for g in view.groups if lane_of(g.digest) == "auto"})
         return plan_hosted(
             view.groups,
@@ -82,14 +90,16 @@ class HostedPlanning:
             AtHome(len(at_home), self._rate.rate, in_flight),
             backlog.now,
             self._policy,
-            self._closed,
+            closed=self._closed,
+            pending=self._pending,
         )
 
     def _look(self, tenants: set[str]) -> None:
-        """Which of these may not leave, or have no money left."""
+        """Which of these may not leave, or have no money left; and which adapters are on their way."""
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
+        self._pending = frozenset(digest for digest, one in self._publications.all().items() if one.state == "wanted")
         policies = self._policies.all() if tenants else {}
         base = self._settings.hosted_model or ""
         self._closed = frozenset(

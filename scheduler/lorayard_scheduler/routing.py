@@ -12,7 +12,6 @@ from lorayard.bodies import read_body
 from lorayard.errors import BadRequest, Forbidden, LorayardError
 from lorayard.hosted import hosted_body, organisation
 from lorayard.jobs import JobSpec, Lane
-from lorayard.ledger.organisation import Organisation
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 
@@ -20,24 +19,20 @@ BATCH_SLACK_S = 3600
 
 
 class Routing:
-    """Of one process. What it knows of tenants and adapters is read again for each request: `look`."""
+    """Of one process. What it knows of tenants and adapters is read again for each request: `look`. Raises `SetupError`."""
 
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self._settings = settings
         self._client = client
         self._policies = Policies(client)
-        self._org: Organisation | None = None
+        self._org = organisation(settings, client) if settings.hosted_model else None
 
     def look(self, tenant: str) -> Routes:
         """The routes open to a tenant now."""
         settings = self._settings
-        if not settings.hosted_model:
-            return Routes(settings, tenant, NOTHING_LEAVES, {}, None)
-        policy = self._policies.get(tenant)
-        if not policy.hosted:
+        policy = self._policies.get(tenant) if settings.hosted_model else NOTHING_LEAVES
+        if not settings.hosted_model or self._org is None or not policy.hosted:
             return Routes(settings, tenant, policy, {}, None)
-        if self._org is None:
-            self._org = organisation(settings, self._client)
         spent = self._org.over(settings.hosted_model, tenant, policy.caps)
         return Routes(settings, tenant, policy, Publications(self._client, settings.hosted_org, settings.hosted_model).all(), spent)
 

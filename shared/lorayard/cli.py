@@ -438,10 +438,13 @@ def adapters_add(
     name: str,
     path: Annotated[Path, typer.Argument(help="A PEFT folder, or a zip of one.")],
     public: Annotated[bool, typer.Option("--public", help="For all tenants (the operator's key only).")] = False,
+    to: Annotated[str | None, typer.Option("--to", help="Bring it, and what the name holds later, to a hosted service: groq.")] = None,
 ) -> None:
     """Add an adapter; jobs may name it from now on, without a restart."""
     with Client(timeout_s=600) as client:
         m = client.add_adapter(name, path, public=public)
+        if to is not None:
+            client.publish_adapter(name, to=to)
     replaced = f", instead of {m['replaces'][:12]} for new jobs" if m.get("replaces") else ""
     print(f"{m['name']}: {m['digest'][:12]}, rank {m['rank']}, {m['n_bytes'] / 1e6:.1f} MB{replaced}")
 

@@ -19,8 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lorayard import embedded
+from lorayard.adapters.hosting import Publications
 from lorayard.celery_app import make_app
 from lorayard.errors import LorayardError
+from lorayard.hosted import organisation
+from lorayard.jobs import lane_of
 from lorayard.ledger import keys
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect, is_sentinel, shown
@@ -320,6 +323,32 @@ def _leases(p: _Patient, now: int) -> Iterator[Check]:
     yield Check("leases", "wrong", f"{overdue} {text}") if overdue else Check("leases", "ok", "none overdue")
 
 
+def _hosted(p: _Patient) -> Iterator[Check]:
+    """Nothing where no job has to do with a hosted service."""
+    prefix, model = keys.prefix(p.settings.pool), p.settings.hosted_model
+    groups: Any = p.client.smembers(prefix + "groups")
+    waits = any(lane_of(group.decode().partition(":")[0]) in ("groq", "batch") for group in groups)
+    if not model:
+        if waits:
+            yield Check(
+                "hosted", "wrong", "jobs wait for a hosted worker, and LORAYARD_HOSTED_MODEL is not set here: set it for all processes"
+            )
+        return
+    seconds, micros = p.client.time()
+    now = int(seconds) * 1000 + int(micros) // 1000
+    alive = [w.name for w in WorkerRegistry(p.client).alive(p.settings.pool, now) if w.hosted]
+    text = f"{len(alive)} hosted workers ready for {model}" if alive else "none is ready: start one with 'lorayard worker groq'"
+    yield Check("hosted", "ok" if alive else "wrong" if waits else "warning", text)
+    state = organisation(p.settings, p.client).state(model)
+    if state.blocked_ms:
+        yield Check("hosted limits", "warning", f"the service refuses calls for another {state.blocked_ms / 1000:.0f} s ({state.why})")
+    for one in Publications(p.client, p.settings.hosted_org, model).all().values():
+        if one.error:
+            yield Check("hosted adapter", "warning", f"{', '.join(one.titles) or one.digest[:12]} is {one.state}: {one.error}")
+    if overdue := p.client.zcount(prefix + "submitted", "-inf", now - 300_000):
+        yield Check("hosted batches", "warning", f"nobody has looked after {overdue} for five minutes: is a hosted worker running?")
+
+
 def _broker(p: _Patient) -> Iterator[Check]:
     url = embedded.broker_url(p.settings)
     try:
@@ -364,6 +393,7 @@ _LOOKS: tuple[Callable[[_Patient], Iterable[Check]], ...] = (
     _clock,
     _library,
     _fleet,
+    _hosted,
     _broker,
     _ledger,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from lorayard.errors import SetupError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of pools, tenants, adapters and workers: they become parts of Redis keys, file names and queue names."""
+
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -84,7 +88,9 @@ class Settings(BaseSettings):
     hosted_rpd: int = Field(0, ge=0)  # requests a day
     hosted_tpd: int = Field(0, ge=0)
     hosted_unlimited: bool = False  # no limit of the service is to be expected: a dedicated instance, a server of your own
-    hosted_prices: dict[str, tuple[float, float]] = {}  # JSON: hosted base model -> dollars for a million tokens of prompts, and of answers
+    hosted_prices: Annotated[
+        dict[str, tuple[Price, Price]], NoDecode
+    ] = {}  # JSON: hosted base model -> dollars for a million tokens of prompts, and of answers
     hosted_daily_usd: float | None = Field(None, ge=0)  # of all tenants together
     hosted_monthly_usd: float | None = Field(None, ge=0)
     hosted_calls: int = Field(500, ge=1, le=5000)  # of one worker at once
@@ -112,6 +118,16 @@ class Settings(BaseSettings):
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("hosted_prices", mode="before")
+    @classmethod
+    def _read_prices(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value or "{}")
+        except ValueError:
+            raise ValueError('write it as JSON, {"MODEL": [DOLLARS_IN, DOLLARS_OUT]}, for a million tokens') from None
 
     @classmethod
     def load(cls) -> Settings:

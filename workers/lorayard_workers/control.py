@@ -356,6 +356,7 @@ class Control:
                 continue
             ends = [self._end(held, outcome) for outcome in outcomes]
             answers = self._ledger.finish(batch, held.fence, ends)
+            self.info.ended += sum(answer == "stored" for answer in answers)
             for outcome, answer in zip(outcomes, answers, strict=True):
                 self._tell(held, outcome, answer)
             self._forget(held, [outcome.ref for outcome in outcomes])

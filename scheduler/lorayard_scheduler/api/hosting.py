@@ -27,6 +27,7 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
     router = APIRouter(prefix="/v1")
     registry = AdapterRegistry(ledger.client)
     policies = Policies(ledger.client)
+    org = organisation(settings, ledger.client) if settings.hosted_model else None
 
     def publications() -> Publications:
         if not settings.hosted_model:
@@ -75,8 +76,8 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
     def hosted(who: Auth) -> Json:
         """What the tenant has at the hosted service, may do there and has spent: in dollars, of this day and month (UTC)."""
         there = publications().all()
+        assert org is not None
         mine = [_document(m.name, there[m.digest]) for m in registry.list(who.tenant) if m.digest in there]
-        org = organisation(settings, ledger.client)
         state = org.state(str(settings.hosted_model))
         spent = {which: org.spent(date).get(who.tenant, 0) / NANO for which, date in (("day", state.day), ("month", state.month))}
         costs = {adapter: nano / NANO for (tenant, adapter), nano in org.costs(state.month).items() if tenant == who.tenant}

@@ -115,6 +115,7 @@ local function read_day(p, model, at, known)
 end
 
 local function write_day(p, model, at, requests, tokens)
+  if requests == math.huge and tokens == math.huge then return end
   local values = { 'at', digits(at) }
   for field, level in pairs({ r = requests, t = tokens }) do
     if level < math.huge then
@@ -129,6 +130,7 @@ end
 -- -- money -------------------------------------------------------------------------------------------------------------------------------
 
 local function spend(p, date, month, tenant, nano)
+  if nano == 0 then return end
   for name, ttl in pairs({ [date] = DAYS_KEPT, [month] = MONTHS_KEPT }) do
     redis.call('HINCRBY', p .. 'spent:' .. name, tenant, digits(nano))
     redis.call('HINCRBY', p .. 'spent:' .. name, '*', digits(nano))

@@ -48,6 +48,7 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     hot: list[str] = []
     loaded: list[str] = []
     counters: dict[str, float] = {}
+    ended: int = 0  # jobs whose ends it has stored since it was started
     room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
     seen_ms: int = 0
 

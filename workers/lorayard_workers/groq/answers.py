@@ -25,7 +25,7 @@ class Failure(NamedTuple):
     """`after_s`: the service asked for so much time. `limit`: (rpm, tpm, rpd or tpd, its value), where a refusal told.
 
     `overload`: the service has too much to do, or is away; `missing`: it does not know the model; `blocked`: no call of the organisation
-    would do better now.
+    would do better now; `unknown`: the call may have been computed, and charged.
     """
 
     code: str
@@ -36,6 +36,7 @@ class Failure(NamedTuple):
     overload: bool = False
     missing: bool = False
     blocked: bool = False
+    unknown: bool = False
     failed_generation: str = ""
 
 
@@ -115,7 +116,7 @@ def _after(message: str, headers: Mapping[str, str]) -> float | None:
 
 def broken(code: str, message: str) -> Failure:
     """No whole answer came: a connection lost, a time-out, half a body."""
-    return Failure(code, message, "patience", overload=True)
+    return Failure(code, message, "patience", overload=True, unknown=True)
 
 
 def document(failure: Failure) -> dict[str, Any]:

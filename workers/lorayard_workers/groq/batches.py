@@ -38,16 +38,19 @@ MAX_BYTES = 90 * 1024 * 1024
 DISCOUNT = 0.5
 PURPOSE = "batch"
 _CHUNK = 500
+_AT_ONCE = 32  # batches in a sweep
 _OVER = ("completed", "expired", "cancelled", "failed")
 _MONEY_AGAIN_MS = 600_000
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of a batch at the service. `tried`: something may have been created there. `tenants`: of its lines, by number."""
+    """What is known of a batch at the service. `tried`: something may have been created there; `alone`: there is no second one.
+    `tenants`: of its lines, by number."""
 
     tried: bool = False
     file_id: str = ""
     batch_id: str = ""
+    alone: bool = False
     tenants: list[str] = []
     cancelled: bool = False
 
@@ -81,7 +84,8 @@ class BatchKeeper:
         needed_ms = (self._settings.hosted_batch_window_s + SLACK_S) * 1000
         hurry = [job for job in taken.jobs if not self._settings.hosted_batches or job.due - taken.taken < needed_ms]
         if hurry:  # they have been through a batch that ran out of time
-            self._give_back(taken, [job for job in taken.jobs if job not in hurry])
+            refs = {job.ref for job in hurry}
+            self._give_back(taken, [job for job in taken.jobs if job.ref not in refs])
             return taken._replace(jobs=hurry)
         size, fits = 0, 0
         for job in taken.jobs:
@@ -98,7 +102,7 @@ class BatchKeeper:
     # -- step by step -------------------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        for submitted in self._ledger.tend(self._token, limit=4, hold_ms=round(HOLD_S * 1000)):
+        for submitted in self._to_tend():
             try:
                 self._step(submitted)
             except Unavailable as error:
@@ -108,6 +112,11 @@ class BatchKeeper:
                     self._wait(submitted, error.message)
                 else:
                     self._fail(submitted, error)
+
+    def _to_tend(self) -> Iterator[Submitted]:
+        """One at a time: each is held from its own beginning on."""
+        for _ in range(_AT_ONCE):
+            yield from self._ledger.tend(self._token, limit=1, hold_ms=round(HOLD_S * 1000))
 
     def _wait(self, submitted: Submitted, why: str) -> None:
         """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
@@ -131,15 +140,24 @@ class BatchKeeper:
             self._clean_up(submitted.batch, note)
 
     def _adopt(self, batch: str, note: Note) -> Note:
-        """What an earlier keeper created and could not write down. Of two batches, by keepers who took each other for dead, one is kept."""
-        mine = [row for row in self._service.batches() if (row.get("metadata") or {}).get("lorayard") == batch]
-        mine.sort(key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
-        for row in mine[1:]:
-            if row.get("status") not in _OVER:
-                self._service.cancel_batch(str(row["id"]))
+        """What an earlier keeper created and could not write down."""
+        mine = self._there(batch)
         if mine:
             return msgspec.structs.replace(note, batch_id=str(mine[0]["id"]), file_id=str(mine[0].get("input_file_id") or ""))
         return note
+
+    def _there(self, batch: str) -> list[dict[str, Any]]:
+        """Its batches at the service, oldest first."""
+        mine = [row for row in self._service.batches() if (row.get("metadata") or {}).get("lorayard") == batch]
+        return sorted(mine, key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
+
+    def _be_alone(self, batch: str, note: Note) -> Note:
+        """Two keepers who took each other for dead may have made two: one is kept."""
+        for row in self._there(batch):
+            if str(row["id"]) != note.batch_id and row.get("status") not in _OVER:
+                self._service.cancel_batch(str(row["id"]))
+                log.warning("a second batch at the service cancelled", batch=batch, hosted=row["id"])
+        return msgspec.structs.replace(note, alone=True)
 
     def _create(self, submitted: Submitted, note: Note) -> None:
         jobs = self._ledger.contents(submitted.batch, self._token)
@@ -157,16 +175,15 @@ class BatchKeeper:
         note = msgspec.structs.replace(note, file_id=file_id)
         if not self._look_again(submitted.batch, note, HOLD_S):
             return
-        window = f"{self._settings.hosted_batch_window_s // 3600}h"
-        made = self._service.start_batch(file_id, window, {"lorayard": submitted.batch})
+        made = self._service.start_batch(file_id, _window(self._settings.hosted_batch_window_s), {"lorayard": submitted.batch})
         note = msgspec.structs.replace(note, batch_id=str(made["id"]))
         self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s)
         log.info("batch at the service", batch=submitted.batch, hosted=note.batch_id, jobs=len(lines))
 
     def _allowed(self, submitted: Submitted, jobs: Sequence[TakenJob]) -> Iterator[TakenJob]:
         """Those whose tenants let their data leave, and have money."""
-        policies = self._policies.all()
-        poor = {tenant for tenant, policy in policies.items() if self._org.over(self._base, tenant, policy.caps)}
+        policies, tenants = self._policies.all(), {split_ref(job.ref)[0] for job in jobs}
+        poor = {tenant for tenant in tenants & policies.keys() if self._org.over(self._base, tenant, policies[tenant].caps)}
         for job in jobs:
             tenant = split_ref(job.ref)[0]
             if not policies.get(tenant, NOTHING_LEAVES).hosted:
@@ -211,6 +228,8 @@ class BatchKeeper:
             self._clean_up(submitted.batch, note)
             return
         status = batch.get("status")
+        if not note.alone:
+            note = self._be_alone(submitted.batch, note)
         if status not in _OVER:
             if not submitted.refs and not note.cancelled:  # all were cancelled: no more is to be paid for
                 self._service.cancel_batch(note.batch_id)
@@ -280,10 +299,13 @@ class BatchKeeper:
         self._finish(submitted, [End(ref, "later", outcome, delay_ms=backoff_ms("later", 0)) for ref in submitted.refs])
 
     def _fail(self, submitted: Submitted, error: LorayardError) -> None:
-        """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more."""
-        log.warning("the service refuses a batch", batch=submitted.batch, reason=error.message)
+        """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more; none where its adapter
+        is not there."""
+        log.warning("a batch cannot be run", batch=submitted.batch, reason=error.message)
         outcome = _error(error.message, error.code)
-        self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
+        again = isinstance(error, ServiceError | NotFound)
+        ends = [End(ref, "retry" if again else "failed", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs]
+        self._finish(submitted, ends)
         note = msgspec.structs.replace(msgspec.json.decode(submitted.note, type=Note), tried=True)
         self._look_again(submitted.batch, note, 1.0)  # what is left of it there is cleaned up next
 
@@ -296,6 +318,12 @@ class BatchKeeper:
             for row in self._service.files(f"lorayard-{batch}.jsonl"):
                 self._service.delete_file(str(row["id"]))
         self._ledger.settle(batch, self._token)
+
+
+def _window(seconds: int) -> str:
+    """As the service writes it: 24h, or days."""
+    hours = seconds // 3600
+    return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
 
 
 def _digest(ref: str) -> str:

@@ -15,8 +15,8 @@ _UNKNOWN_PART = 0.005
 class Concurrency:
     """Adaptive: doubled every round until the service first has too much to do, then one more a round; less by a part each time it has.
 
-    While nobody knows how many requests a minute are allowed, all calls under way are refused when that is reached: so they are few,
-    `_UNKNOWN` or half a percent of what was answered in the last minute.
+    While nobody knows how many requests a minute are allowed, all calls under way are refused when that shows: so they are few,
+    `_UNKNOWN` or half a percent of what was answered so far.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,19 +24,13 @@ class Concurrency:
         self._limit = min(_FIRST, self._most)
         self._growing = True
         self._lowered = 0.0
-        self._answered: deque[float] = deque()
+        self._answered = 0
 
-    def limit(self, now: float, *, known: bool) -> int:
-        if known:
-            return int(self._limit)
-        while self._answered and self._answered[0] < now - 60:
-            self._answered.popleft()
-        return int(min(self._limit, max(_UNKNOWN, len(self._answered) * _UNKNOWN_PART)))
+    def limit(self, *, known: bool) -> int:
+        return int(self._limit if known else min(self._limit, max(_UNKNOWN, self._answered * _UNKNOWN_PART)))
 
-    def succeeded(self, now: float) -> None:
-        self._answered.append(now)
-        if len(self._answered) > 100_000:
-            self._answered.popleft()
+    def succeeded(self) -> None:
+        self._answered += 1
         self._limit = min(self._most, self._limit + (1.0 if self._growing else 1.0 / self._limit))
 
     def overloaded(self, now: float) -> None:

@@ -16,19 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
+import redis
 import structlog
 
 from lorayard.errors import BadRequest, LorayardError, Unavailable
 from lorayard.hosted import answer_tokens, hosted_body, price, prompt_bytes, prompt_tokens
 from lorayard.jobs import BASE_DIGEST
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.organisation import NANO, Grant, Organisation, Refused, Settled, State, Want
+from lorayard.ledger.organisation import NANO, Organisation, Refused, Settled, State, Want
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 from lorayard_workers.groq.answers import Failure, document, limits_told
+from lorayard_workers.groq.calls import Call
 from lorayard_workers.groq.client import ChatClient, Reply
 from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
-from lorayard_workers.runner import Event, Outcome, Progress, Ready, Started, Work, WorkItem
+from lorayard_workers.runner import Event, Outcome, Progress, Ready, Started, Work
 
 log = structlog.get_logger("lorayard.hosted")
 
@@ -43,43 +45,6 @@ ASK_AGAIN_S = 0.25
 _ASK_MOST = 64  # calls in one question about limits
 _MONEY_AGAIN_MS = 60_000
 _RECENT_S = 10.0
-
-
-class _Call:
-    """A job on its way."""
-
-    __slots__ = (
-        "batch",
-        "body",
-        "cancelled",
-        "digest",
-        "grant",
-        "item",
-        "lane",
-        "model",
-        "notes",
-        "received",
-        "size",
-        "started",
-        "task",
-        "want",
-    )
-
-    def __init__(self, batch: str, item: WorkItem, model: str, digest: str, lane: str) -> None:
-        self.batch, self.item, self.model, self.digest, self.lane = batch, item, model, digest, lane
-        self.received = time.monotonic()
-        self.started = 0.0
-        self.cancelled = False
-        self.body: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.size = 0
-        self.want: Want | None = None
-        self.grant: Grant | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.batch, self.item.ref
 
 
 class HostedRunner:
@@ -103,17 +68,17 @@ class HostedRunner:
         self._concurrency = Concurrency(settings.hosted_calls)
         self._breaker = Breaker()
         self._estimate = Estimate()
-        self._waiting: list[tuple[int, int, _Call]] = []
+        self._waiting: list[tuple[int, int, Call]] = []
         self._order = itertools.count()
-        self._calls: dict[tuple[str, str], _Call] = {}  # waiting, asked for, or running
-        self._running: dict[tuple[str, str], _Call] = {}
+        self._calls: dict[tuple[str, str], Call] = {}  # waiting, asked for, or running
+        self._running: dict[tuple[str, str], Call] = {}
         self._settled: list[Settled] = []
         self._heads: dict[str, int] = {}
         self._blocked_until = self._ask_again = 0.0
         self._granted: deque[tuple[float, int]] = deque()
         self._hot: dict[str, float] = {}
         self._loaded: list[str] = []
-        self._who_may: dict[str, Policy] = {}
+        self._who_may: dict[str, Policy] = {}  # by tenant
         self._known: State | None = None
         self._counters: Counter[str] = Counter()
         self._wake = asyncio.Event()
@@ -178,7 +143,7 @@ class HostedRunner:
         digest = work.adapter.digest if work.adapter else BASE_DIGEST
         model = work.adapter.path if work.adapter else self._base
         for item in work.items:
-            call = _Call(work.batch, item, model, digest, work.lane)
+            call = Call(work.batch, item, model, digest, work.lane)
             try:
                 call.body, call.notes = hosted_body(msgspec.json.decode(item.request), self._settings, endpoint=item.endpoint)
                 call.size = prompt_bytes(call.body)
@@ -203,8 +168,8 @@ class HostedRunner:
     def _give_up(self, reason: str) -> None:
         error = {"message": f"given up: {reason}", "type": "server_error", "code": "hosted_stuck", "param": None}
         for call in list(self._calls.values()):
+            self._emit(Outcome(call.batch, call.item.ref, error=error, later=True))
             self._cancel(call.batch, [call.item.ref])
-            self._end(call, error=error, later=True)
 
     async def _in(self, pool: ThreadPoolExecutor, what: Callable[..., T], *args: Any) -> T:
         return await self._loop.run_in_executor(pool, what, *args)
@@ -228,7 +193,7 @@ class HostedRunner:
             now = time.monotonic()
             if (wait_s := max(self._breaker.wait_s(now), self._blocked_until - now, self._ask_again - now)) > 0:
                 return wait_s
-            free = self._at_once(now) - len(self._running)
+            free = self._at_once() - len(self._running)
             if free <= 0:
                 return 0.0
             chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
@@ -236,33 +201,36 @@ class HostedRunner:
                 return wait_s
         return 0.0
 
-    def _at_once(self, now: float) -> int:
+    def _at_once(self) -> int:
         if not self._breaker.closed:
             return 1
         known = self._settings.hosted_unlimited or bool(self._known and self._known.numbers.get("rpm"))
-        return self._concurrency.limit(now, known=known)
+        return self._concurrency.limit(known=known)
 
-    async def _ask(self, rows: list[tuple[int, int, _Call]]) -> float:
+    async def _ask(self, rows: list[tuple[int, int, Call]]) -> float:
         """Reserve for these calls and begin those that may be; seconds to wait before the next can be asked for, 0 for none."""
-        may = [row for row in rows if self._may_leave(row[2])]
-        wants = [self._want(row[2]) for row in may]
-        if not wants:
-            return 0.0
         try:
+            if not all(self._has_leave(call) for _, _, call in rows):  # what was read a moment ago is not good enough to refuse
+                self._who_may = await self._in(self._asking, self._policies.all)
+            may = [row for row in rows if self._may_leave(row[2])]
+            wants = [self._want(row[2]) for row in may]
+            if not wants:
+                return 0.0
             reserved = await self._in(self._asking, self._org.reserve, self._base, wants)
-        except Unavailable as error:
-            log.warning("limits cannot be asked for; calls wait", reason=error.message)
-            self._push_back(may)
+        except (Unavailable, redis.RedisError) as error:
+            log.warning("limits cannot be asked for; calls wait", reason=str(error))
+            self._push_back([row for row in rows if row[2].key in self._calls])
             return 1.0
         begun: dict[str, list[str]] = {}
         for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
             call.want = want
             if isinstance(answer, Refused):
                 self._refused(call, answer)
-            elif call.cancelled:
-                self._settled.append(Settled(answer, want, call.digest, 0, 0))
             else:
                 call.grant = answer
+                if call.cancelled:
+                    self._settled.append(call.settled(0, 0))
+                    continue
                 begun.setdefault(call.batch, []).append(call.item.ref)
         for batch, refs in begun.items():
             self._emit(Started(batch, refs))
@@ -277,28 +245,32 @@ class HostedRunner:
         self._ask_again = time.monotonic() + (min(wait_s, ASK_AGAIN_S) if reserved.why == "tpm" else wait_s)
         return wait_s
 
-    def _push_back(self, rows: list[tuple[int, int, _Call]]) -> None:
+    def _push_back(self, rows: list[tuple[int, int, Call]]) -> None:
         for row in rows:
             if not row[2].cancelled:
                 heapq.heappush(self._waiting, row)
 
-    def _may_leave(self, call: _Call) -> bool:
+    def _has_leave(self, call: Call) -> bool:
+        return self._who_may.get(split_ref(call.item.ref)[0], NOTHING_LEAVES).hosted
+
+    def _may_leave(self, call: Call) -> bool:
         """Whether the tenant still lets its data leave. If not, its job fails, or goes where it may be run at home."""
-        tenant = split_ref(call.item.ref)[0]
-        if self._who_may.get(tenant, NOTHING_LEAVES).hosted:
+        if call.cancelled:
+            return False
+        if self._has_leave(call):
             return True
-        message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
+        message = f"tenant {split_ref(call.item.ref)[0]} no longer allows its data to leave for a hosted service"
         error = {"message": message, "type": "permission_error", "code": "hosted_not_allowed", "param": None}
         self._end(call, error=error, later=call.lane == "auto")
         return False
 
-    def _want(self, call: _Call) -> Want:
+    def _want(self, call: Call) -> Want:
         tenant = split_ref(call.item.ref)[0]
         prompt, answer = prompt_tokens(call.body, self._estimate.tokens_per_byte), answer_tokens(call.body)
         nano = round(prompt * self._price[0] + answer * self._price[1])
         return Want(call.model, prompt + answer, tenant, nano, self._who_may[tenant].caps)
 
-    def _refused(self, call: _Call, answer: Refused) -> None:
+    def _refused(self, call: Call, answer: Refused) -> None:
         if answer.why == "tokens":
             message = f"prompt and answer may have {call.want and call.want.tokens} tokens; the service allows {answer.limit} a minute"
             self._emit(Started(call.batch, [call.item.ref]))
@@ -316,71 +288,59 @@ class HostedRunner:
 
     # -- one call -----------------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, call: _Call) -> None:
+    def _begin(self, call: Call) -> None:
         self._running[call.key] = call
         self._hot[call.digest] = call.started = time.monotonic()
         self._breaker.calling()
         call.task = self._loop.create_task(self._make(call))
 
-    async def _make(self, call: _Call) -> None:
+    async def _make(self, call: Call) -> None:
         try:
             result = await self._client.chat(msgspec.json.encode({"model": call.model, **call.body}))
+            if isinstance(result, Reply):
+                self._succeeded(call, result)
+            else:
+                self._failed(call, result)
         except asyncio.CancelledError:
             self._breaker.released()
             raise
+        except Exception:  # the job would be held for ever
+            log.exception("a call went wrong here", job=call.item.ref)
+            self._breaker.released()
+            error = {
+                "message": "an internal error; the worker's log has it",
+                "type": "server_error",
+                "code": "internal_error",
+                "param": None,
+            }
+            self._end(call, error=error, retryable=True)
         finally:
             self._running.pop(call.key, None)
             self._wake.set()
-        if isinstance(result, Reply):
-            self._succeeded(call, result)
-        else:
-            self._failed(call, result)
 
-    def _succeeded(self, call: _Call, reply: Reply) -> None:
-        now = time.monotonic()
-        self._concurrency.succeeded(now)
+    def _succeeded(self, call: Call, reply: Reply) -> None:
+        self._concurrency.succeeded()
         self._breaker.succeeded()
         self._heads = limits_told(reply.headers) or self._heads
-        tokens, nano = self._used(call, reply.body)
-        assert call.want is not None
-        assert call.grant is not None
-        self._settled.append(Settled(call.grant, call.want, call.digest, tokens, nano))
+        prompt, tokens, nano = call.used(reply.body, self._price)
+        if prompt:
+            self._estimate.learn(prompt, call.size)
+        self._settled.append(call.settled(tokens, nano))
         self._counters["answered"] += 1
         self._counters["tokens"] += tokens
         response = {key: value for key, value in reply.body.items() if key not in ("id", "model")}
         more = {"hosted_model": call.model, "cost_usd": nano / NANO} | ({"notes": call.notes} if call.notes else {})
-        cold = call.grant.idle_ms is None or call.grant.idle_ms > self._settings.hosted_idle_s * 1000
-        timings = self._timings(call, reply, cold)
+        cold = call.is_cold(self._settings.hosted_idle_s)
         self._end(
-            call, response=response, timings_ms=timings, temperature="cold" if cold else "warm", width=len(self._running) + 1, more=more
+            call,
+            response=response,
+            timings_ms=call.timings(reply, cold),
+            temperature="cold" if cold else "warm",
+            width=len(self._running),
+            more=more,
         )
 
-    def _used(self, call: _Call, body: dict[str, Any]) -> tuple[int, int]:
-        """Tokens and nano-dollars, by the service's own count where it tells one."""
-        usage = body.get("usage")
-        assert call.want is not None
-        prompt, answer = (usage.get("prompt_tokens"), usage.get("completion_tokens")) if isinstance(usage, dict) else (None, None)
-        if not isinstance(prompt, int) or not isinstance(answer, int):
-            return call.want.tokens, call.want.nano
-        self._estimate.learn(prompt, call.size)
-        return prompt + answer, round(prompt * self._price[0] + answer * self._price[1])
-
-    def _timings(self, call: _Call, reply: Reply, cold: bool) -> dict[str, float]:
-        """Milliseconds. What of a call the service does not account for is the network's; of an adapter's first in a while, its loading."""
-        usage = reply.body.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-
-        def told(name: str) -> float:
-            value = usage.get(name)
-            return max(0.0, value * 1000) if isinstance(value, int | float) else 0.0
-
-        queue, prefill, decode = told("queue_time"), told("prompt_time"), told("completion_time")
-        rest = max(0.0, reply.seconds * 1000 - queue - prefill - decode)
-        loading = cold and call.digest != BASE_DIGEST
-        timings = {"on_deck": (call.started - call.received) * 1000, "remote_queue": queue, "prefill": prefill, "decode": decode}
-        return timings | {"adapter_load" if loading else "network": rest}
-
-    def _failed(self, call: _Call, failure: Failure) -> None:
+    def _failed(self, call: Call, failure: Failure) -> None:
         now = time.monotonic()
         self._counters[failure.code] += 1
         if failure.overload or failure.blocked:
@@ -389,14 +349,12 @@ class HostedRunner:
             self._breaker.failed(now)
         else:
             self._breaker.succeeded()
-        if failure.code not in ("timeout", "connection_lost", "bad_answer"):  # those may have been computed, and paid for
-            assert call.want is not None
-            assert call.grant is not None
-            self._settled.append(Settled(call.grant, call.want, call.digest, 0, 0))
+        if not failure.unknown:
+            self._settled.append(call.settled(0, 0))
         if failure.blocked:
             self._block(failure)
         if failure.missing:
-            self._missing(call.digest)
+            self._background(self._telling, self._missing, call.digest)
         more = {"failed_generation": failure.failed_generation} if failure.failed_generation else {}
         self._end(
             call,
@@ -413,19 +371,20 @@ class HostedRunner:
         self._blocked_until = max(self._blocked_until, time.monotonic() + failure.after_s)
         log.warning("the service refuses calls", reason=failure.message, seconds=failure.after_s)
         if failure.limit:
-            self._background(self._org.learn, self._base, "told", dict([failure.limit]))
-        self._background(self._org.block, self._base, failure.after_s * 1000, failure.code)
+            self._background(self._asking, self._org.learn, self._base, "told", dict([failure.limit]))
+        self._background(self._asking, self._org.block, self._base, failure.after_s * 1000, failure.code)  # before we ask again
 
-    def _background(self, what: Callable[..., Any], *args: Any) -> None:
+    @staticmethod
+    def _background(pool: ThreadPoolExecutor, what: Callable[..., Any], *args: Any) -> None:
         def tell() -> None:
             try:
                 what(*args)
             except LorayardError as error:
                 log.warning("not written to the ledger", reason=error.message)
 
-        self._telling.submit(tell)
+        pool.submit(tell)
 
-    def _end(self, call: _Call, **what: Any) -> None:
+    def _end(self, call: Call, **what: Any) -> None:
         self._calls.pop(call.key, None)
         if not call.cancelled:
             self._emit(Outcome(call.batch, call.item.ref, **what))
@@ -480,9 +439,9 @@ class HostedRunner:
         now = time.monotonic()
         while self._granted and self._granted[0][0] < now - _RECENT_S:
             self._granted.popleft()
-        if self._blocked_until - now > HOLD_S:
+        if max(self._blocked_until, self._ask_again) - now > HOLD_S:
             return 0
-        room = max(2 * self._at_once(now), 8, 2 * sum(n for _, n in self._granted))
+        room = max(2 * self._at_once(), 8, 2 * sum(n for _, n in self._granted))
         rpm = self._known.numbers.get("rpm") if self._known else None
         if rpm:
             room = min(room, max(8, rpm // 4))

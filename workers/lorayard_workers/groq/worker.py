@@ -66,9 +66,10 @@ class Hosting:
         found = self.publications.get(digest)
         if found is not None and found.state == "ready":
             return found.model
-        if found is not None and found.state == "refused":
-            raise LorayardError(f"the hosted service does not serve the adapter: {found.error}", code=found.code or "adapter_not_hosted")
-        raise Unavailable("the adapter is not at the hosted service yet", code="adapter_not_hosted")
+        if found is not None and found.state == "wanted":
+            raise Unavailable("the adapter is not at the hosted service yet", code="adapter_not_hosted")
+        why = found.error if found is not None and found.error else "it was taken away"
+        raise LorayardError(f"the hosted service does not have the adapter: {why}", code="adapter_not_hosted")
 
     def fetch(self, digest: str, _: dict[str, Any]) -> str:
         return self.model(digest)
