@@ -274,7 +274,7 @@ def test_stop_strings_work_across_tokens(bench: Callable[..., Bench]) -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"frobnicate": 1}, "frobnicate"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -404,13 +404,14 @@ def test_suspects_run_among_themselves_in_companies_no_larger_than_allowed(
 
 def test_answers_longer_than_the_cells_allow_all_end(bench: Callable[..., Bench]) -> None:
     one = bench(n_ctx=256, prefill_tokens=32)
-    done = one.run("b", None, *(item(str(number), "Tell me a long story.", max_tokens=100, logit_bias={"2": -100}) for number in range(2)))
+    long: dict[str, Any] = {"max_tokens": 100, "logit_bias": {"2": -100}}
+    done = one.run("b", None, *(item(f"{tenant}/1", "Tell me a long story.", **long) for tenant in "ab"))
     assert one.engine.counters.preemptions > 0
     assert len(done) == 2
     for outcome in done.values():
         assert outcome.response is not None
         assert outcome.response["usage"]["completion_tokens"] == 100
-    assert [ref for event in one.events if isinstance(event, Started) for ref in event.refs] == ["0", "1"], "each begins once"
+    assert [ref for event in one.events if isinstance(event, Started) for ref in event.refs] == ["a/1", "b/1"], "each begins once"
 
 
 def test_without_max_tokens_the_room_that_is_left_is_the_limit(bench: Callable[..., Bench]) -> None:

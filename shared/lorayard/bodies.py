@@ -14,10 +14,10 @@ from lorayard.errors import BadRequest
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 _MAX_STOPS = 4
+MAX_CHOICES = 16
 
 # Fields whose given value changes nothing, so that ordinary clients need not be rewritten. Any other field is refused by name.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "stream": (False,),
@@ -45,6 +45,7 @@ class CommonBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     frequency_penalty: _Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
     seed: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     user: str | None = None
 
     @property

@@ -22,6 +22,10 @@ class WorkItem(msgspec.Struct, frozen=True, array_like=True):
     company: int = 0
     due: int = 0  # ms by the ledger's clock
 
+    @property
+    def tenant(self) -> str:
+        return self.ref.rpartition("/")[0]
+
 
 class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
     """An adapter as a local file that the backend can load; for a hosted backend, `path` is the id of the model with it."""

@@ -282,6 +282,18 @@ class Batch:
         self.size = end
         self.outputs += want_logits
 
+    def add_steps(self, sequences: list[int], positions: list[int], tokens: list[int]) -> None:
+        """Append one token of each of these sequences, with logits."""
+        start, end = self.size, self.size + len(tokens)
+        if end > self.capacity:
+            raise ValueError(f"{len(tokens)} tokens do not fit a batch with {self.capacity - start} places left")
+        self._token[start:end] = tokens
+        self._pos[start:end] = positions
+        self._seq[start:end] = sequences
+        self._logits[start:end] = 1
+        self.size = end
+        self.outputs += len(tokens)
+
     def used(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Tokens and sequence ids added so far."""
         return self._token[: self.size], self._seq[: self.size]
@@ -345,6 +357,27 @@ class Context:
             ll.llama_synchronize(self._handle)
             return np.empty((0, self._model.n_vocab), np.float32)
         return np.ctypeslib.as_array(ll.llama_get_logits(self._handle), (batch.outputs, self._model.n_vocab))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let `target`, which is empty, have the first `length` cells of `source` too: nothing is computed, nothing moves."""
+        ll.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def cut(self, seq: int, length: int) -> None:
+        """Let go of all cells of a sequence but its first `length`."""
+        ll.llama_memory_seq_rm(self._memory, seq, length, -1)
+
+    def save(self, seq: int) -> bytes:
+        """What a sequence's cells hold."""
+        size = int(ll.llama_state_seq_get_size(self._handle, seq))
+        buffer = (ctypes.c_uint8 * size)()
+        ll.llama_state_seq_get_data(self._handle, buffer, size, seq)
+        return bytes(buffer)
+
+    def restore(self, seq: int, cells: bytes) -> None:
+        """Give a sequence cells of its own that hold what another had. Raises `LorayardError` when too few are free."""
+        buffer = (ctypes.c_uint8 * len(cells)).from_buffer_copy(cells)
+        if not ll.llama_state_seq_set_data(self._handle, buffer, len(cells), seq):
+            raise LorayardError(f"cells could not be restored: {_complaint()}", code="decode_failed")
 
     def remove(self, seq: int) -> None:
         """Free the cells of a sequence."""

@@ -13,6 +13,7 @@ from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Context, Model
+from lorayard_workers.llama.prefixes import Prefixes
 from lorayard_workers.runner import AdapterFile
 
 Temperature = Literal["hot", "loaded", "disk"]
@@ -21,12 +22,12 @@ S = TypeVar("S")
 
 @dataclass(eq=False)
 class Slot(Generic[S]):
-    """A context with what it is bound to, the sequences that run in it, oldest first, and the sequence ids that are not taken."""
+    """A context with what it is bound to, who holds its cells, and the sequences that run in it, oldest first."""
 
     context: Context
+    prefixes: Prefixes
     digest: str | None = None  # None: bound to nothing yet; BASE_DIGEST: the bare base
     running: list[S] = field(default_factory=list)
-    free_ids: list[int] = field(default_factory=list)
     used_at: int = 0
 
 
@@ -45,10 +46,11 @@ class ContextPool(Generic[S]):
     Each bound slot pins its adapter, so there are never more slots than adapters that may be loaded.
     """
 
-    def __init__(self, model: Model, cache: AdapterCache, settings: Settings, *, n_batch: int) -> None:
+    def __init__(self, model: Model, cache: AdapterCache, settings: Settings, *, width: int, n_batch: int) -> None:
         self._model = model
         self._cache = cache
         self._settings = settings
+        self._width = width
         self._n_batch = n_batch
         self._limit = min(settings.contexts, cache.capacity)
         self.slots: list[Slot[S]] = []
@@ -81,23 +83,30 @@ class ContextPool(Generic[S]):
     def _idle(self) -> Slot[S] | None:
         if len(self.slots) < self._limit:
             s = self._settings
-            context = Context(self._model, n_ctx=s.n_ctx, n_seq_max=s.width, n_batch=self._n_batch)
-            self.slots.append(Slot(context, free_ids=list(range(s.width))))
+            context = Context(self._model, n_ctx=s.n_ctx, n_seq_max=self._width + s.prefixes_kept, n_batch=self._n_batch)
+            budget = round(s.prefix_share * context.n_ctx)
+            prefixes = Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes)
+            self.slots.append(Slot(context, prefixes))
             return self.slots[-1]
         return min((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at, default=None)
 
     def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
         self.unbind(slot)
         if adapter is None:
-            slot.digest = digest  # unbound is the bare base already
+            self._name(slot, digest)  # unbound is the bare base already
             return Switch("loaded")
         temperature: Temperature = "loaded" if digest in self._cache else "disk"
         start = time.perf_counter()
         lora = self._cache.pin(adapter)
         loaded = time.perf_counter()
-        slot.digest = digest
+        self._name(slot, digest)
         slot.context.bind(lora)
         return Switch(temperature, 1000 * (loaded - start) if temperature == "disk" else 0.0, 1000 * (time.perf_counter() - loaded))
+
+    @staticmethod
+    def _name(slot: Slot[S], digest: str) -> None:
+        slot.digest = digest
+        slot.prefixes.bind(digest)
 
     def unbind(self, slot: Slot[S]) -> None:
         """Leave the slot with the bare base and empty KV, and its adapter free to be evicted."""
@@ -105,6 +114,7 @@ class ContextPool(Generic[S]):
         if slot.digest not in (None, BASE_DIGEST):
             self._cache.unpin(slot.digest)
         slot.digest = None
+        slot.prefixes.bind("")
 
     def close(self) -> None:
         for slot in self.slots:

@@ -6,7 +6,7 @@ import codecs
 import json
 from datetime import datetime
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -15,7 +15,7 @@ import msgspec
 
 from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, read_body
 from lorayard.errors import BadRequest, PromptTooLong, SetupError
-from lorayard_workers.llama.sampling import Logprob, SamplingParams
+from lorayard_workers.llama.sampling import Logprob, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from lorayard_workers.llama.bindings import Model
@@ -29,6 +29,21 @@ class Request(msgspec.Struct, frozen=True):
     max_tokens: int
     stops: list[bytes]
     sampling: SamplingParams
+    n: int = 1
+
+    def sampler(self, choice: int) -> Sampler:
+        """Of one of its `n` answers: each has random numbers of its own, and a seed gives the same ones again."""
+        seed = self.sampling.seed
+        return Sampler(self.sampling, None if seed is None else (seed + choice) % 2**64)
+
+
+class Answer(NamedTuple):
+    """One generated answer: UTF-8, why it ended, its tokens, and their log-probabilities where they were asked for."""
+
+    data: bytes
+    finish: str
+    tokens: int
+    logprobs: list[Logprob]
 
 
 class RequestReader:
@@ -54,7 +69,7 @@ class RequestReader:
         elif limit is None:
             limit = 16  # OpenAI's default for completions
         room = self._n_ctx - len(prompt)
-        return Request(endpoint, prompt, min(limit or room, room), fields.stops, self._sampling(fields))
+        return Request(endpoint, prompt, min(limit or room, room), fields.stops, self._sampling(fields), fields.n)
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
@@ -164,29 +179,32 @@ def text_of(data: bytes) -> str:
     return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
-def response(
-    request: Request, answer: bytes, finish: str, completion_tokens: int, logprobs: list[Logprob], pieces: list[bytes]
-) -> dict[str, Any]:
-    """The OpenAI response without `id`, `model` and `created`. `logprobs` are of the tokens that made the answer."""
-    text = text_of(answer)
+def response(request: Request, answers: list[Answer], cached: int, pieces: list[bytes]) -> dict[str, Any]:
+    """The OpenAI response without `id`, `model` and `created`. `cached`: tokens of the prompt that had been computed already."""
     prompt_tokens = len(request.prompt)
+    completion_tokens = sum(answer.tokens for answer in answers)
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
+    choices = [_choice(request, index, answer, pieces) for index, answer in enumerate(answers)]
+    return {"object": "chat.completion" if request.endpoint == CHAT else "text_completion", "choices": choices, "usage": usage}
+
+
+def _choice(request: Request, index: int, answer: Answer, pieces: list[bytes]) -> dict[str, Any]:
     wanted = request.sampling.top_logprobs is not None
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
+    choice: dict[str, Any] = {"index": index, "finish_reason": answer.finish, "logprobs": None}
     if request.endpoint == CHAT:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        choice["message"] = {"role": "assistant", "content": text_of(answer.data), "refusal": None}
         if wanted:
-            choice["logprobs"] = {"content": [_chat_logprob(entry, pieces) for entry in logprobs], "refusal": None}
-        return {"object": "chat.completion", "choices": [choice], "usage": usage}
-    choice["text"] = text
+            choice["logprobs"] = {"content": [_chat_logprob(entry, pieces) for entry in answer.logprobs], "refusal": None}
+        return choice
+    choice["text"] = text_of(answer.data)
     if wanted:
-        choice["logprobs"] = _completion_logprobs(logprobs, pieces)
-    return {"object": "text_completion", "choices": [choice], "usage": usage}
+        choice["logprobs"] = _completion_logprobs(answer.logprobs, pieces)
+    return choice
 
 
 def _named(token: int, logprob: float, pieces: list[bytes]) -> dict[str, Any]:
