@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     prefixes_kept: int = Field(16, ge=0, le=56)  # beginnings of prompts kept in a context while its adapter is hot
     prefix_share: float = Field(0.25, ge=0, le=0.9)  # part of a context's cells that they may hold
     contexts: int = Field(2, ge=1)
-    adapters_loaded: int = Field(16, ge=1)
+    adapters_loaded: int = Field(32, ge=1)  # in memory, ready to be computed with
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
     threads: int | None = Field(None, ge=1)  # None: all cores
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import os
 import sys
 from collections import deque
@@ -17,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp as ll
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +25,6 @@ from lorayard.errors import AdapterRejected, LorayardError, SetupError
 
 _MiB = 1024 * 1024
 _LOG_ERROR, _LOG_CONTINUED = 3, 5
-_LORA_TYPES = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16}
 FILE_TYPES = {"Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "F16": ll.LLAMA_FTYPE_MOSTLY_F16}
 
 _said: deque[str] = deque(maxlen=4)  # llama.cpp's last complaints: the reason why a call returned NULL
@@ -52,6 +49,24 @@ def _make_log() -> Any:
 _log = _make_log()  # referenced for ever: llama.cpp keeps the pointer
 ll.llama_log_set(_log, ctypes.c_void_p(0))
 ll.llama_backend_init()
+
+
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of llama.cpp's libraries that llama_cpp has no name for; None where this build has none."""
+    found = getattr(ll.llama_cpp._lib, name, None)
+    if found is not None:
+        found.restype, found.argtypes = result, arguments
+    return found
+
+
+_ggml_get_name = _function("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+_ggml_nbytes = _function("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)
+_ggml_set = _function("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+# llama_model::get_tensor(const char *) const, and llama_adapter_lora::get_weight(ggml_tensor *), which returns a pair of pointers
+_find_tensor = _function("_ZNK11llama_model10get_tensorEPKc", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+_find_pair = _function(
+    "_ZN18llama_adapter_lora10get_weightEP11ggml_tensor", ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_void_p
+)
 
 
 def _complaint() -> str:
@@ -112,8 +127,8 @@ class Model:
             raise SetupError(f"{path}: llama.cpp cannot load this model: {_complaint()}")
         if not ll.llama_model_has_decoder(self._handle) or ll.llama_model_has_encoder(self._handle):
             raise SetupError(f"{path}: not a decoder-only language model; set LORAYARD_MODEL to one")
-        self._vocab = ll.llama_model_get_vocab(self._handle)
-        self.n_vocab = int(ll.llama_vocab_n_tokens(self._vocab))
+        self.vocab = ll.llama_model_get_vocab(self._handle)
+        self.n_vocab = int(ll.llama_vocab_n_tokens(self.vocab))
         self.n_ctx_train = int(ll.llama_model_n_ctx_train(self._handle))
 
     def close(self) -> None:
@@ -147,24 +162,24 @@ class Model:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a generation."""
-        return frozenset(token for token in range(self.n_vocab) if ll.llama_vocab_is_eog(self._vocab, token))
+        return frozenset(token for token in range(self.n_vocab) if ll.llama_vocab_is_eog(self.vocab, token))
 
     @cached_property
     def bos(self) -> int | None:
         """The token every prompt begins with, if the model wants one."""
-        token = int(ll.llama_vocab_bos(self._vocab))
-        return token if token >= 0 and ll.llama_vocab_get_add_bos(self._vocab) else None
+        token = int(ll.llama_vocab_bos(self.vocab))
+        return token if token >= 0 and ll.llama_vocab_get_add_bos(self.vocab) else None
 
     def special_text(self, kind: str) -> str:
         """Text of the `bos` or `eos` token, for chat templates; empty where the model has none."""
-        token = int((ll.llama_vocab_bos if kind == "bos" else ll.llama_vocab_eos)(self._vocab))
+        token = int((ll.llama_vocab_bos if kind == "bos" else ll.llama_vocab_eos)(self.vocab))
         return self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def _piece(self, token: int, *, special: bool) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            written = int(ll.llama_token_to_piece(self._vocab, token, buffer, size, 0, special))
+            written = int(ll.llama_token_to_piece(self.vocab, token, buffer, size, 0, special))
             if written >= 0:
                 return buffer.raw[:written]
             size = -written
@@ -173,7 +188,7 @@ class Model:
         """Tokens of UTF-8 text, begun with BOS where the model wants it; the text of special tokens becomes those tokens."""
         room = len(text) + 8
         buffer = (ll.llama_token * room)()
-        count = int(ll.llama_tokenize(self._vocab, text, len(text), buffer, room, False, True))
+        count = int(ll.llama_tokenize(self.vocab, text, len(text), buffer, room, False, True))
         if count < 0:
             raise LorayardError("the text could not be tokenized", code="tokenize_failed")
         tokens = list(buffer[:count])
@@ -195,55 +210,49 @@ class Model:
                 yield buffer.value.decode("utf-8", "replace")
 
 
-class LoraAdapter:
-    """A LoRA adapter loaded beside a model's weights. Load and free between decode calls, on the decoding thread.
+class Tensor:
+    """A tensor of llama.cpp's, wherever its numbers lie."""
 
-    Raises `AdapterRejected` when the file is broken or made for another base, `LorayardError` (`adapter_missing`) when it cannot be read.
+    def __init__(self, pointer: int) -> None:
+        self._pointer = ctypes.c_void_p(pointer)
+        self.name = _ggml_get_name(self._pointer).decode("utf-8", "replace")
+        self.n_bytes = int(_ggml_nbytes(self._pointer))
+
+    def write(self, data: NDArray[Any]) -> None:
+        """Overwrite all of it with an array of the same size."""
+        if data.nbytes != self.n_bytes or not data.flags.c_contiguous:
+            raise ValueError(f"{self.name}: {data.nbytes} bytes for {self.n_bytes}")
+        _ggml_set(self._pointer, data.ctypes.data, 0, data.nbytes)
+
+
+class LoraAdapter:
+    """A LoRA adapter of a checked file, loaded beside a model's weights. Load and free between decode calls, on the decoding thread.
+
+    Raises `AdapterRejected` when it was made for another base.
     """
 
     def __init__(self, model: Model, path: Path) -> None:
-        _check_adapter(path)
         _said.clear()
+        self._model = model
         self.handle = ll.llama_adapter_lora_init(model._handle, os.fsencode(path))
         if not self.handle:
             raise AdapterRejected(f"llama.cpp cannot load the adapter: {_complaint()}")
+
+    def tensors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A and B that are added to this weight of the model; None where there are none, or this build does not tell."""
+        if _find_tensor is None or _find_pair is None:
+            return None
+        weight = _find_tensor(self._model._handle, name.encode())
+        pair = _find_pair(self.handle, weight) if weight else None
+        if not pair or not pair[0] or not pair[1]:
+            return None
+        return Tensor(pair[0]), Tensor(pair[1])
 
     def free(self) -> None:
         """No context may be bound to it."""
         if self.handle:
             ll.llama_adapter_lora_free(self.handle)
             self.handle = None
-
-
-def _check_adapter(path: Path) -> None:
-    """Refuse what llama.cpp would assert on or compute wrongly: types of metadata and weights, and shapes."""
-    if not os.access(path, os.R_OK):
-        raise LorayardError(f"the adapter's file {path.name} is not there", code="adapter_missing")
-    try:
-        reader = gguf.GGUFReader(path)
-        alpha = reader.fields.get("adapter.lora.alpha")
-        texts = {name: reader.fields[name] for name in ("general.architecture", "general.type", "adapter.type")}
-    except Exception as error:  # the reader meets arbitrary bytes, and raises whatever they lead to
-        raise AdapterRejected(f"not a LoRA adapter in GGUF form: {type(error).__name__}: {error}") from None
-    if any(field.types != [gguf.GGUFValueType.STRING] for field in texts.values()):
-        raise AdapterRejected("the adapter's metadata has wrong types")
-    if alpha is not None and (alpha.types != [gguf.GGUFValueType.FLOAT32] or not math.isfinite(alpha.contents())):
-        raise AdapterRejected("adapter.lora.alpha must be a finite float32")
-    if any("alora" in name for name in reader.fields):
-        raise AdapterRejected("activated LoRA (invocation tokens) is not supported")
-    if not reader.tensors:
-        raise AdapterRejected("the adapter has no weights")
-    ranks: dict[str, set[int]] = {}
-    for tensor in reader.tensors:
-        stem, _, side = tensor.name.rpartition(".")
-        if side not in ("lora_a", "lora_b") or tensor.tensor_type not in _LORA_TYPES or len(tensor.shape) != 2 or not tensor.n_elements:
-            raise AdapterRejected(f"{tensor.name}: expected a non-empty float matrix named *.lora_a or *.lora_b")
-        # GGUF order: A is (n_in, rank), B is (rank, n_out); of the token embedding A and B are (rank, n) both
-        flipped = stem.startswith("token_embd.") or side == "lora_b"
-        ranks.setdefault(stem, set()).add(int(tensor.shape[0 if flipped else 1]))
-    bad = next((stem for stem, sizes in ranks.items() if len(sizes) != 1), None)
-    if bad:
-        raise AdapterRejected(f"{bad}: the ranks of lora_a and lora_b differ")
 
 
 class Batch:

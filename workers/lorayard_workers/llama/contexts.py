@@ -1,6 +1,7 @@
 """The contexts of a worker: each bound to one adapter at a time, all on the same weights.
 
-Going back to an adapter whose context is still bound to it costs nothing; binding another re-reserves the graph and loses the KV.
+Going back to an adapter whose context is still bound to it costs nothing. Binding another writes its weights over the last one's
+(`berths.py`) and loses the KV.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Generic, Literal, TypeVar
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
+from lorayard_workers.llama.berths import Berth
 from lorayard_workers.llama.bindings import Context, Model
 from lorayard_workers.llama.prefixes import Prefixes
+from lorayard_workers.llama.weights import Weights
 from lorayard_workers.runner import AdapterFile
 
 Temperature = Literal["hot", "loaded", "disk"]
@@ -26,6 +29,7 @@ class Slot(Generic[S]):
 
     context: Context
     prefixes: Prefixes
+    berth: Berth | None = None  # of this context alone
     digest: str | None = None  # None: bound to nothing yet; BASE_DIGEST: the bare base
     running: list[S] = field(default_factory=list)
     used_at: int = 0
@@ -33,7 +37,7 @@ class Slot(Generic[S]):
 
 @dataclass(frozen=True)
 class Switch:
-    """What it took to make a slot ready for an adapter. `bind_ms` is the call; the next decode also re-reserves its graph."""
+    """What it took to make a slot ready for an adapter: reading its file, where it was not in memory, and binding it."""
 
     temperature: Temperature
     load_ms: float = 0.0
@@ -91,26 +95,46 @@ class ContextPool(Generic[S]):
         return min((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at, default=None)
 
     def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
-        self.unbind(slot)
+        self._release(slot)
         if adapter is None:
-            self._name(slot, digest)  # unbound is the bare base already
+            slot.context.bind(None)
+            self._name(slot, digest)
             return Switch("loaded")
         temperature: Temperature = "loaded" if digest in self._cache else "disk"
         start = time.perf_counter()
-        lora = self._cache.pin(adapter)
+        weights = self._cache.pin(adapter)
         loaded = time.perf_counter()
+        try:
+            self._put(slot, weights)
+        except BaseException:
+            self._cache.unpin(digest)
+            raise
         self._name(slot, digest)
-        slot.context.bind(lora)
         return Switch(temperature, 1000 * (loaded - start) if temperature == "disk" else 0.0, 1000 * (time.perf_counter() - loaded))
+
+    def _put(self, slot: Slot[S], weights: Weights) -> None:
+        if slot.berth is not None and slot.berth.takes(weights):
+            slot.berth.fill(weights)
+        else:
+            self._clear_berth(slot)
+            slot.berth = Berth(self._model, weights)
+        slot.context.bind(slot.berth.adapter)
+
+    @staticmethod
+    def _clear_berth(slot: Slot[S]) -> None:
+        slot.context.bind(None)
+        if slot.berth is not None:
+            slot.berth.free()
+            slot.berth = None
 
     @staticmethod
     def _name(slot: Slot[S], digest: str) -> None:
         slot.digest = digest
         slot.prefixes.bind(digest)
 
-    def unbind(self, slot: Slot[S]) -> None:
-        """Leave the slot with the bare base and empty KV, and its adapter free to be evicted."""
-        slot.context.bind(None)
+    def _release(self, slot: Slot[S]) -> None:
+        """Leave the slot with empty KV and bound to nothing that anybody may use, and its adapter free to be evicted."""
+        slot.context.clear()
         if slot.digest not in (None, BASE_DIGEST):
             self._cache.unpin(slot.digest)
         slot.digest = None
@@ -118,6 +142,7 @@ class ContextPool(Generic[S]):
 
     def close(self) -> None:
         for slot in self.slots:
-            self.unbind(slot)
+            self._release(slot)
+            self._clear_berth(slot)
             slot.context.close()
         self.slots.clear()

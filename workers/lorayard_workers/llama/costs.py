@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorayard_workers.llama.bindings import Batch, Context, Model
 
@@ -22,7 +22,7 @@ class Costs:
 
     prefill_tokens_per_s: float = 0.0
     step_ms: dict[int, float] = field(default_factory=dict)
-    switch_ms: dict[str, float] = field(default_factory=dict)
+    switch_ms: dict[str, float] = field(default_factory=lambda: {"hot": 0.0})
 
     def saw_step(self, rows: int, prefill: int, ms: float) -> None:
         """A decode call of `rows` decoding sequences and `prefill` tokens of prompts took so long."""
@@ -36,7 +36,7 @@ class Costs:
     def saw_switch(self, temperature: str, ms: float) -> None:
         self.switch_ms[temperature] = _learnt(self.switch_ms.get(temperature), ms)
 
-    def document(self) -> dict[str, float | Mapping[str, float]]:
+    def document(self) -> dict[str, Any]:
         """As the scheduler reads it."""
         return {
             "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),

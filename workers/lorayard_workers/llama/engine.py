@@ -11,6 +11,7 @@ oldest always goes on, so all end.
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections import deque
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Engine:
         self._settings = settings
         self.costs = Costs() if settings.width else measure(model, n_ctx=settings.n_ctx, widest=_WIDEST)
         self.width = settings.width or knee(self.costs)
-        self.cache = AdapterCache(model, settings.adapters_loaded)
+        self.cache = AdapterCache(settings.adapters_loaded)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
         self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self.width, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
@@ -78,6 +79,7 @@ class Engine:
         self._share = settings.n_ctx // self.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
+        self._planned: list[str] = []
         self._turn = 0
         self.counters = Counters()
         self._told: tuple[float, list[str], list[str]] = (0.0, [], [])  # when, hot, loaded
@@ -94,7 +96,7 @@ class Engine:
             reading(item.ref)
             try:
                 request = self.reader.read(item.endpoint, bytes(item.request))
-                queued.waiting += Sequence.of(work.batch, work.adapter, item, request)
+                queued.waiting += Sequence.of(work.batch, work.adapter, item, request, self._model)
             except LorayardError as error:
                 queued.refused.append(_failure(work.batch, item.ref, error))
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
@@ -208,10 +210,21 @@ class Engine:
                 continue
             if acquired is None:
                 break
-            self._start(work, *acquired)
+            slot, switch = acquired
+            if switch.temperature != "hot":
+                self.costs.saw_switch(switch.temperature, switch.load_ms + switch.bind_ms)
+            self._start(work, slot, switch)
             if work.waiting:
                 blocked.add(work.digest)
         self._works = deque(work for work in self._works if work.waiting)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Tell the cache what is wanted next, so that the adapter on deck is in memory when its turn comes."""
+        wanted = {work.digest: work.adapter for work in itertools.islice(self._works, self.cache.capacity) if work.adapter}
+        if list(wanted) != self._planned:
+            self._planned = list(wanted)
+            self.cache.plan([file for file in wanted.values() if file])
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a place is left beside what runs. Jobs suspected of having killed a process share the engine with such jobs only."""
@@ -342,7 +355,7 @@ class Engine:
             self._told = (now_ms(), hot, loaded)
             counters = asdict(self.counters) | {"adapter_loads": self.cache.loads, "adapter_evictions": self.cache.evictions}
             counters |= {"active": len(self.active), "waiting": sum(len(work.waiting) for work in self._works)}
-            self._emit(Progress(self.counters.steps, hot, loaded, counters))
+            self._emit(Progress(self.counters.steps, hot, loaded, counters, self.costs.document()))
 
 
 def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:

@@ -364,7 +364,7 @@ def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[byt
     engine = Engine(model, settings, emit)
     engine.probe()
     base = msgspec.to_builtins(model.base(hello.names))
-    emit(Ready(base, engine.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid()))
+    emit(Ready(base, engine.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid(), engine.costs.document()))
 
     threading.Thread(target=_prepare, args=(engine, inbox, emit), daemon=True).start()
     while True:

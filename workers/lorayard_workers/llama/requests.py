@@ -15,7 +15,9 @@ import msgspec
 
 from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, read_body
 from lorayard.errors import BadRequest, PromptTooLong, SetupError
+from lorayard_workers.llama.grammar import Grammar, json_grammar
 from lorayard_workers.llama.sampling import Logprob, Sampler, SamplingParams
+from lorayard_workers.llama.tools import tool_calls
 
 if TYPE_CHECKING:
     from lorayard_workers.llama.bindings import Model
@@ -30,11 +32,13 @@ class Request(msgspec.Struct, frozen=True):
     stops: list[bytes]
     sampling: SamplingParams
     n: int = 1
+    tools: bool = False  # calls of tools are looked for in the answer
 
-    def sampler(self, choice: int) -> Sampler:
+    def sampler(self, choice: int, model: Model) -> Sampler:
         """Of one of its `n` answers: each has random numbers of its own, and a seed gives the same ones again."""
-        seed = self.sampling.seed
-        return Sampler(self.sampling, None if seed is None else (seed + choice) % 2**64)
+        seed, grammar = self.sampling.seed, self.sampling.grammar
+        constraint = Grammar(model, grammar) if grammar is not None else None
+        return Sampler(self.sampling, None if seed is None else (seed + choice) % 2**64, constraint)
 
 
 class Answer(NamedTuple):
@@ -69,7 +73,15 @@ class RequestReader:
         elif limit is None:
             limit = 16  # OpenAI's default for completions
         room = self._n_ctx - len(prompt)
-        return Request(endpoint, prompt, min(limit or room, room), fields.stops, self._sampling(fields), fields.n)
+        return Request(
+            endpoint,
+            prompt,
+            min(limit or room, room),
+            fields.stops,
+            self._sampling(fields),
+            fields.n,
+            isinstance(fields, ChatBody) and bool(fields.tools),
+        )
 
     def _too_long(self, count: str) -> PromptTooLong:
         return PromptTooLong(
@@ -92,9 +104,13 @@ class RequestReader:
         if self._template is None:
             raise BadRequest(f"this model has no chat template: use {COMPLETION}", param="messages")
         messages = [message.plain for message in fields.messages]
+        tools = [msgspec.to_builtins(tool) for tool in fields.tools]
+        if tools and "tools" not in (self._model.chat_template or ""):
+            raise BadRequest("tools: this model's chat template knows no tools; describe them in a message", param="tools")
         try:
             text = self._template.render(
                 messages=messages,
+                tools=tools or None,
                 add_generation_prompt=True,
                 bos_token=self._model.special_text("bos"),
                 eos_token=self._model.special_text("eos"),
@@ -128,7 +144,12 @@ class RequestReader:
             if not (token.isascii() and token.isdecimal() and int(token) < self._model.n_vocab):
                 raise BadRequest(f"logit_bias: {token[:40]!r} is no token id of this model", param="logit_bias")
             bias[int(token)] = value
+        wanted = fields.response_format
+        grammar = None
+        if wanted is not None and wanted.type != "text":
+            grammar = json_grammar(None if wanted.json_schema is msgspec.UNSET else wanted.json_schema.schema)
         return SamplingParams(
+            grammar=grammar,
             temperature=fields.temperature,
             top_p=fields.top_p,
             top_k=fields.top_k,
@@ -197,7 +218,11 @@ def _choice(request: Request, index: int, answer: Answer, pieces: list[bytes]) -
     wanted = request.sampling.top_logprobs is not None
     choice: dict[str, Any] = {"index": index, "finish_reason": answer.finish, "logprobs": None}
     if request.endpoint == CHAT:
-        choice["message"] = {"role": "assistant", "content": text_of(answer.data), "refusal": None}
+        text, calls = tool_calls(text_of(answer.data)) if request.tools else (text_of(answer.data), [])
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            choice["message"] |= {"content": text or None, "tool_calls": calls}
+            choice["finish_reason"] = "tool_calls" if answer.finish == "stop" else answer.finish
         if wanted:
             choice["logprobs"] = {"content": [_chat_logprob(entry, pieces) for entry in answer.logprobs], "refusal": None}
         return choice

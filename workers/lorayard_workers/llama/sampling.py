@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,17 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
     top_logprobs: int | None = None  # None: no log-probabilities; 0: only the chosen token's
+    grammar: str | None = None  # that the answer must fit
 
     @property
     def plain(self) -> bool:
         """The answer is the highest logit, with nothing added to any."""
-        return self.temperature == 0 and not self.adjusts
+        return self.temperature == 0 and not self.adjusts and self.grammar is None
 
     @property
     def whole(self) -> bool:
         """Drawn from all tokens in the proportions the model gives, at some temperature."""
-        return self.temperature > 0 and self.top_p == 1 and not (self.top_k or self.min_p or self.adjusts)
+        return self.temperature > 0 and self.top_p == 1 and not (self.top_k or self.min_p or self.adjusts or self.grammar)
 
     @property
     def adjusts(self) -> bool:
@@ -53,10 +54,21 @@ class Logprob:
     top: list[tuple[int, float]]
 
 
-class Sampler:
-    """One job's sampling: its parameters, its own random numbers, and what it has generated."""
+class Constraint(Protocol):
+    """What an answer must fit (`grammar.Grammar`)."""
 
-    def __init__(self, params: SamplingParams, seed: int | None = None) -> None:
+    def allows(self, token: int) -> bool: ...
+
+    def masked(self, row: Row) -> Row: ...
+
+    def accept(self, token: int) -> None: ...
+
+
+class Sampler:
+    """One answer's sampling: its parameters, its own random numbers, what it has generated and what it must fit."""
+
+    def __init__(self, params: SamplingParams, seed: int | None = None, constraint: Constraint | None = None) -> None:
+        self._constraint = constraint
         self.params = params
         self.plain, self.whole = params.plain, params.whole
         self.random = np.random.default_rng(params.seed if seed is None else seed)
@@ -73,12 +85,23 @@ class Sampler:
         return row
 
     def choose(self, row: Row) -> int:
-        """The next token from its logits (n_vocab,)."""
-        p = self.params
-        row = self._adjusted(row) if p.adjusts else row
-        if p.temperature == 0:
+        """The next token from its logits (n_vocab,).
+
+        One that the constraint does not allow is drawn again among those that it does: the result is distributed as if only those had
+        been there, and looking at all of them is seldom needed.
+        """
+        row = self._adjusted(row) if self.params.adjusts else row
+        token = self._draw(row)
+        if self._constraint is not None:
+            if not self._constraint.allows(token):
+                token = self._draw(self._constraint.masked(row))
+            self._constraint.accept(token)
+        return token
+
+    def _draw(self, row: Row) -> int:
+        if self.params.temperature == 0:
             return int(row.argmax())
-        tokens, weights = _candidates(row, p)
+        tokens, weights = _candidates(row, self.params)
         return int(tokens[_drawn(weights, self.random.random())])
 
     def record(self, token: int, row: Row) -> None:

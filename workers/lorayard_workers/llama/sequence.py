@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import Slot, Switch
 from lorayard_workers.llama.prefixes import Strand
 from lorayard_workers.llama.requests import Answer, Request, response
@@ -29,11 +30,10 @@ class Sequence:
     adapter: AdapterFile | None
     item: WorkItem
     request: Request
+    sampler: Sampler
     received_ms: float
-    choice: int = 0
     company: int = field(init=False)  # as in WorkItem
     tokens: list[int] = field(init=False)
-    sampler: Sampler = field(init=False)
     choices: list[Sequence] = field(default_factory=list)
     slot: Slot[Sequence] | None = None
     strand: Strand | None = None
@@ -48,13 +48,12 @@ class Sequence:
     def __post_init__(self) -> None:
         self.company = self.item.company
         self.tokens = list(self.request.prompt)
-        self.sampler = self.request.sampler(self.choice)
 
     @classmethod
-    def of(cls, batch: str, adapter: AdapterFile | None, item: WorkItem, request: Request) -> list[Sequence]:
-        """All sequences of one job."""
+    def of(cls, batch: str, adapter: AdapterFile | None, item: WorkItem, request: Request, model: Model) -> list[Sequence]:
+        """All sequences of one job. Raises `BadRequest` for a grammar that cannot be."""
         received = now_ms()
-        made = [cls(batch, adapter, item, request, received, choice) for choice in range(request.n)]
+        made = [cls(batch, adapter, item, request, request.sampler(choice, model), received) for choice in range(request.n)]
         for sequence in made:
             sequence.choices = made
         return made
