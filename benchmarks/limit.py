@@ -1,8 +1,8 @@
 """What a bare loop needs for a workload: nothing but `llama_decode`, with the adapter on and all batches known beforehand.
 
-Per group of jobs of one adapter: the tokens of its prompts that are not shared, at the rate of full prompt batches, and the decode steps of
-the best schedule (longest first, places filled at once) at the rate of the width that the group has at that step. The rates are measured
-here, in the same process, with this workload's own prompts: no queue, no sampling, no adapter is loaded or switched, nothing is answered.
+Per group of jobs of one adapter: the tokens of its prompts that are not shared, in batches as full as the group can fill, and the decode
+steps of the best schedule (longest first, places filled at once), each at the rate of its size. The rates are measured here, in the same
+process, with this workload's own prompts: no queue, no sampling, no adapter is loaded or switched, nothing is answered.
 """
 
 from __future__ import annotations
@@ -21,15 +21,23 @@ from lorayard_workers.llama.bindings import Batch, Context, LoraAdapter, Model
 Prompts = list[list[int]]
 CHUNK = 512
 _REPEATS = 5
+_SIZES = (16, 32, 64, 128, 256, CHUNK)
 _WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass
 class Rates:
-    """Bare rates with the adapter on: prompt tokens a second, milliseconds a decode step by width."""
+    """Bare rates with the adapter on: milliseconds of a batch of prompts by its tokens, and of a decode step by its width."""
 
-    prefill_tokens_per_s: float
+    prompt_ms: dict[int, float]
     step_ms: dict[int, float]
+
+    def prompts(self, tokens: int) -> float:
+        """Milliseconds of so many tokens of prompts."""
+        known = sorted(self.prompt_ms)
+        full, rest = divmod(tokens, CHUNK)
+        last = float(np.interp(rest, [0, *known], [0.0, *(self.prompt_ms[size] for size in known)])) if rest else 0.0
+        return full * self.prompt_ms[CHUNK] + last
 
     def step(self, width: int) -> float:
         """Milliseconds of a step of this width, between those measured."""
@@ -63,12 +71,11 @@ def schedule(lengths: Iterable[int], width: int) -> list[int]:
 
 
 def seconds(groups: Iterable[tuple[Prompts, list[int]]], rates: Rates, width: int) -> float:
-    """The limit of a workload: prompts and numbers of generated tokens of each group."""
+    """The limit of a workload in seconds: prompts and numbers of generated tokens of each group."""
     total, width = 0.0, min(width, max(rates.step_ms))
     for prompts, lengths in groups:
-        total += unique_tokens(prompts) / rates.prefill_tokens_per_s
-        total += sum(map(rates.step, schedule(lengths, width))) / 1000
-    return total
+        total += rates.prompts(unique_tokens(prompts)) + sum(map(rates.step, schedule(lengths, width)))
+    return total / 1000
 
 
 def measure(model: Model, adapter: Path, prompts: Prompts, tokens_out: int, *, width: int, n_ctx: int) -> Rates:
@@ -86,11 +93,11 @@ def measure(model: Model, adapter: Path, prompts: Prompts, tokens_out: int, *, w
         context.bind(lora)
         _compute(context, batch, [(0, 0, prompts[0][:CHUNK])])  # reserves the graph
         context.clear()
-        took = _fill(context, batch, prompts[: len(depths)], shared)
-        counted = shared + sum(len(prompt) - shared for prompt in prompts[: len(depths)])
+        prompt_ms = {size: 1000 * _prompt_s(context, batch, prompts, size) for size in _SIZES}
+        _fill(context, batch, prompts[: len(depths)], shared)
         _compute(context, batch, [(seq, len(prompts[seq]), [0] * (depth - len(prompts[seq]))) for seq, depth in enumerate(depths)])
         widths = [w for w in _WIDTHS if w < len(depths)] + [len(depths)]
-        return Rates(counted / took, {count: 1000 * _step_s(context, batch, depths[:count]) for count in widths})
+        return Rates(prompt_ms, {count: 1000 * _step_s(context, batch, depths[:count]) for count in widths})
     finally:
         batch.free()
         context.close()
@@ -102,13 +109,28 @@ def _common(prompts: Prompts) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)) - 1)
 
 
-def _fill(context: Context, batch: Batch, prompts: Prompts, shared: int) -> float:
-    """Compute the prompts, what they share once; returns the seconds of the decode calls."""
+def _prompt_s(context: Context, batch: Batch, prompts: Prompts, size: int) -> float:
+    """Median seconds of a batch of so many tokens of prompts; of a longer prompt, one in its middle."""
+    taken = []
+    typical = sorted(prompts, key=len)[len(prompts) // 2]
+    start = (len(typical) - size) // 2 if len(typical) > size else 0
+    tokens = (typical * (1 + size // len(typical)))[start : start + size]
+    for _ in range(3):
+        context.clear()
+        _compute(context, batch, [(0, 0, typical[:start])])
+        taken.append(_compute(context, batch, [(0, start, tokens)]))
+    context.clear()
+    return statistics.median(taken)
+
+
+def _fill(context: Context, batch: Batch, prompts: Prompts, shared: int) -> None:
+    """Compute the prompts, what they share once."""
     keeper = len(prompts)
-    took = _compute(context, batch, [(keeper, 0, prompts[0][:shared])])
-    for seq in range(len(prompts) if shared else 0):
-        context.copy(keeper, seq, shared)
-    return took + _compute(context, batch, [(seq, shared, prompt[shared:]) for seq, prompt in enumerate(prompts)])
+    if shared:
+        _compute(context, batch, [(keeper, 0, prompts[0][:shared])])
+        for seq in range(len(prompts)):
+            context.copy(keeper, seq, shared)
+    _compute(context, batch, [(seq, shared, prompt[shared:]) for seq, prompt in enumerate(prompts)])
 
 
 def _compute(context: Context, batch: Batch, pieces: list[tuple[int, int, list[int]]]) -> float:

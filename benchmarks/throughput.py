@@ -34,6 +34,7 @@ from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.process import SPINS, resolve_model
+from lorayard_workers.llama.requests import Request
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Work, WorkItem
 
 COLUMNS = ("engine", "fleet", "server", "naive")
@@ -47,7 +48,7 @@ class Bench:
         self.settings = settings
         self.folder = folder
         self.path = resolve_model(settings)
-        self.model = Model(self.path, threads=settings.threads, n_gpu_layers=settings.n_gpu_layers)
+        self.model = Model(self.path, settings)
         self.base: BaseModel = self.model.base([])
         self.maker = Maker(folder / "adapters", self.base, n_ctx=self.model.n_ctx_train, quick=quick)
         self.metrics: dict[str, Any] = {}
@@ -116,7 +117,7 @@ class EngineRun:
         """Prompts of each group in tokens, and places for the lengths of their answers."""
         for adapter, jobs in workload.groups.items():
             requests = [self.engine.reader.read(job.endpoint, msgspec.json.encode(job.request)) for job in jobs]
-            self._groups[adapter] = ([request.prompt for request in requests], [])
+            self._groups[adapter] = ([request.prompt for request in requests if isinstance(request, Request)], [])
         return self._groups
 
     def all(self, workload: Workload) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -296,7 +297,7 @@ def test_what_changes_nothing_is_accepted(bench: Callable[..., Bench]) -> None:
 
 def test_a_bad_request_does_not_touch_its_batch_mates(bench: Callable[..., Bench]) -> None:
     one = bench()
-    done = one.run("b", None, item("1", "Say hello."), item("2", "x", tools=[1]), item("3", "x", endpoint="/v1/embeddings"))
+    done = one.run("b", None, item("1", "Say hello."), item("2", "x", tools=[1]), item("3", "x", endpoint="/v1/other"))
     assert text(done["1"])
     assert [done[ref].error is None for ref in "123"] == [True, False, False]
 
@@ -410,3 +411,29 @@ def test_the_endpoint_is_the_one_asked_for(bench: Callable[..., Bench]) -> None:
     assert outcome.response is not None
     assert outcome.response["object"] == "chat.completion"
     assert not {"id", "model", "created"} & outcome.response.keys()
+
+
+def test_embeddings_are_of_length_one_and_near_for_what_is_alike(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
+    one = bench()
+    texts = ["The cat sat on the mat.", "A cat is sitting on a mat.", "Interest rates rose by half a point in June."]
+    asked: dict[str, Any] = {"messages": None, "max_tokens": None, "temperature": None, "endpoint": "/v1/embeddings"}
+    items = [item("all", "", input=texts, **asked), item("one", "", input=texts[0], encoding_format="base64", **asked)]
+    one.engine.submit(work("story", None, item("story", "Tell me a story.", max_tokens=5)))
+    done = one.run("b", None, *items, item("long", "", input="word " * 3000, **asked))
+    assert text(done["story"])
+    document = done["all"].response
+    assert document is not None
+    vectors = np.array([row["embedding"] for row in document["data"]])
+    assert vectors.shape == (3, 576)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    near, far = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+    assert near > far
+    assert done["one"].response is not None
+    packed = np.frombuffer(base64.b64decode(done["one"].response["data"][0]["embedding"]), "<f4")
+    assert np.allclose(packed, vectors[0], atol=1e-5)
+    assert document["usage"]["prompt_tokens"] == document["usage"]["total_tokens"] > 20
+    assert done["long"].error is not None
+    assert done["long"].error["param"] == "input"
+    refused = one.run("c", adapters[0], item("adapter", "", input="x", **asked))["adapter"].error
+    assert refused is not None
+    assert refused["param"] == "adapter"

@@ -16,7 +16,7 @@ from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.grammar import Grammar, json_grammar
-from lorayard_workers.llama.requests import Answer, RequestReader, response
+from lorayard_workers.llama.requests import Answer, Request, RequestReader, response
 from lorayard_workers.llama.sampling import Sampler, SamplingParams, sample
 from lorayard_workers.llama.tools import tool_calls
 from lorayard_workers.runner import Event, Outcome, WorkItem
@@ -111,6 +111,7 @@ def test_tools_are_shown_by_the_template(model: Model, monkeypatch: pytest.Monke
         {"role": "tool", "tool_call_id": "call_1", "content": "fine"},
     ]
     request = reader.read(CHAT, json.dumps({"messages": messages, "tools": [TOOL]}).encode())
+    assert isinstance(request, Request)
     prompt = b"".join(model.pieces[token] for token in request.prompt).decode()
     assert prompt.startswith('[weather {"type": "object", "properties": {"city": {"type": "string"}}}]<user>How is')
     assert "<assistant>(weather Rome)<tool>fine<assistant>" in prompt

@@ -12,7 +12,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from lorayard.errors import BadRequest
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _MAX_STOPS = 4
 MAX_CHOICES = 16
 
@@ -149,14 +149,34 @@ class CompletionBody(CommonBody):
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
-Body = ChatBody | CompletionBody
+class EmbeddingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Of `/v1/embeddings`: one text or many, each as text or token ids."""
+
+    input: str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """Each input by itself. Raises `BadRequest`."""
+        if isinstance(self.input, str):
+            return [self.input]
+        ids = [part for part in self.input if isinstance(part, int)]
+        others = [part for part in self.input if not isinstance(part, int)]
+        if ids and others:
+            raise BadRequest("input: give texts, lists of token ids, or one list of token ids", param="input")
+        return [ids] if ids else others
+
+
+Body = ChatBody | CompletionBody | EmbeddingBody
 
 
 def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
     """Check a decoded body. Raises `BadRequest` that names the field at fault."""
-    if endpoint not in (CHAT, COMPLETION):
-        raise BadRequest(f"{endpoint}: workers answer only {CHAT} and {COMPLETION} yet", code="endpoint_unavailable", param="endpoint")
-    kind: type[Body] = ChatBody if endpoint == CHAT else CompletionBody
+    kinds: dict[str, type[Body]] = {CHAT: ChatBody, COMPLETION: CompletionBody, EMBEDDING: EmbeddingBody}
+    if endpoint not in kinds:
+        raise BadRequest(f"{endpoint}: workers answer only {', '.join(kinds)}", code="endpoint_unavailable", param="endpoint")
+    kind = kinds[endpoint]
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in list(given.items()):
         if name in kind.__struct_fields__:
@@ -172,6 +192,9 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
         if not param and "missing required field" in text:
             param = text.split("`")[1]
         raise BadRequest(f"{param or 'request'}: {text}", param=param or None) from None
+    if isinstance(body, EmbeddingBody):
+        _ = body.texts
+        return body
     _ = body.stops
     _check_format(body)
     if isinstance(body, ChatBody):
@@ -181,7 +204,7 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
     return body
 
 
-def _check_format(body: Body) -> None:
+def _check_format(body: CommonBody) -> None:
     wanted = body.response_format
     if wanted is not None and (wanted.type == "json_schema") != (wanted.json_schema is not UNSET):
         raise BadRequest("response_format: json_schema goes with the type json_schema, and with no other", param="response_format")

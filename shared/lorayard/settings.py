@@ -109,12 +109,22 @@ class Settings(BaseSettings):
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
     threads: int | None = Field(None, ge=1)  # None: all cores
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
+    main_gpu: int = Field(0, ge=0)  # the one that computes, where the split is "none"; CUDA_VISIBLE_DEVICES says which there are
+    gpu_split: Literal["none", "layer", "row"] = "layer"  # over several GPUs: whole layers, or rows of each matrix
+    gpu_shares: Annotated[tuple[float, ...], NoDecode] = ()  # what part of the weights each GPU gets, as "3,1"; default: by free memory
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    kv_type: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"  # of the KV cache; the last two want flash attention
     repack: bool = True  # ggml's repacked CPU kernels (use_extra_bufts); switched off by the worker where they crash
 
     @field_validator("model_names", "hosted_base_names", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("gpu_shares", mode="before")
+    @classmethod
+    def _split_shares(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @classmethod
     def load(cls) -> Settings:

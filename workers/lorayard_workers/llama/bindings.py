@@ -22,10 +22,15 @@ from numpy.typing import NDArray
 
 from lorayard.adapters import BaseModel
 from lorayard.errors import AdapterRejected, LorayardError, SetupError
+from lorayard.settings import Settings
 
 _MiB = 1024 * 1024
 _LOG_ERROR, _LOG_CONTINUED = 3, 5
 FILE_TYPES = {"Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "F16": ll.LLAMA_FTYPE_MOSTLY_F16}
+
+_SPLITS = {"none": ll.LLAMA_SPLIT_MODE_NONE, "layer": ll.LLAMA_SPLIT_MODE_LAYER, "row": ll.LLAMA_SPLIT_MODE_ROW}
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_KV_TYPES = {"f32": ll.GGML_TYPE_F32, "f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 
 _said: deque[str] = deque(maxlen=4)  # llama.cpp's last complaints: the reason why a call returned NULL
 
@@ -112,15 +117,23 @@ def quantize(source: Path, target: Path, file_type: str) -> None:
 
 
 class Model:
-    """Weights and vocabulary of one GGUF file. `use_extra_bufts` switches ggml's repacked CPU kernels. Raises `SetupError`."""
+    """Weights and vocabulary of one GGUF file, placed as the settings say. `repack`: ggml's repacked CPU kernels. Raises `SetupError`."""
 
-    def __init__(self, path: Path, *, use_extra_bufts: bool = True, n_gpu_layers: int = -1, threads: int | None = None) -> None:
+    def __init__(self, path: Path, settings: Settings | None = None, *, repack: bool | None = None) -> None:
         check_gguf(path)
+        settings = settings or Settings()
         self.path = path
-        self.threads = threads or _cores()
+        self.threads = settings.threads or _cores()
         params = ll.llama_model_default_params()
-        params.use_extra_bufts = use_extra_bufts
-        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = settings.repack if repack is None else repack
+        params.n_gpu_layers = settings.n_gpu_layers
+        params.main_gpu = settings.main_gpu
+        params.split_mode = _SPLITS[settings.gpu_split]
+        if len(settings.gpu_shares) > int(ll.llama_max_devices()):
+            raise SetupError(f"LORAYARD_GPU_SHARES: {len(settings.gpu_shares)} shares for {ll.llama_max_devices()} devices at most")
+        self._shares = (ctypes.c_float * int(ll.llama_max_devices()))(*settings.gpu_shares)
+        if settings.gpu_shares:
+            params.tensor_split = self._shares
         _said.clear()
         self._handle = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not self._handle:
@@ -129,6 +142,7 @@ class Model:
             raise SetupError(f"{path}: not a decoder-only language model; set LORAYARD_MODEL to one")
         self.vocab = ll.llama_model_get_vocab(self._handle)
         self.n_vocab = int(ll.llama_vocab_n_tokens(self.vocab))
+        self.n_embd = int(ll.llama_model_n_embd(self._handle))
         self.n_ctx_train = int(ll.llama_model_n_ctx_train(self._handle))
 
     def close(self) -> None:
@@ -317,9 +331,24 @@ class Batch:
 
 
 class Context:
-    """KV cells and compute buffers on a model's weights, bound to at most one adapter. All sequences share one pool of `n_ctx` cells."""
+    """KV cells and compute buffers on a model's weights, bound to at most one adapter. All sequences share one pool of `n_ctx` cells.
 
-    def __init__(self, model: Model, *, n_ctx: int, n_seq_max: int, n_batch: int) -> None:
+    `embeddings`: it is for `embed` alone.
+    """
+
+    EMBEDDED = 64  # tokens that `embed` computes in one call: each costs a row of logits that nobody reads
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_seq_max: int,
+        n_batch: int,
+        kv_type: str = "f16",
+        flash_attn: str = "auto",
+        embeddings: bool = False,
+    ) -> None:
         params = ll.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_seq_max = n_seq_max
@@ -328,6 +357,10 @@ class Context:
         params.n_outputs_max = n_seq_max  # one row of logits a sequence: otherwise room for n_batch rows is reserved
         params.n_threads = params.n_threads_batch = model.threads
         params.kv_unified = True
+        params.flash_attn_type = _FLASH[flash_attn]
+        params.type_k = params.type_v = _KV_TYPES[kv_type]
+        if embeddings:
+            params.embeddings, params.pooling_type, params.n_outputs_max = True, ll.LLAMA_POOLING_TYPE_NONE, n_batch
         params.no_perf = True
         _said.clear()
         self._handle = ll.llama_init_from_model(model._handle, params)
@@ -353,6 +386,13 @@ class Context:
 
         Raises `LorayardError` (`decode_failed`) after which the context must be cleared.
         """
+        self._run(batch)
+        if not batch.outputs:
+            ll.llama_synchronize(self._handle)
+            return np.empty((0, self._model.n_vocab), np.float32)
+        return np.ctypeslib.as_array(ll.llama_get_logits(self._handle), (batch.outputs, self._model.n_vocab))
+
+    def _run(self, batch: Batch) -> None:
         tokens, sequences = batch.used()
         if not 0 < batch.size <= self.n_batch or batch.outputs > self.n_seq_max:
             raise ValueError(f"a batch of {batch.size} tokens and {batch.outputs} outputs does not fit the context")
@@ -362,10 +402,20 @@ class Context:
         code = ll.llama_decode(self._handle, batch.raw)
         if code != 0:
             raise LorayardError(f"llama_decode returned {code}: {_complaint()}", code="decode_failed")
-        if not batch.outputs:
-            ll.llama_synchronize(self._handle)
-            return np.empty((0, self._model.n_vocab), np.float32)
-        return np.ctypeslib.as_array(ll.llama_get_logits(self._handle), (batch.outputs, self._model.n_vocab))
+
+    def embed(self, tokens: list[int], batch: Batch) -> NDArray[np.float32]:
+        """The embedding of a text (n_embd,): the mean of its tokens' last hidden states, of length 1. Clears the context."""
+        total = np.zeros(self._model.n_embd, np.float64)
+        self.clear()
+        for start in range(0, len(tokens), self.EMBEDDED):
+            part = tokens[start : start + self.EMBEDDED]
+            batch.clear()
+            batch.add(0, start, part, want_logits=False)
+            self._run(batch)
+            rows = np.ctypeslib.as_array(ll.llama_get_embeddings(self._handle), (len(part), self._model.n_embd))
+            total += rows.sum(axis=0, dtype=np.float64)
+        self.clear()
+        return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let `target`, which is empty, have the first `length` cells of `source` too: nothing is computed, nothing moves."""

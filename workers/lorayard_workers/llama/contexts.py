@@ -87,7 +87,14 @@ class ContextPool(Generic[S]):
     def _idle(self) -> Slot[S] | None:
         if len(self.slots) < self._limit:
             s = self._settings
-            context = Context(self._model, n_ctx=s.n_ctx, n_seq_max=self._width + s.prefixes_kept, n_batch=self._n_batch)
+            context = Context(
+                self._model,
+                n_ctx=s.n_ctx,
+                n_seq_max=self._width + s.prefixes_kept,
+                n_batch=self._n_batch,
+                kv_type=s.kv_type,
+                flash_attn=s.flash_attn,
+            )
             budget = round(s.prefix_share * context.n_ctx)
             prefixes = Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes)
             self.slots.append(Slot(context, prefixes))

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Batch, Context, Model
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -49,11 +50,18 @@ def _learnt(known: float | None, seen: float) -> float:
     return seen if known is None else known + _WEIGHT * (seen - known)
 
 
-def measure(model: Model, *, n_ctx: int, widest: int) -> Costs:
+def measure(model: Model, settings: Settings, *, widest: int) -> Costs:
     """Time one prompt, and steps of growing width over sequences of equal depth, until wider is no faster. Takes a second or two."""
-    costs = Costs()
+    costs, n_ctx = Costs(), settings.n_ctx
     widths = [width for width in WIDTHS if width <= widest and width * (_DEPTH + 8) <= n_ctx] or [1]
-    context = Context(model, n_ctx=n_ctx, n_seq_max=widths[-1], n_batch=max(_DEPTH, widths[-1]))
+    context = Context(
+        model,
+        n_ctx=n_ctx,
+        n_seq_max=widths[-1],
+        n_batch=max(_DEPTH, widths[-1]),
+        kv_type=settings.kv_type,
+        flash_attn=settings.flash_attn,
+    )
     batch = Batch(context.n_batch)
     try:
         started = time.perf_counter()

@@ -24,7 +24,8 @@ from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Batch, Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
 from lorayard_workers.llama.costs import Costs, knee, measure
-from lorayard_workers.llama.requests import RequestReader
+from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
+from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
 from lorayard_workers.llama.sampling import sample
 from lorayard_workers.llama.sequence import Sequence, now_ms
 from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progress, Started, Work
@@ -41,6 +42,7 @@ class _Queued:
     adapter: AdapterFile | None
     waiting: deque[Sequence]
     refused: list[Outcome] = field(default_factory=list)
+    embeddings: list[EmbeddingJob] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -68,7 +70,7 @@ class Engine:
         self._model = model
         self._emit = emit
         self._settings = settings
-        self.costs = Costs() if settings.width else measure(model, n_ctx=settings.n_ctx, widest=_WIDEST)
+        self.costs = Costs() if settings.width else measure(model, settings, widest=_WIDEST)
         self.width = settings.width or knee(self.costs)
         self.cache = AdapterCache(settings.adapters_loaded)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
@@ -76,6 +78,7 @@ class Engine:
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
+        self._embedder = Embedder(model, emit, longest=limit)
         self._share = settings.n_ctx // self.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
@@ -96,7 +99,11 @@ class Engine:
             reading(item.ref)
             try:
                 request = self.reader.read(item.endpoint, bytes(item.request))
-                queued.waiting += Sequence.of(work.batch, work.adapter, item, request, self._model)
+                if isinstance(request, EmbeddingRequest):
+                    digest = work.adapter.digest if work.adapter else None
+                    queued.embeddings.append(EmbeddingJob.of(work.batch, digest, item, request))
+                else:
+                    queued.waiting += Sequence.of(work.batch, work.adapter, item, request, self._model)
             except LorayardError as error:
                 queued.refused.append(_failure(work.batch, item.ref, error))
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
@@ -127,9 +134,10 @@ class Engine:
         """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""
         self._receive(wait_s)
         self._admit()
+        embedded = self._embedder.step()
         slot = self._next_slot()
         if slot is None:
-            return False
+            return embedded
         steps, chunks = self._compose(slot)
         rows = steps + [sequence for sequence, count in chunks if count == sequence.pending]
         started = now_ms()
@@ -159,6 +167,7 @@ class Engine:
         """Free contexts and adapters, and forget all jobs; the model stays."""
         for sequence in self.active:
             sequence.leave(keep=False)
+        self._embedder.close()
         self.pool.close()
         self.cache.close()
         self._batch.free()
@@ -166,7 +175,7 @@ class Engine:
     # Receive
 
     def _receive(self, wait_s: float | None) -> None:
-        idle = not self._works and not self.active
+        idle = not self._works and not self.active and not len(self._embedder)
         try:
             message = self._inbox.get(timeout=wait_s) if idle and wait_s != 0 else self._inbox.get_nowait()
             while True:
@@ -181,10 +190,12 @@ class Engine:
             return
         for outcome in message.refused:
             self._emit(outcome)
+        self._embedder.add(message.embeddings)
         if message.waiting:
             self._works.append(message)
 
     def _forget(self, batch: str, refs: set[str]) -> None:
+        self._embedder.forget(batch, refs)
         for work in self._works:
             work.waiting = deque(sequence for sequence in work.waiting if sequence.batch != batch or sequence.item.ref not in refs)
         self._works = deque(work for work in self._works if work.waiting)

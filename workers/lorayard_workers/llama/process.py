@@ -350,7 +350,7 @@ def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[byt
     from lorayard_workers.llama.engine import Engine
 
     settings = Settings.model_validate_json(hello.settings)
-    model = Model(Path(hello.model), use_extra_bufts=hello.repack, n_gpu_layers=settings.n_gpu_layers, threads=settings.threads)
+    model = Model(Path(hello.model), settings, repack=hello.repack)
 
     sending = threading.Lock()
 

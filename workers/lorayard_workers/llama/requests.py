@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import json
 from datetime import datetime
@@ -12,8 +13,10 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, read_body
+from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, EmbeddingBody, read_body
 from lorayard.errors import BadRequest, PromptTooLong, SetupError
 from lorayard_workers.llama.grammar import Grammar, json_grammar
 from lorayard_workers.llama.sampling import Logprob, Sampler, SamplingParams
@@ -41,6 +44,13 @@ class Request(msgspec.Struct, frozen=True):
         return Sampler(self.sampling, None if seed is None else (seed + choice) % 2**64, constraint)
 
 
+class EmbeddingRequest(msgspec.Struct, frozen=True):
+    """Texts as tokens, and whether their embeddings go out as base64 of little-endian float32."""
+
+    texts: list[list[int]]
+    base64: bool
+
+
 class Answer(NamedTuple):
     """One generated answer: UTF-8, why it ended, its tokens, and their log-probabilities where they were asked for."""
 
@@ -59,9 +69,27 @@ class RequestReader:
         self.max_prompt = min(max_prompt, n_ctx - 1)
         self._template = _compile(model.chat_template) if model.chat_template else None
 
-    def read(self, endpoint: str, body: bytes) -> Request:
+    def read(self, endpoint: str, body: bytes) -> Request | EmbeddingRequest:
         """Raises `BadRequest` that names the field at fault, or `PromptTooLong`."""
         fields = read_body(endpoint, msgspec.json.decode(body, type=dict[str, Any]))
+        if isinstance(fields, EmbeddingBody):
+            return EmbeddingRequest([self._embedded(text) for text in fields.texts], fields.encoding_format == "base64")
+        return self._generation(endpoint, fields)
+
+    def _embedded(self, text: str | list[int]) -> list[int]:
+        tokens = self._tokens(text, "input") if isinstance(text, str) else self._checked(text, "input")
+        if not tokens:
+            raise BadRequest("input: a text is empty", param="input")
+        if len(tokens) > self.max_prompt:
+            raise self._too_long(f"{len(tokens)}", "input")
+        return tokens
+
+    def _checked(self, tokens: list[int], param: str) -> list[int]:
+        if any(not 0 <= token < self._model.n_vocab for token in tokens):
+            raise BadRequest(f"{param}: token ids are 0 to {self._model.n_vocab - 1}", param=param)
+        return tokens
+
+    def _generation(self, endpoint: str, fields: ChatBody | CompletionBody) -> Request:
         prompt = self._chat_prompt(fields) if isinstance(fields, ChatBody) else self._completion_prompt(fields)
         if not prompt:
             raise BadRequest("the prompt is empty", param="prompt")
@@ -83,11 +111,11 @@ class RequestReader:
             isinstance(fields, ChatBody) and bool(fields.tools),
         )
 
-    def _too_long(self, count: str) -> PromptTooLong:
+    def _too_long(self, count: str, param: str = "messages") -> PromptTooLong:
         return PromptTooLong(
             f"the prompt has {count} tokens, and at most {self.max_prompt} are allowed: shorten it, or give the workers a larger "
             f"LORAYARD_N_CTX (the model was trained for {self._model.n_ctx_train})",
-            param="messages",
+            param=param,
         )
 
     def _tokens(self, text: str, param: str) -> list[int]:
@@ -128,10 +156,7 @@ class RequestReader:
             return self._tokens(texts[0], "prompt")
         if texts:
             raise BadRequest("prompt: one prompt a job; enqueue the others as jobs of their own", param="prompt")
-        tokens = [part for part in prompt if isinstance(part, int)]
-        if any(not 0 <= token < self._model.n_vocab for token in tokens):
-            raise BadRequest(f"prompt: token ids are 0 to {self._model.n_vocab - 1}", param="prompt")
-        return tokens
+        return self._checked([part for part in prompt if isinstance(part, int)], "prompt")
 
     def _sampling(self, fields: CommonBody) -> SamplingParams:
         top: int | None = None
@@ -212,6 +237,16 @@ def response(request: Request, answers: list[Answer], cached: int, pieces: list[
     }
     choices = [_choice(request, index, answer, pieces) for index, answer in enumerate(answers)]
     return {"object": "chat.completion" if request.endpoint == CHAT else "text_completion", "choices": choices, "usage": usage}
+
+
+def embedding_response(request: EmbeddingRequest, vectors: list[NDArray[np.float32]]) -> dict[str, Any]:
+    """The OpenAI response without `model`."""
+    data: list[dict[str, Any]] = []
+    for index, vector in enumerate(vectors):
+        value = base64.b64encode(vector.astype("<f4").tobytes()).decode() if request.base64 else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": value})
+    tokens = sum(map(len, request.texts))
+    return {"object": "list", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
 def _choice(request: Request, index: int, answer: Answer, pieces: list[bytes]) -> dict[str, Any]:
