@@ -366,7 +366,7 @@ class Engine:
             self._told = (now_ms(), hot, loaded)
             counters = asdict(self.counters) | {"adapter_loads": self.cache.loads, "adapter_evictions": self.cache.evictions}
             counters |= {"active": len(self.active), "waiting": sum(len(work.waiting) for work in self._works)}
-            self._emit(Progress(self.counters.steps, hot, loaded, counters, self.costs.document()))
+            self._emit(Progress(self.counters.steps, hot, loaded, counters, costs=self.costs.document()))
 
 
 def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:
