@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorayard_workers.llama.bindings import Batch, Context, LoraAdapter, Model
+from lorayard_workers.llama.bindings import LoraAdapter, Model
+from lorayard_workers.llama.decoding import Batch, Context
 
 Prompts = list[list[int]]
 CHUNK = 512

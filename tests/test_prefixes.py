@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from llama_support import finish, item, outcomes, work, write_adapter
 
 from lorayard.settings import Settings
-from lorayard_workers.llama.bindings import Context, Model, quantize
+from lorayard_workers.llama.bindings import Model, quantize
+from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.prefixes import Prefixes, Strand
 from lorayard_workers.runner import AdapterFile, Event, Outcome, WorkItem

@@ -14,7 +14,8 @@ from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.berths import Berth
-from lorayard_workers.llama.bindings import Context, Model
+from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.prefixes import Prefixes
 from lorayard_workers.llama.weights import Weights
 from lorayard_workers.runner import AdapterFile

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorayard.settings import Settings
-from lorayard_workers.llama.bindings import Batch, Context, Model
+from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Batch, Context
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DEPTH = 128  # tokens before the ones that are timed, in each sequence
 _WEIGHT = 0.1  # of the newest observation in what has been learnt
 _KNEE = 0.93  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
-_MOST_S = 3.0
+_MOST_S, _LEAST_WIDE = 3.0, 8  # where steps are slow, no more than this is tried for longer than that
 
 
 @dataclass
@@ -64,8 +65,8 @@ def measure(model: Model, settings: Settings, *, widest: int) -> Costs:
     )
     batch = Batch(context.n_batch)
     try:
-        started = time.perf_counter()
         costs.prefill_tokens_per_s = _DEPTH / _prompt_s(context, batch)
+        started = time.perf_counter()
         cells = context.save(0)
         best, worse = 0.0, 0
         for narrower, width in zip([1, *widths], widths, strict=False):
@@ -75,7 +76,7 @@ def measure(model: Model, settings: Settings, *, widest: int) -> Costs:
             rate = width / costs.step_ms[width]
             worse = 0 if rate > best * 1.02 else worse + 1
             best = max(best, rate)
-            if worse == _PATIENCE or time.perf_counter() - started > _MOST_S:
+            if worse == _PATIENCE or (width >= _LEAST_WIDE and time.perf_counter() - started > _MOST_S):
                 break
     finally:
         batch.free()

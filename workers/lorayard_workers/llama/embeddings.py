@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorayard.errors import BadRequest, LorayardError
-from lorayard_workers.llama.bindings import Batch, Context, Model
+from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Batch, Context
 from lorayard_workers.llama.requests import EmbeddingRequest, embedding_response
 from lorayard_workers.llama.sequence import now_ms
 from lorayard_workers.runner import Event, Outcome, Started, WorkItem

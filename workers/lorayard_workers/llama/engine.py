@@ -21,9 +21,10 @@ from lorayard.errors import BadRequest, LorayardError
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
-from lorayard_workers.llama.bindings import Batch, Model
+from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
 from lorayard_workers.llama.costs import Costs, knee, measure
+from lorayard_workers.llama.decoding import Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
 from lorayard_workers.llama.sampling import sample

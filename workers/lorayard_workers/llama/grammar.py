@@ -1,4 +1,4 @@
-"""Answers that must be JSON: which tokens may come next, by llama.cpp's grammars. Beside `bindings.py` the only user of llama_cpp."""
+"""Answers that must be JSON: which tokens may come next, by llama.cpp's grammars."""
 
 from __future__ import annotations
 

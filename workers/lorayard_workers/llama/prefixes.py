@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lorayard_workers.llama.bindings import Context
+from lorayard_workers.llama.decoding import Context
 
 LEAST_SHARED = 8  # tokens: what chat templates begin every prompt with is not worth waiting for
 
