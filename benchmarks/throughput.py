@@ -1,12 +1,13 @@
 """How close is the engine to the limit of the machine, and what do others reach on the same work?
 
-    python -m benchmarks.throughput [--quick] [--only a,l,b,c,m] [--columns engine,fleet,server,naive] [--json PATH]
+    python -m benchmarks.throughput [--quick] [--only a,l,b,c,m] [--columns engine,fleet,server,naive,...] [--json PATH]
 
 Workloads: `benchmarks/workloads.py`. The limit of each: `benchmarks/limit.py`, measured before and after the engine's run and averaged, on
 the answers' real lengths. `engine`: `Engine` in this process, one work a group. `fleet`: from the first enqueue to the last stored result,
 through API, ledger, scheduler and workers. `server`: llama.cpp's own (`LLAMA_SERVER` or `llama-server` on the path), same weights, same
 adapter files, jobs in random order and, as `sorted`, by adapter. `naive`: a Celery task that holds a `Llama` and loads it again when the
-adapter changes; timed on a part of the jobs. No peer shares the machine with another while it is timed.
+adapter changes; timed on a part of the jobs. No peer shares the machine with another while it is timed. `switch`: what a change of adapter
+takes, with M's adapters; `answers`: whether B's answers in company are those given alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import limit, report
+from benchmarks import details, limit, report
 from benchmarks.serving import Fleetwise, Naive, Server
 from benchmarks.workloads import Job, Maker, Workload
 from lorayard.adapters import BaseModel
@@ -37,7 +38,8 @@ from lorayard_workers.llama.process import SPINS, resolve_model
 from lorayard_workers.llama.requests import Request
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Work, WorkItem
 
-COLUMNS = ("engine", "fleet", "server", "naive")
+COLUMNS = ("engine", "fleet", "server", "naive", "switch", "answers")
+DETAILS = ("switch_hot_ms", "switch_loaded_ms", "load_disk_ms", "answers_equal", "answers_gap")
 out = Console()
 
 
@@ -65,18 +67,25 @@ class Bench:
             self.gguf(workload, name)
         if "engine" in columns:
             self._engine(workload)
+        if "switch" in columns and workload.name == "m":
+            self.metrics |= details.switching(self.model, self.settings, list(self._files(workload).values()))
+        if "answers" in columns and workload.name == "b":
+            self.metrics |= details.answers(self.model, self.settings, workload, self._files(workload))
         peers: dict[str, Any] = {"fleet": Fleetwise, "server": Server, "naive": Naive}
         for column in columns:
             if column in peers:
                 for suffix, seconds, jobs in peers[column](self).run(workload):
                     self._note(workload, column + suffix, seconds, jobs)
 
+    def _files(self, workload: Workload) -> dict[str, AdapterFile]:
+        return {name: AdapterFile(name, str(self.gguf(workload, name))) for name in workload.adapters}
+
     def _note(self, workload: Workload, column: str, seconds: float, jobs: int) -> None:
         self.metrics[f"{workload.name}_{column}_jobs_per_s"] = jobs / seconds
         out.print(f"{workload.name} {column}: {jobs} jobs in {seconds:.1f} s, {jobs / seconds:.2f} jobs/s")
 
     def _engine(self, workload: Workload) -> None:
-        run = EngineRun(self.model, self.settings, {n: AdapterFile(n, str(self.gguf(workload, n))) for n in workload.adapters})
+        run = EngineRun(self.model, self.settings, self._files(workload))
         try:
             groups = run.groups(workload)
             before = self._rates(workload, groups, run.engine)
@@ -188,7 +197,7 @@ def main() -> None:
         bench = Bench(settings, folder, quick=args.quick)
         for name in args.only.split(","):
             bench.run(bench.maker.make(name), args.columns.split(","))
-    found = ratios(bench.metrics)
+    found = ratios(bench.metrics) | {key: bench.metrics[key] for key in DETAILS if key in bench.metrics}
     table = Table("metric", "value")
     for key, value in found.items():
         table.add_row(key, f"{value:.2f}")

@@ -120,6 +120,17 @@ def test_the_one_used_latest_goes_first_and_pinned_ones_never(files: list[Adapte
     cache.check_integrity()
 
 
+def test_memory_is_bounded_too(files: list[AdapterFile]) -> None:
+    size = read_weights(Path(files[0].path)).n_bytes
+    cache = AdapterCache(10, 2 * size)
+    for file in files:
+        cache.pin(file)
+        cache.unpin(file.digest)
+    assert cache.digests == [files[5].digest, files[4].digest]
+    cache.check_integrity()
+    cache.close()
+
+
 def test_what_is_planned_is_read_ahead(files: list[AdapterFile]) -> None:
     cache = AdapterCache(2)
     cache.plan([files[0]])

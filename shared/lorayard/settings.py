@@ -106,8 +106,10 @@ class Settings(BaseSettings):
     prefix_share: float = Field(0.25, ge=0, le=0.9)  # part of a context's cells that they may hold
     contexts: int = Field(2, ge=1)
     adapters_loaded: int = Field(32, ge=1)  # in memory, ready to be computed with
+    adapters_mb: int = Field(2_048, ge=1)  # MiB that they may take, in float32
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
-    threads: int | None = Field(None, ge=1)  # None: all cores
+    threads: int | None = Field(None, ge=1)  # None: all cores, or an equal part of them for each of several workers of `lorayard up`
+    llama_workers: int = Field(1, ge=1, le=64)  # that `lorayard up` starts
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
     main_gpu: int = Field(0, ge=0)  # the one that computes, where the split is "none"; CUDA_VISIBLE_DEVICES says which there are
     gpu_split: Literal["none", "layer", "row"] = "layer"  # over several GPUs: whole layers, or rows of each matrix

@@ -17,10 +17,11 @@ from lorayard_workers.runner import AdapterFile
 
 
 class AdapterCache:
-    """At most `capacity` adapters by content digest, but for what is pinned. May be used from any thread."""
+    """At most `capacity` adapters by content digest, and of `n_bytes` in all, but for what is pinned. May be used from any thread."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, n_bytes: int = 1 << 62) -> None:
         self.capacity = capacity
+        self._n_bytes = n_bytes
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Weights] = OrderedDict()  # least recently used first
         self._pins: dict[str, int] = {}
@@ -77,7 +78,7 @@ class AdapterCache:
             self._make_room(digest)
 
     def _make_room(self, newest: str) -> None:
-        while len(self._loaded) > self.capacity:
+        while len(self._loaded) > self.capacity or sum(weights.n_bytes for weights in self._loaded.values()) > self._n_bytes:
             order = {digest: place for place, digest in enumerate(self._planned)}
             free = [digest for digest in self._loaded if digest not in self._pins and digest != newest]
             if not free:

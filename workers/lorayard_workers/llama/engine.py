@@ -73,7 +73,7 @@ class Engine:
         self._settings = settings
         self.costs = Costs() if settings.width else measure(model, settings, widest=_WIDEST)
         self.width = settings.width or knee(self.costs)
-        self.cache = AdapterCache(settings.adapters_loaded)
+        self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
         self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self.width, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
