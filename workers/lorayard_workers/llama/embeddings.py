@@ -1,10 +1,13 @@
-"""Jobs for `/v1/embeddings`: computed by the bare base in a context of their own, one job between two decode steps of the others."""
+"""Jobs for `/v1/embeddings`: computed by the bare base in a context of their own, one text between two decode steps of the others."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lorayard.errors import BadRequest, LorayardError
 from lorayard_workers.llama.bindings import Model
@@ -14,14 +17,16 @@ from lorayard_workers.llama.sequence import now_ms
 from lorayard_workers.runner import Event, Outcome, Started, WorkItem
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbeddingJob:
-    """A request that waits."""
+    """A request that waits, or is being computed."""
 
     batch: str
     item: WorkItem
     request: EmbeddingRequest
     received_ms: float
+    started_ms: float = 0.0
+    vectors: list[NDArray[np.float32]] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: str, digest: str | None, item: WorkItem, request: EmbeddingRequest) -> EmbeddingJob:
@@ -52,28 +57,35 @@ class Embedder:
         self._waiting = deque(job for job in self._waiting if job.batch != batch or job.item.ref not in refs)
 
     def step(self) -> bool:
-        """Compute the next job, whole. False if there is none. Raises nothing that is the job's own fault."""
+        """Compute the next text. False if there is none."""
         if not self._waiting:
             return False
-        job = self._waiting.popleft()
-        started = now_ms()
-        self._emit(Started(job.batch, [job.item.ref]))
+        job = self._waiting[0]
+        if not job.vectors:
+            job.started_ms = now_ms()
+            self._emit(Started(job.batch, [job.item.ref]))
         try:
-            document = self._compute(job.request)
+            job.vectors.append(self._compute(job.request.texts[len(job.vectors)]))
         except LorayardError as error:
-            self._emit(Outcome(job.batch, job.item.ref, error=error.document(), retryable=True))
+            self._end(Outcome(job.batch, job.item.ref, error=error.document(), retryable=True))
             return True
-        timings = {"on_deck": started - job.received_ms, "adapter_load": 0.0, "adapter_switch": 0.0}
-        timings |= {"prefill": now_ms() - started, "decode": 0.0}
-        self._emit(Outcome(job.batch, job.item.ref, document, timings_ms=timings, temperature="hot"))
+        if len(job.vectors) == len(job.request.texts):
+            timings = {"on_deck": job.started_ms - job.received_ms, "adapter_load": 0.0, "adapter_switch": 0.0}
+            timings |= {"prefill": now_ms() - job.started_ms, "decode": 0.0}
+            document = embedding_response(job.request, job.vectors)
+            self._end(Outcome(job.batch, job.item.ref, document, timings_ms=timings, temperature="hot"))
         return True
 
-    def _compute(self, request: EmbeddingRequest) -> dict[str, object]:
+    def _end(self, outcome: Outcome) -> None:
+        self._waiting.popleft()
+        self._emit(outcome)
+
+    def _compute(self, tokens: list[int]) -> NDArray[np.float32]:
         if self._context is None or self._batch is None:
-            self._batch = Batch(Context.EMBEDDED)
-            self._context = Context(self._model, n_ctx=self._longest, n_seq_max=Context.EMBEDDED, n_batch=Context.EMBEDDED, embeddings=True)
-        context, batch = self._context, self._batch
-        return embedding_response(request, [context.embed(tokens, batch) for tokens in request.texts])
+            at_once = Context.EMBEDDED
+            self._batch = Batch(at_once)
+            self._context = Context(self._model, n_ctx=self._longest, n_seq_max=1, n_batch=at_once, embeddings=True)
+        return self._context.embed(tokens, self._batch)
 
     def close(self) -> None:
         self._waiting.clear()

@@ -138,6 +138,8 @@ class Engine:
         embedded = self._embedder.step()
         slot = self._next_slot()
         if slot is None:
+            if embedded:
+                self._tell_progress()
             return embedded
         steps, chunks = self._compose(slot)
         rows = steps + [sequence for sequence, count in chunks if count == sequence.pending]
@@ -216,8 +218,8 @@ class Engine:
             try:
                 acquired = self.pool.acquire(work.adapter)
             except LorayardError as error:
-                for sequence in work.waiting:
-                    self._emit(_failure(sequence.batch, sequence.item.ref, error))
+                for batch, ref in dict.fromkeys((sequence.batch, sequence.item.ref) for sequence in work.waiting):
+                    self._emit(_failure(batch, ref, error))
                 work.waiting.clear()
                 continue
             if acquired is None:
