@@ -93,7 +93,7 @@ class Server:
         command += ["--lora", ",".join(files), "--lora-init-without-apply", "--no-webui"]
         log = self._bench.folder / "server.log"
         with log.open("ab") as lines:
-            process = subprocess.Popen(command, stdout=lines, stderr=lines, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(command, env=_shipped(), stdout=lines, stderr=lines, stdin=subprocess.DEVNULL)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900, limits=httpx.Limits(max_connections=None)) as http:
                 until(lambda: _healthy(http, process), 120)
@@ -111,6 +111,11 @@ class Server:
         finally:
             process.kill()
             process.wait()
+
+
+def _shipped() -> dict[str, str]:
+    """The environment without what our own engine wants of ggml's threads: peers wait at barriers as they are shipped to."""
+    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
 
 
 def _healthy(http: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
@@ -137,7 +142,7 @@ class Naive:
             app.conf.update(broker_url=url, result_backend=url)
             command = [sys.executable, "-m", "celery", "-A", "benchmarks.naive_tasks:app", "worker", "-P", "solo", "-l", "ERROR"]
             log = (self._bench.folder / "naive.log").open("ab")
-            worker = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+            worker = subprocess.Popen(command, env=_shipped() | variables, stdout=log, stderr=log)
             try:
                 jobs = [self._arguments(workload, job) for job in workload.jobs[: _NAIVE_JOBS + 1]]
                 infer.delay(*jobs[0]).get(timeout=300)
