@@ -223,9 +223,13 @@ class Control:
             return None
         with self._lock:
             self._fetching += 1
+        started = time.monotonic()
         try:
             file = AdapterFile(digest, self._fetch(digest, self._base))
             self._fetched.add(digest)
+            took = 1000 * (time.monotonic() - started)
+            if took > _FETCHED_MS:
+                self._fetch_ms += (took - self._fetch_ms) * (_FETCH_WEIGHT if self._fetch_ms else 1)
             return file
         except LorayardError:
             raise
