@@ -117,7 +117,7 @@ def test_a_refused_job_harms_no_other_and_says_which_and_why(api: Api) -> None:
         (job(id="a\n"), "invalid_request", "id", "1 to 100 of"),
         (job(idempotency_key="a\tb"), "invalid_request", "idempotency_key", "printable"),
         (job(idempotency_key="k" * 257), "invalid_request", "idempotency_key", "256"),
-        (job(endpoint="/v1/embeddings", request={"input": "x"}), "endpoint_unavailable", "endpoint", "only /v1/chat/completions"),
+        (job(endpoint="/v1/embeddings", request={"input": []}), "invalid_request", "input", "length"),
         (job(endpoint="/v1/completions"), "invalid_request", "request.prompt", "missing"),
         ({"request": {}}, "invalid_request", "request.messages", "missing"),
         ({"adapter": None}, "invalid_request", None, "missing required field `request`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from lorayard.celery_app import make_app
 from lorayard.errors import BadRequest, Unavailable
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
 from lorayard_workers import control
 from lorayard_workers.control import Control
-from lorayard_workers.runner import Died, Event, Outcome, Ready, Started, Work
+from lorayard_workers.runner import Died, Event, Outcome, Progress, Ready, Started, Work
 
 LEASE = 5000
 READY = Ready({}, 8, 1000, 16, 1)
@@ -105,6 +107,12 @@ class Bench:
         document = self.ledger.show("acme", [ref.removeprefix("acme/")])[0]
         assert document is not None
         return document
+
+    def told(self) -> WorkerInfo:
+        """What the worker's last heartbeat said."""
+        found = WorkerRegistry(self.ledger.client).find(POOL, "w")
+        assert found is not None
+        return found
 
     def until(self, ref: str, status: str, attempts: int | None = None) -> dict[str, Any]:
         until(lambda: self.job(ref)["status"] == status, 10, every_s=0.005)
@@ -265,6 +273,25 @@ def test_an_adapter_that_cannot_be_had(bench: Callable[..., Bench], error: Excep
     one.dispatch(digest="d1")
     one.until(a, status, attempts=1 if status == "failed" else 0)
     assert one.runner.works == []
+
+
+def test_the_scheduler_is_told_what_switches_cost_here(bench: Callable[..., Bench]) -> None:
+    def fetch(_digest: str, _base: dict[str, Any]) -> str:
+        time.sleep(0.05)
+        return "adapter.gguf"
+
+    one = bench(fetch)
+    one.start()
+    one.put("a", digest="d" * 8)
+    one.dispatch(digest="d" * 8)
+    costs = {"prefill_tokens_per_s": 400.0, "step_ms": {"8": 30.5}, "switch_ms": {"hot": 0.0, "loaded": 1.5}}
+    one.runner.emit(Progress(1, [], [], {}, costs=costs))
+    until(lambda: one.told().costs.get("step_ms"), 10, every_s=0.01)
+    told = one.told().costs
+    assert told["prefill_tokens_per_s"] == 400.0
+    assert told["step_ms"] == {"8": 30.5}
+    assert told["switch_ms"].keys() == {"hot", "loaded", "remote"}
+    assert 50 <= told["switch_ms"]["remote"] < 5000
 
 
 def test_a_cancelled_job_is_stopped_and_its_namesake_in_another_batch_is_not(one: Bench) -> None:

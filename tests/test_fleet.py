@@ -22,6 +22,7 @@ from llama_support import text
 
 from lorayard import embedded
 from lorayard.demo import EXAMPLES, STAGES, is_right, switches, switches_made
+from lorayard.fleet import Fleet
 from lorayard.settings import Settings
 from lorayard_workers.llama.process import LlamaRunner
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Ready, Work, WorkItem
@@ -242,3 +243,19 @@ def test_flower_has_a_row_a_job_and_nothing_shows_a_prompt(fleet: FleetProcess, 
     logs = sorted((fleet.state / "logs").iterdir())
     assert {path.stem for path in logs} >= {"api", "scheduler", "worker", "flower", "store"}
     assert not [path.name for path in logs if CANARY in path.read_text(errors="replace")]
+
+
+def _programs(settings: Settings) -> str:
+    fleet = Fleet(settings)
+    try:
+        return fleet._config()
+    finally:
+        fleet.stop()
+
+
+def test_several_workers_have_names_of_their_own_and_share_the_cores(tmp_path: Path) -> None:
+    config = _programs(Settings(state_dir=tmp_path, llama_workers=2, threads=3, worker_name="rack"))
+    for number in (1, 2):
+        assert f"[program:worker-{number}]" in config
+        assert f"LORAYARD_WORKER_NAME=rack-{number},LORAYARD_THREADS=3" in config
+    assert "[program:worker]" in _programs(Settings(state_dir=tmp_path))

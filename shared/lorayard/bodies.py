@@ -12,24 +12,64 @@ from msgspec import UNSET, Meta, UnsetType
 
 from lorayard.errors import BadRequest
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _MAX_STOPS = 4
+MAX_CHOICES = 16
 
 # Fields whose given value changes nothing, so that ordinary clients need not be rewritten. Any other field is refused by name.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "stream": (False,),
     "store": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "modalities": (["text"],),
 }
 
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`strict` is always kept: the grammar lets nothing else through."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | UnsetType = UNSET
+
+
+class Function(msgspec.Struct, kw_only=True):
+    """A tool as the chat template shows it to the model; further fields are for the model to read."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    description: str | UnsetType = UNSET
+    parameters: dict[str, Any] | UnsetType = UNSET
+    strict: bool | UnsetType | None = UNSET
+
+
+class Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: Function
+
+
+class Called(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    """A call that the model made in an earlier turn."""
+
+    id: str
+    type: Literal["function"]
+    function: Called
 
 
 class CommonBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -43,8 +83,10 @@ class CommonBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
+    response_format: ResponseFormat | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
     seed: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     user: str | None = None
 
     @property
@@ -62,16 +104,32 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
     name: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_call_id: str | UnsetType = UNSET
 
     @property
-    def plain(self) -> dict[str, str]:
-        """As chat templates know messages: text content, and no role that only OpenAI has."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        plain = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return plain if self.name is UNSET else {**plain, "name": str(self.name)}
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know messages: text content, arguments as objects, and no role that only OpenAI has."""
+        parts = self.content if isinstance(self.content, list) else []
+        content = "".join(part.text for part in parts) if parts else self.content or ""
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        for key in ("name", "tool_call_id"):
+            if (value := getattr(self, key)) is not UNSET:
+                plain[key] = value
+        if self.tool_calls is not UNSET:
+            plain["tool_calls"] = [_plain_call(call) for call in self.tool_calls]
+        return plain
+
+
+def _plain_call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments)
+    except msgspec.DecodeError:
+        arguments = call.function.arguments
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class ChatBody(CommonBody):
@@ -81,6 +139,7 @@ class ChatBody(CommonBody):
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] = []
 
 
 class CompletionBody(CommonBody):
@@ -90,14 +149,34 @@ class CompletionBody(CommonBody):
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
-Body = ChatBody | CompletionBody
+class EmbeddingBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Of `/v1/embeddings`: one text or many, each as text or token ids."""
+
+    input: str | Annotated[list[str | int | list[int]], Meta(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """Each input by itself. Raises `BadRequest`."""
+        if isinstance(self.input, str):
+            return [self.input]
+        ids = [part for part in self.input if isinstance(part, int)]
+        others = [part for part in self.input if not isinstance(part, int)]
+        if ids and others:
+            raise BadRequest("input: give texts, lists of token ids, or one list of token ids", param="input")
+        return [ids] if ids else others
+
+
+Body = ChatBody | CompletionBody | EmbeddingBody
 
 
 def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
     """Check a decoded body. Raises `BadRequest` that names the field at fault."""
-    if endpoint not in (CHAT, COMPLETION):
-        raise BadRequest(f"{endpoint}: workers answer only {CHAT} and {COMPLETION} yet", code="endpoint_unavailable", param="endpoint")
-    kind: type[Body] = ChatBody if endpoint == CHAT else CompletionBody
+    kinds: dict[str, type[Body]] = {CHAT: ChatBody, COMPLETION: CompletionBody, EMBEDDING: EmbeddingBody}
+    if endpoint not in kinds:
+        raise BadRequest(f"{endpoint}: workers answer only {', '.join(kinds)}", code="endpoint_unavailable", param="endpoint")
+    kind = kinds[endpoint]
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in list(given.items()):
         if name in kind.__struct_fields__:
@@ -113,7 +192,30 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
         if not param and "missing required field" in text:
             param = text.split("`")[1]
         raise BadRequest(f"{param or 'request'}: {text}", param=param or None) from None
+    if isinstance(body, EmbeddingBody):
+        _ = body.texts
+        return body
     _ = body.stops
+    _check_format(body)
+    if isinstance(body, ChatBody):
+        _check_messages(body.messages)
     if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("top_logprobs: set logprobs to true with it", param="top_logprobs")
     return body
+
+
+def _check_format(body: CommonBody) -> None:
+    wanted = body.response_format
+    if wanted is not None and (wanted.type == "json_schema") != (wanted.json_schema is not UNSET):
+        raise BadRequest("response_format: json_schema goes with the type json_schema, and with no other", param="response_format")
+
+
+def _check_messages(messages: list[Message]) -> None:
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise BadRequest(f"{where}.content: is missing", param=f"{where}.content")
+        if message.tool_calls is not UNSET and message.role != "assistant":
+            raise BadRequest(f"{where}.tool_calls: only the assistant calls tools", param=f"{where}.tool_calls")
+        if (message.tool_call_id is not UNSET) != (message.role == "tool"):
+            raise BadRequest(f"{where}.tool_call_id: goes with the role tool, and with no other", param=f"{where}.tool_call_id")

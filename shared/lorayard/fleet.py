@@ -174,7 +174,7 @@ class Fleet:
         """supervisord's configuration. Exit code 2 means wrong settings: starting again would not help."""
         programs = {"scheduler": "scheduler", "api": "api", "flower": "flower"}
         if self.settings.local_worker:
-            programs["worker"] = "worker llama"
+            programs |= dict.fromkeys(self._workers, "worker llama")
         if self.settings.hosted_model:
             programs["hosted"] = "worker groq"
         if self.settings.redis_url is None:
@@ -189,17 +189,30 @@ class Fleet:
         ]
         for priority, (name, arguments) in enumerate(programs.items()):
             how = "KILL" if name == "flower" else "TERM"  # Flower's threads outlive its own shutdown; it keeps nothing
-            # Two workers of one name would take each other for their own past.
-            own_name = f"\nenvironment=LORAYARD_WORKER_NAME={self.settings.worker_name}-hosted"
-            environment = own_name if name == "hosted" and self.settings.worker_name else ""
             command = shlex.join([sys.executable, "-m", "lorayard", *arguments.split()]).replace("%", "%%")
             parts.append(
                 f"[program:{name}]\ncommand={command}\npriority={priority}\nautorestart=unexpected\nexitcodes=2\nstartsecs=0\n"
                 f"startretries=1000000\nstopsignal={how}\nstopwaitsecs={STOP_S}\nredirect_stderr=true\n"
                 f"stdout_logfile={_quoted(self.state / 'logs' / (name + '.log'))}\nstdout_logfile_maxbytes=20MB\nstdout_logfile_backups=2"
-                + environment
+                + self._environment(name)
             )
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def _workers(self) -> list[str]:
+        count = self.settings.llama_workers
+        return ["worker"] if count == 1 else [f"worker-{number}" for number in range(1, count + 1)]
+
+    def _environment(self, program: str) -> str:
+        """Two workers of one name would take each other for their own past; and several share the cores."""
+        own: dict[str, object] = {}
+        if program == "hosted" and self.settings.worker_name:
+            own["LORAYARD_WORKER_NAME"] = f"{self.settings.worker_name}-hosted"
+        elif program.startswith("worker-"):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            own["LORAYARD_WORKER_NAME"] = f"{self.settings.worker}-{program.removeprefix('worker-')}"
+            own["LORAYARD_THREADS"] = self.settings.threads or max(1, cores // self.settings.llama_workers)
+        return "\nenvironment=" + ",".join(f"{name}={value}" for name, value in own.items()) if own else ""
 
     def _last_words(self, name: str) -> str:
         log = self.state / "logs" / f"{name}.log"

@@ -106,12 +106,22 @@ class Settings(BaseSettings):
     # llama.cpp
     n_ctx: int = Field(8_192, ge=256)  # KV cells of one context, shared by its sequences
     max_prompt_tokens: int | None = Field(None, ge=1)  # None: n_ctx, or what the model was trained for, whichever is less
-    width: int = Field(16, ge=1, le=256)  # sequences decoded at once
+    width: int | None = Field(None, ge=1, le=200)  # sequences decoded at once in a context; None: measured at start-up
+    share_prefixes: bool = True  # compute what prompts of one tenant and adapter begin with once
+    prefixes_kept: int = Field(16, ge=0, le=56)  # beginnings of prompts kept in a context while its adapter is hot
+    prefix_share: float = Field(0.25, ge=0, le=0.9)  # part of a context's cells that they may hold
     contexts: int = Field(2, ge=1)
-    adapters_loaded: int = Field(16, ge=1)
+    adapters_loaded: int = Field(32, ge=1)  # in memory, ready to be computed with
+    adapters_mb: int = Field(2_048, ge=1)  # MiB that they may take, in float32
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
-    threads: int | None = Field(None, ge=1)  # None: all cores
+    threads: int | None = Field(None, ge=1)  # None: all cores, or an equal part of them for each of several workers of `lorayard up`
+    llama_workers: int = Field(1, ge=1, le=64)  # that `lorayard up` starts
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
+    main_gpu: int = Field(0, ge=0)  # the one that computes, where the split is "none"; CUDA_VISIBLE_DEVICES says which there are
+    gpu_split: Literal["none", "layer", "row"] = "layer"  # over several GPUs: whole layers, or rows of each matrix
+    gpu_shares: Annotated[tuple[float, ...], NoDecode] = ()  # what part of the weights each GPU gets, as "3,1"; default: by free memory
+    flash_attn: Literal["auto", "on", "off"] = "auto"
+    kv_type: Literal["f32", "f16", "q8_0", "q4_0"] = "f16"  # of the KV cache; the last two want flash attention
     repack: bool = True  # ggml's repacked CPU kernels (use_extra_bufts); switched off by the worker where they crash
 
     @field_validator("model_names", "hosted_base_names", mode="before")
@@ -128,6 +138,11 @@ class Settings(BaseSettings):
             return json.loads(value or "{}")
         except ValueError:
             raise ValueError('write it as JSON, {"MODEL": [DOLLARS_IN, DOLLARS_OUT]}, for a million tokens') from None
+
+    @field_validator("gpu_shares", mode="before")
+    @classmethod
+    def _split_shares(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @classmethod
     def load(cls) -> Settings:

@@ -69,7 +69,7 @@ class Stage:
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         self._connection = connection
-        self._width = settings.width
+        self._width = settings.width or 16
         self._log = os.open(os.environ[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._waiting: deque[tuple[str, WorkItem]] = deque()
         self._running: dict[str, _Running] = {}
@@ -172,7 +172,7 @@ def compute(connection: Connection, hello: Any, inbox: queue.SimpleQueue[bytes])
     settings = Settings.model_validate_json(hello.settings)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     stage = Stage(connection, settings)
-    stage._emit(Ready(BASE, settings.width, 4096, 32, os.getpid()))
+    stage._emit(Ready(BASE, (settings.width or 16), 4096, 32, os.getpid()))
     stage.play(inbox)
 
 

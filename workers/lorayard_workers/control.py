@@ -45,6 +45,8 @@ Handover = Callable[[Taken], Taken | None]
 FETCHERS = 4
 """More than the batches a worker may have outstanding: fetching one adapter never keeps the next batch waiting."""
 DRAIN_S = 10.0
+_FETCHED_MS = 5.0  # what takes less was on disk already
+_FETCH_WEIGHT = 0.2  # of the newest fetch in what fetching is taken to cost
 _AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
 
 
@@ -90,6 +92,7 @@ class Control:
         self._ready = threading.Event()
         self._closing = threading.Event()
         self._fetching = 0  # adapters on their way here
+        self._fetch_ms = 0.0  # what that takes, where they were not here
         self._fetched = {BASE_DIGEST}  # adapters that were here once: most likely they still are
         self._moved = self._looked = time.monotonic()  # when the runner last told something, and when we last checked that
         self._base: dict[str, Any] = {}
@@ -221,9 +224,13 @@ class Control:
             return None
         with self._lock:
             self._fetching += 1
+        started = time.monotonic()
         try:
             file = AdapterFile(digest, self._fetch(digest, self._base))
             self._fetched.add(digest)
+            took = 1000 * (time.monotonic() - started)
+            if took > _FETCHED_MS:
+                self._fetch_ms += (took - self._fetch_ms) * (_FETCH_WEIGHT if self._fetch_ms else 1)
             return file
         except LorayardError:
             raise
@@ -324,6 +331,7 @@ class Control:
         for event in events:
             if isinstance(event, Progress):
                 self.info.hot, self.info.loaded, self.info.counters, self.info.room = event.hot, event.loaded, event.counters, event.room
+                self._tell_costs(event.costs)
             elif isinstance(event, Ready):
                 self._on_ready(event)
             elif isinstance(event, Died):
@@ -392,8 +400,14 @@ class Control:
             runtime = time.monotonic() - held.begun.get(outcome.ref, time.monotonic())
             self._events.succeeded(job_id, runtime_s=runtime, tokens=_tokens(outcome))
 
+    def _tell_costs(self, costs: dict[str, Any]) -> None:
+        """What the runner measured, and what fetching an adapter takes, which only we know."""
+        remote = {"remote": round(self._fetch_ms, 1)} if self._fetch_ms else {}
+        self.info.costs = costs | {"switch_ms": costs.get("switch_ms", {}) | remote}
+
     def _on_ready(self, event: Ready) -> None:
         self._base = event.base
+        self._tell_costs(event.costs)
         info = self.info
         info.width, info.max_prompt_tokens, info.max_token_bytes = event.width, event.max_prompt_tokens, event.max_token_bytes
         info.ready = not self._closing.is_set()

@@ -22,6 +22,10 @@ class WorkItem(msgspec.Struct, frozen=True, array_like=True):
     company: int = 0
     due: int = 0  # ms by the ledger's clock
 
+    @property
+    def tenant(self) -> str:
+        return self.ref.rpartition("/")[0]
+
 
 class AdapterFile(msgspec.Struct, frozen=True, array_like=True):
     """An adapter as a local file that the backend can load; for a hosted backend, `path` is the id of the model with it."""
@@ -81,13 +85,15 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """Sign of life while there is work: at most a few a second. `hot` and `loaded` are adapter digests, most recent first. `room`: how many
-    jobs a hosted backend would like to have, in all."""
+    jobs a hosted backend would like to have, in all. `costs`: `prefill_tokens_per_s`, `step_ms` by width (as text), and `switch_ms` by an
+    adapter's temperature, as far as they are known."""
 
     steps: int
     hot: list[str]
     loaded: list[str]
     counters: dict[str, float]
     room: int = 0
+    costs: dict[str, Any] = {}
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -98,6 +104,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_prompt_tokens: int
     max_token_bytes: int
     pid: int
+    costs: dict[str, Any] = {}  # as in Progress
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):

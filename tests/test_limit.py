@@ -1,0 +1,71 @@
+"""The limit that the engine is measured against, worked out by hand; and the width that is taken from what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from benchmarks import limit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorayard.settings import Settings
+from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.costs import Costs, knee, measure
+
+
+def test_shared_beginnings_count_once_and_last_tokens_each() -> None:
+    assert limit.unique_tokens([[1, 2, 3]]) == 3
+    assert limit.unique_tokens([[1, 2, 3], [1, 2, 4]]) == 4
+    assert limit.unique_tokens([[1, 2, 3], [1, 2, 3]]) == 4, "an answer begins with what follows the last token of its own prompt"
+    assert limit.unique_tokens([[1, 2], [1, 2, 3], [5]]) == 4
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12))
+def test_what_is_shared_is_what_a_tree_of_the_prompts_shares(prompts: list[list[int]]) -> None:
+    inner = {tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt))}
+    ends = [tuple(prompt) for prompt in prompts]
+    assert limit.unique_tokens(prompts) == len(inner) + len(ends) - len(inner & set(ends))
+
+
+def test_steps_are_those_of_the_longest_first() -> None:
+    assert limit.schedule([1, 1], 4) == []
+    assert limit.schedule([4, 2, 3], 4) == [3, 2, 1]
+    assert limit.schedule([3, 3, 5], 2) == [2, 2, 2, 2]
+    assert sum(limit.schedule(range(1, 40), 7)) == sum(length - 1 for length in range(1, 40))
+
+
+def test_the_limit_adds_up() -> None:
+    rates = limit.Rates({256: 300.0, limit.CHUNK: 500.0}, {1: 10.0, 2: 16.0})
+    assert rates.prompts(limit.CHUNK + 128) == 500 + 150
+    assert rates.step(1) == 10
+    prompt = list(range(256))
+    assert limit.seconds([([prompt, [9] * 256], [2, 3])], rates, 8) == pytest.approx((500 + 16 + 10) / 1000)
+
+
+def test_the_width_is_the_narrowest_that_is_nearly_as_fast_as_any() -> None:
+    assert knee(Costs(step_ms={1: 10.0, 2: 12.0, 4: 16.0, 8: 31.0, 16: 64.0})) == 4
+    assert knee(Costs(step_ms={1: 10.0})) == 1
+
+
+def test_costs_follow_what_is_seen() -> None:
+    costs = Costs()
+    costs.saw_step(4, 0, 20.0)
+    costs.saw_step(4, 0, 30.0)
+    assert costs.step_ms == {4: 21.0}
+    costs.saw_step(1, 8, 99.0)
+    assert costs.prefill_tokens_per_s == 0, "a few tokens say nothing of the rate"
+    costs.saw_step(2, 198, 1000.0)
+    assert costs.prefill_tokens_per_s == 200
+    costs.saw_switch("disk", 4.0)
+    document = costs.document()
+    assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 21.0}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+
+
+def test_costs_are_measured_before_the_first_job(demo_gguf: Path) -> None:
+    model = Model(demo_gguf)
+    costs = measure(model, Settings(n_ctx=1024), widest=16)
+    model.close()
+    assert {1, 2, 4} <= costs.step_ms.keys() <= {1, 2, 4}, "as many sequences as the cells hold at the depth that is measured"
+    assert all(ms > 0 for ms in costs.step_ms.values())
+    assert costs.prefill_tokens_per_s > 0
