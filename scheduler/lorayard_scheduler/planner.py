@@ -8,8 +8,8 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    that first has to bind, load or fetch the adapter and to compute its prefix, it is later by the same measure: `patience_ms` for every
    factor e of what a job costs.
 3. *Joining.* Jobs of an adapter that a worker has in hand cost least there: they fill what its width has free and what others leave. They
-   join before anything else, until something that waits comes within `reserve_ms` of its due time: from then on only what ranks before it
-   does, so that adapters in hand end and make room.
+   join, half a batch at least or all there are, before anything else, until something that waits comes within `reserve_ms` of its due
+   time: from then on only what ranks before it does, so that adapters in hand end and make room.
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others.
 
 A batch is as large as the worker's width has use for and is meant to take no longer than `batch_ms`. A worker has jobs of at most two
@@ -205,9 +205,10 @@ class _Plan:
         best, chosen, reason = math.inf, None, ""
         first = _FIRST if self.calm else 0
         for digest in self.hands[worker.name]:
-            groups = self.groups.of(digest)
-            if not groups or self.loads[worker.name] >= self._rows(worker, digest):
-                continue
+            groups, rows = self.groups.of(digest), self._rows(worker, digest)
+            room = rows - self.loads[worker.name]
+            if room <= 0 or (2 * room < rows and sum([group.jobs for group in groups]) > room):
+                continue  # not by dribs and drabs: every batch has its price
             for group in groups:
                 rank = group.rank - self.groups.narrow(group.jobs) - first
                 if rank < best and group.tenant.floods == floods and group.tenant.served <= self.limit:
