@@ -32,7 +32,7 @@ from sortedcontainers import SortedKeyList, SortedList
 
 from lorayard_scheduler.costs import Costs, Work
 
-TICKS = 1 << 20
+TICKS = 1 << 18
 """A millisecond in ranks. What is less breaks ties."""
 
 
@@ -51,7 +51,7 @@ class Tenant:
 class Group(msgspec.Struct, gc=False, eq=False):
     """Queued jobs of one adapter and tenant. Times in milliseconds; `served` is 0 for one that was not since it began to wait.
 
-    `target` is the wait its first job could bear; `rank` is what the module says, in ticks.
+    `target` is the wait its first job could bear, in whole seconds; `rank` is what the module says, in ticks.
     """
 
     digest: str
@@ -59,7 +59,7 @@ class Group(msgspec.Struct, gc=False, eq=False):
     jobs: int
     due: float
     served: float
-    target: float
+    target: int
     rank: int
 
 
@@ -80,7 +80,7 @@ class Scale:
         return [0.0] + [self.patience_ms * log(factor) for factor in dearer]
 
 
-_State = tuple[int, float, float, float]  # a group's jobs, due, served, target
+_State = tuple[int, float, float, int]  # a group's jobs, due, served, target
 
 
 class Groups:
@@ -170,11 +170,11 @@ class Groups:
                 self._remove(group)
         elif group is None:
             self.news.add(digest)
-            self._add(digest, tenant, (jobs, due, 0.0, float(max(0, round(due - now)))))
+            self._add(digest, tenant, (jobs, float(due), 0.0, max(0, round((due - now) / 1000))))
         elif (group.jobs, group.due) != (jobs, due):
             self.news.add(digest)
-            target = max(group.target, float(round(due - now))) if due < group.due else group.target
-            self._change(group, (jobs, due, group.served, target))
+            target = max(group.target, round((due - now) / 1000)) if due < group.due else group.target
+            self._change(group, (jobs, float(due), group.served, target))
 
     def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
         """So many of its jobs go to a worker."""
@@ -258,8 +258,9 @@ class Groups:
     def _rank(self, group: Group) -> int:
         at = group.due
         if group.served > 0:
-            flood = group.jobs * self._job_ms - group.target
-            at = max(at, group.served + min(max(0.0, flood), group.target))
+            target = 1000.0 * group.target
+            flood = group.jobs * self._job_ms - target
+            at = max(at, group.served + min(max(0.0, flood), target))
         tie = zlib.crc32(group.digest.encode(), zlib.crc32(group.tenant.name.encode())) & (TICKS - 1)
         return round(at) * TICKS + self._narrow[min(group.jobs, self._most)] + tie
 

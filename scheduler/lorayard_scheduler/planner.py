@@ -169,6 +169,9 @@ class _Plan:
 
     def _choose(self, worker: WorkerView) -> _Choice | None:
         """The group of least rank on this worker, of tenants that do not flood if any of them waits."""
+        hand = self.hands[worker.name]
+        if len(hand) >= self.roster.adapters_at_once and not any(self.groups.of(digest) for digest in hand):
+            return None
         choice, blocked = self._among(worker, floods=False)
         if choice is None and not blocked and self.groups.floods:
             choice, _ = self._among(worker, floods=True)

@@ -115,6 +115,21 @@ def build(gaps: Sequence[float], sizes: Sequence[tuple[int, int]], mix: Mix, *, 
     )
 
 
+def merged(first: Trace, second: Trace) -> Trace:
+    """Both at once, of the same adapters; tenants of the same name are the same."""
+    names = list(dict.fromkeys([*first.tenant_names, *second.tenant_names]))
+    jobs = sorted(
+        (trace.arrivals[i], trace.adapters[i], names.index(trace.tenant_names[trace.tenants[i]]), *sizes)
+        for trace in (first, second)
+        for i, sizes in enumerate(zip(trace.prompts, trace.outputs, trace.targets, strict=True))
+    )
+    arrivals, adapters, tenants, prompts, outputs, targets = zip(*jobs, strict=True)
+    return Trace(
+        array("d", arrivals), array("l", adapters), array("l", tenants), array("l", prompts), array("l", outputs), array("d", targets),
+        first.adapter_names, names, first.shared,
+    )  # fmt: skip
+
+
 def _zipf(n: int, exponent: float):  # type: ignore[no-untyped-def]
     weights = list(accumulate(1 / (i + 1) ** exponent for i in range(n)))
     return lambda rng: min(bisect(weights, rng.random() * weights[-1]), n - 1)
