@@ -196,11 +196,11 @@ class _Plan:
             elif len(hand) >= self.roster.adapters_at_once:
                 return None, True
             else:
-                best, chosen, reason = rank, group, temperature
+                best, chosen, reason = rank, group, _WARMTH[temperature]
         if chosen is not None:
             return _Choice(int(load > 0), int(best), load, worker.name, chosen.digest, reason), False
         if left is not None and not load:
-            return _Choice(2, int(left_best), load, worker.name, left.digest, "nothing else waits"), False
+            return _Choice(2, int(left_best), load, worker.name, left.digest, "spread to an idle worker"), False
         return None, False
 
     def _joining(self, worker: WorkerView, floods: bool) -> tuple[float, Group | None, str]:
@@ -215,7 +215,11 @@ class _Plan:
             for group in groups:
                 rank = group.rank - self.groups.narrow(group.jobs) - first
                 if rank < best and group.tenant.floods == floods and group.tenant.served <= self.limit:
-                    best, chosen, reason = rank, group, "joins what runs of its adapter" if first else "joins: nothing else is due sooner"
+                    best, chosen, reason = (
+                        rank,
+                        group,
+                        "joined what ran of its adapter" if first else "joined its adapter, nothing else being due sooner",
+                    )
         return best, chosen, reason
 
     def _dearer(self, worker: WorkerView, group: Group, temperature: Temperature) -> int:
@@ -274,6 +278,7 @@ class _Plan:
             takes = {t: min(rows, n) for t, n in waiting.items()}
         else:
             takes = _in_turns(waiting, {t: self.groups.served(t) for t in waiting}, rows, tokens)
+        due = min(group.due for group in self.groups.of(digest))
         for tenant, jobs in takes.items():
             self.groups.take(digest, tenant, jobs, self.now)
             self.groups.charge(tenant, jobs * tokens)
@@ -283,9 +288,23 @@ class _Plan:
         self.given[worker.name] += 1
         if digest not in hand:
             self.hands[worker.name] = hand | {digest}
-        return Dispatch(worker.name, digest, tuple(sorted(takes.items())), choice.reason, choice.rank)
+        return Dispatch(worker.name, digest, tuple(sorted(takes.items())), self._why(choice, due), choice.rank)
+
+    def _why(self, choice: _Choice, due: float) -> str:
+        """One sentence."""
+        left = (due - self.now) / 1000
+        when = f"due in {left:.1f} s" if left >= 0 else f"due {-left:.1f} s ago"
+        others = len(self.groups)
+        beside = f"{others} more groups waited" if others else "nothing else waited"
+        return f"{choice.reason}; {when}; {beside}"
 
 
+_WARMTH: Mapping[Temperature, str] = {
+    "hot": "its turn, its adapter bound here",
+    "loaded": "its turn, its adapter loaded here",
+    "disk": "its turn, its adapter to be loaded",
+    "remote": "its turn, its adapter to be fetched",
+}
 _FIRST = TICKS << 45
 """More than any rank."""
 
