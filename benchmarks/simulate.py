@@ -10,6 +10,7 @@ demo model; `gpu`, an 8B model, from published figures of one accelerator: 9,000
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from lorayard_scheduler.rivals import GRID
 from lorayard_scheduler.simulated import Lorayard
 from lorayard_scheduler.simulator import Fleet, Outcome, Scheduler, Trace, WorkerSpec
 
-MODELS: Mapping[str, WorkerSpec] = {
+MODELS = {
     "cpu": WorkerSpec(Costs(16, {"hot": 0, "loaded": 25, "disk": 33, "remote": 500}, 340, {1: 18.5, 8: 50, 32: 173}, measured=True)),
     "gpu": WorkerSpec(
         Costs(64, {"hot": 0, "loaded": 15, "disk": 120, "remote": 1500}, 9000, {1: 11, 8: 11.6, 32: 14, 64: 18}, measured=True)
@@ -53,7 +54,7 @@ class Cell:
 
     def trace(self, sizes: Sequence[tuple[int, int]], load: float, minutes: float, seed: int = 1) -> Trace:
         rate = load * self.capacity(sizes)
-        mix = traces.Mix(adapters=self.adapters, tenants=4, targets_ms=((1.0, TARGETS_MS[self.model]),))
+        mix = traces.Mix(adapters=self.adapters, tenants=4, targets_ms=((1.0, TARGETS_MS.get(self.model, 600_000.0)),))
         return traces.build(traces.poisson(round(rate * minutes * 60), rate, seed), sizes, mix, seed=seed)
 
     def run(self, trace: Trace, scheduler: Scheduler) -> Outcome:
@@ -65,7 +66,7 @@ def row(cell: Cell, load: float, policy: str, settings: Mapping[str, Any], outco
     arrivals = outcome.trace.arrivals
     warm = arrivals[-1] / 4
     waits = sorted((s - a) / 1000 for s, a in zip(outcome.started, arrivals, strict=True) if a >= warm)
-    target = TARGETS_MS[cell.model] / 1000
+    target = TARGETS_MS.get(cell.model, 600_000.0) / 1000
     return {
         "model": cell.model,
         "adapters": cell.adapters,
@@ -164,7 +165,11 @@ def speed(out: Console, jobs: int) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trace", type=Path, help="a CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    parser.add_argument("--costs", type=Path, help="what `lorayard bench costs` printed; its first worker is the model `own`")
     options = parser.parse_args()
+    if options.costs:
+        told = next(iter(json.loads(options.costs.read_text()).values()))
+        MODELS["own"] = WorkerSpec(Costs.of(told["width"], told["costs"]))
     path = options.trace or (
         Path(os.environ["LORAYARD_DATA"]) / "azure_llm_2023" / "code.csv" if os.environ.get("LORAYARD_DATA") else TRACE
     )
