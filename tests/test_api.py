@@ -112,6 +112,7 @@ def test_a_refused_job_harms_no_other_and_says_which_and_why(api: Api) -> None:
         (job(adaptor="x"), "invalid_request", "adaptor", "did you mean 'adapter'?"),
         (job(messages=[]), "invalid_request", "messages", "goes under 'request'"),
         (job(deadline_s=-1), "invalid_request", "deadline_s", "more than 0"),
+        (job(not_before_s=60, deadline_s=50), "invalid_request", "not_before_s", "the deadline would have passed"),
         (job(not_before_s="soon"), "invalid_request", "not_before_s", "Expected `float | null`"),
         (job(id="a b"), "invalid_request", "id", "1 to 100 of"),
         (job(id="a\n"), "invalid_request", "id", "1 to 100 of"),

@@ -260,6 +260,8 @@ def test_stop_strings_work_across_tokens(bench: Callable[..., Bench]) -> None:
         ({"frobnicate": 1}, "frobnicate"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1e20}, "max_tokens"),
+        ({"seed": 10**30}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -29,6 +29,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
+_INT32, _INT64 = 2**31 - 1, 2**63 - 1  # what llama.cpp, the ledger's sums and other hosts can hold
+_Tokens = Annotated[int, Meta(ge=1, le=_INT32)]
 
 
 class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -75,17 +77,17 @@ class ToolCall(msgspec.Struct, forbid_unknown_fields=True):
 class CommonBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds have."""
 
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: _Tokens | None = None
     stop: str | list[str] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_k: Annotated[int, Meta(ge=0, le=_INT32)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
     response_format: ResponseFormat | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-_INT64, le=_INT64)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     user: str | None = None
 
@@ -136,7 +138,7 @@ class ChatBody(CommonBody):
     """Of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: _Tokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] = []

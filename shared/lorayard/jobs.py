@@ -74,6 +74,8 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and not 0 < value < 366 * 24 * 3600:
                 raise BadRequest(f"{name}: must be more than 0 and less than a year, in seconds from now", param=name)
+        if self.deadline_s is not None and self.not_before_s is not None and self.not_before_s >= self.deadline_s:
+            raise BadRequest("not_before_s: the deadline would have passed by then; both count from now", param="not_before_s")
         if "model" in self.request:
             raise BadRequest("request.model: leave it out; the job's adapter and pool say what answers", param="request.model")
         if self.request.get("stream"):
