@@ -311,3 +311,11 @@ def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
     assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "budget_exhausted")
     assert "id" in api.post(job(route="auto"))[0]
     assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"
+
+
+@pytest.mark.parametrize("most", [10**20, 1e300, -1, 0, 1.5, "9", True])
+def test_a_number_of_tokens_that_is_none_is_refused_at_submit(api: Api, store: redis.Redis, most: Any) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    body = job(route="groq")
+    body["request"]["max_tokens"] = most
+    assert error(api.call("POST", "/v1/jobs", json=body)) == (400, "invalid_request")
