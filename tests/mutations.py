@@ -372,8 +372,8 @@ HOSTED = [
         (
             "the intent is not written",
             "_create",
-            "note = msgspec.structs.replace(note, tried=True, tenants=tenants)",
-            "note = msgspec.structs.replace(note, tenants=tenants)",
+            "note = msgspec.structs.replace(note, tried=True, tenants=tenants, date",
+            "note = msgspec.structs.replace(note, tenants=tenants, date",
         ),
         ("files stay there", "_clean_up", "for file_id in [note.file_id, *made]:", "for file_id in []:"),
         ("who has no time is submitted all the same", "handover", "or job.due - taken.taken < needed_ms", ""),
