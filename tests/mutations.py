@@ -378,7 +378,7 @@ HOSTED = [
         ("files stay there", "_clean_up", "for file_id in [note.file_id, *made]:", "for file_id in []:"),
         ("who has no time is submitted all the same", "handover", "or job.due - taken.taken < needed_ms", ""),
         ("lines that were not run are lost", "_read_back", "lost.append(ref)", "pass"),
-        ("the full price is charged", "_read_back", "DISCOUNT * usd_in, DISCOUNT * usd_out", "usd_in, usd_out"),
+        ("the full price is charged", "_prices", "DISCOUNT * usd_in, DISCOUNT * usd_out", "usd_in, usd_out"),
         ("a batch whose jobs are all cancelled goes on", "_poll", "self._service.cancel_batch(note.batch_id)", "pass"),
         suite="batches",
         file="lorayard_workers/groq/batches.py",
