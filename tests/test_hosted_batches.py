@@ -12,6 +12,7 @@ from fleet_support import until
 from hosted_service import BASE, Running, serving
 from hosted_support import settings_of
 
+from lorayard.errors import NotFound
 from lorayard.hosted import organisation
 from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import Entry, Ledger
@@ -204,7 +205,9 @@ def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: p
     desk.sweep_until("succeeded", ids=("a",))
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": -(10**9)}, {"completion_tokens": 10**18, "total_tokens": -5}, "abc"], ids=str)
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": -(10**9)}, {"completion_tokens": 10**18, "total_tokens": -5}, {"prompt_time": "abc"}, "abc"], ids=str
+)
 def test_a_usage_that_cannot_be_harms_nothing(desk: Desk, service: Running, usage: Any) -> None:
     service.service.usage = usage
     desk.put("a", "b")
@@ -241,3 +244,47 @@ def test_money_that_was_held_is_free_again_when_a_batch_is_refused(desk: Desk, s
     desk.claim()
     until(desk.settled, 10)
     assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_results_that_are_not_there_are_waited_for(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.MISSES", 3)
+    content = desk.keeper._service.content
+    asked = 0
+
+    def late(file_id: str) -> bytes:
+        nonlocal asked
+        asked += 1
+        if lost or asked < 3:
+            raise NotFound("no such file")
+        return content(file_id)
+
+    monkeypatch.setattr(desk.keeper._service, "content", late)
+    desk.put("a")
+    desk.claim()
+    (document,) = desk.sweep_until("delayed" if lost else "succeeded", ids=("a",))
+    assert sum(service.service.paid.values()) == 1
+    assert document["attempts"] == 1
+    assert desk.org.spent(desk.org.state(BASE).month)["acme"] > 0, "the line was run, and is paid for"
+
+
+def test_what_is_not_understood_of_one_batch_harms_no_other(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.HOLD_S", 0.1)
+    look, broken = desk.keeper._service.batch, True
+
+    def batch(batch_id: str) -> dict[str, Any]:
+        if broken and batch_id == first:
+            raise ValueError("what is this?")
+        return look(batch_id)
+
+    desk.put("a")
+    desk.claim()
+    desk.keeper.sweep()
+    (first,) = service.service.batches
+    monkeypatch.setattr(desk.keeper._service, "batch", batch)
+    desk.put("b")
+    desk.claim()
+    until(lambda: desk.settled() or desk.ledger.show("acme", ["b"])[0]["status"] == "succeeded")  # type: ignore[index]
+    assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
+    broken = False
+    desk.sweep_until("succeeded", "succeeded", ids=("a", "b"))

@@ -20,7 +20,7 @@ from lorayard.errors import BadRequest, LorayardError, NotFound, Unavailable
 from lorayard.hosted import answer_tokens, hosted_body, price, prompt_tokens
 from lorayard.jobs import ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.ledger import End, Ledger, Submitted, Taken, TakenJob
+from lorayard.ledger.ledger import End, EndStatus, Ledger, Submitted, Taken, TakenJob
 from lorayard.ledger.organisation import NANO, Held, Organisation
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
@@ -34,6 +34,9 @@ log = structlog.get_logger("lorayard.hosted")
 HOLD_S = 60.0
 SWEEP_S = 1.0
 STUCK_S = 900.0
+OVERDUE_S = 86_400.0
+MISSES = 120
+"""So often results that are not there are looked for: an hour, as shipped."""
 SLACK_S = 600
 """What a job needs beyond the service's own time: to be gathered, uploaded, read back."""
 MAX_BYTES = 90 * 1024 * 1024
@@ -56,6 +59,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     tenants: list[str] = []
     date: str = ""
     held: dict[str, int] = {}
+    misses: int = 0
     cancelled: bool = False
 
 
@@ -118,6 +122,9 @@ class BatchKeeper:
                     self._wait(submitted, error.message)
                 else:
                     self._fail(submitted, error)
+            except Exception:  # harms no other batch
+                log.exception("batch at the service not understood", batch=submitted.batch)
+                self._wait(submitted, "what the service says of it is not understood: see the worker's log")
 
     def _to_tend(self) -> Iterator[Submitted]:
         """One at a time: each is held from its own beginning on."""
@@ -127,8 +134,9 @@ class BatchKeeper:
     def _wait(self, submitted: Submitted, why: str) -> None:
         """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
         log.warning("batch at the service waits", batch=submitted.batch, reason=why)
-        now_s = int(self._ledger.client.time()[0])
-        if not msgspec.json.decode(submitted.note, type=Note).tried and now_s - submitted.submitted / 1000 > STUCK_S:
+        age_s = int(self._ledger.client.time()[0]) - submitted.submitted / 1000
+        begun = msgspec.json.decode(submitted.note, type=Note).tried
+        if age_s > (self._settings.hosted_batch_window_s + OVERDUE_S if begun else STUCK_S):
             self._put_off(submitted, "hosted_batch_stuck", why)
 
     def _look_again(self, batch: str, note: Note, seconds: float) -> bool:
@@ -250,18 +258,21 @@ class BatchKeeper:
                 note = msgspec.structs.replace(note, cancelled=True)
             self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s if submitted.refs else 1.0)
             return
-        self._read_back(submitted, note, batch)
+        if not self._read_back(submitted, note, batch):
+            return
         self._clean_up(submitted, note, [batch.get("output_file_id"), batch.get("error_file_id")])
         log.info("batch at the service is over", batch=submitted.batch, hosted=note.batch_id, status=status)
 
     # -- out ----------------------------------------------------------------------------------------------------------------------------
 
-    def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> None:
-        """Money first, once; then every job's end: by its line, where there is one."""
+    def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> bool:
+        """Money first, once; then every job's end: by its line, where there is one. False while the results are to be waited for."""
         rows: dict[str, dict[str, Any]] = {}
         for name in ("output_file_id", "error_file_id"):
-            if batch.get(name):
-                rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(self._content(str(batch[name])))}
+            content = self._content(str(batch[name])) if batch.get(name) else b""
+            if content is None and submitted.refs:
+                return self._missed(submitted, note)
+            rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(content or b"")}
         prices = self._prices
         self._charge(submitted, note, rows.values(), prices)
         model = self._model_or_nothing(submitted)
@@ -275,17 +286,28 @@ class BatchKeeper:
         self._finish(submitted, ends)
         if lost:
             why = _errors(batch) or f"the batch {batch.get('status')} before this line was run"
-            how = "retry" if batch.get("status") == "failed" else "later"
             outcome = _error(why, f"hosted_batch_{batch.get('status')}")
-            self._finish(
-                submitted, [End(ref, "retry" if how == "retry" else "later", outcome, delay_ms=backoff_ms(how, 0)) for ref in lost]
-            )
+            status: EndStatus = "retry" if batch.get("status") == "failed" else "later"
+            self._finish(submitted, [End(ref, status, outcome, delay_ms=backoff_ms(status, 0)) for ref in lost])
+        return True
 
-    def _content(self, file_id: str) -> bytes:
+    def _content(self, file_id: str) -> bytes | None:
+        """None where there is no such file: it is to come yet, or a keeper who was lost while he cleaned up has read it."""
         try:
             return self._service.content(file_id)
-        except NotFound:  # read before, by a keeper who was lost while he cleaned up
-            return b""
+        except NotFound:
+            return None
+
+    def _missed(self, submitted: Submitted, note: Note) -> bool:
+        """The results of a batch that is over are not there. They may come; if not, its lines count as run: paid at their most."""
+        if note.misses < MISSES:
+            self._look_again(submitted.batch, msgspec.structs.replace(note, misses=note.misses + 1), self._settings.hosted_batch_poll_s)
+            return False
+        owed = [(tenant, adapter_of(submitted.digest), nano, nano) for tenant, nano in sorted(note.held.items())]
+        self._org.charge(f"batch:{submitted.batch}", note.date, owed)
+        outcome = _error("the service has lost the results of the batch", "hosted_batch_results_lost")
+        self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
+        return True
 
     def _model_or_nothing(self, submitted: Submitted) -> str:
         try:
