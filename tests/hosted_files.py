@@ -10,7 +10,7 @@ import zipfile
 from typing import Any
 
 import numpy as np
-from hosted_state import BASE, Service, bad_body, completion, error, unknown
+from hosted_state import BASE, Service, bad_body, completion, distorted, error, unknown
 from safetensors.numpy import load
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -192,7 +192,7 @@ def run_lines(service: Service, batch: dict[str, Any]) -> None:
         if wrong is None and any(word in text for word in service.fail_lines):
             wrong = error(400, "Failed to generate JSON. …", code="json_validate_failed", failed_generation='{"half": ')
         status = wrong.status_code if wrong else 200
-        answer = json.loads(bytes(wrong.body)) if wrong else completion(service, line["body"])
+        answer = json.loads(bytes(wrong.body)) if wrong else distorted(service, completion(service, line["body"]))
         row = {"id": service.new_id("batch_req"), "custom_id": line["custom_id"], "error": None}
         row["response"] = {"status_code": status, "request_id": service.new_id("req"), "body": answer}
         (bad if wrong else good).append(row)

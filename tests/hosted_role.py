@@ -20,7 +20,7 @@ CALLS = {
     ServiceClient: ("tunings", "files", "upload", "tune", "delete_tuning", "delete_file", "start_batch", "batch", "content", "batches"),
     Publications: ("tell", "forget"),
     Ledger: ("take", "submit", "note", "contents", "finish", "settle"),
-    Organisation: ("charge",),
+    Organisation: ("hold", "charge"),
 }
 
 

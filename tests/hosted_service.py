@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 from hosted_files import batches, files, one_batch, one_file, one_tuning, tunings
-from hosted_state import BASE, KEY, Service, bad_body, completion, error, tokens_of
+from hosted_state import BASE, KEY, Service, bad_body, completion, distorted, error, tokens_of
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -122,7 +122,9 @@ async def chat(request: Request) -> Response:
         return Fault(kind, json.dumps(answer).encode())
     if not await request.is_disconnected():  # who has given up gets no answer
         service.answered[str(body["messages"][-1]["content"])] += 1
-    return JSONResponse(answer, headers=limit_headers(service))
+    if service.raw:
+        return Response(service.raw, media_type="application/json")
+    return Response(json.dumps(distorted(service, answer)), media_type="application/json", headers=limit_headers(service))
 
 
 def _draw(service: Service) -> str:

@@ -31,6 +31,8 @@ class Service:
     hosting: bool = True  # an enterprise, which may register adapters
     batch_s: float = 0.2
     expire_after: int = -1  # lines of a batch that are run before its window ends; -1: all
+    usage: dict[str, Any] | str | None = None  # instead of what is right, or beside it
+    raw: str = ""  # instead of an answer
     fail_lines: tuple[str, ...] = ()  # of a batch: those whose text contains one of these fail
     refuse_batch: bool = False
     errors_as_array: bool = False
@@ -106,3 +108,10 @@ def completion(service: Service, body: dict[str, Any]) -> dict[str, Any]:
         "service_tier": "on_demand",
         "x_groq": {"id": service.new_id("req")},
     }
+
+
+def distorted(service: Service, answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer with the usage that a test wants it to have."""
+    if service.usage is None:
+        return answer
+    return answer | {"usage": answer["usage"] | service.usage if isinstance(service.usage, dict) else service.usage}

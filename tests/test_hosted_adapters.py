@@ -288,12 +288,11 @@ def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: r
 
 def test_lanes_keep_hosted_and_local_jobs_apart(api: Api, store: redis.Redis, service: Running) -> None:
     Policies(store).set("acme", Policy(hosted=True))
-    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     week = 7 * 86400
     for fields in ({"route": "local"}, {"route": "groq"}, {"route": "auto"}, {"route": "groq", "deadline_s": week}):
         assert "id" in api.post(job(**fields))[0]
     body = job(route="auto")
-    body["request"] |= tools
+    body["request"] |= {"reasoning_effort": "low"}
     assert "id" in api.post(body)[0]
     body = job(route="auto")
     body["request"] |= {"logit_bias": {"1": 5}}
@@ -311,3 +310,11 @@ def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
     assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "budget_exhausted")
     assert "id" in api.post(job(route="auto"))[0]
     assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"
+
+
+@pytest.mark.parametrize("most", [10**20, 1e300, -1, 0, 1.5, "9", True])
+def test_a_number_of_tokens_that_is_none_is_refused_at_submit(api: Api, store: redis.Redis, most: Any) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    body = job(route="groq")
+    body["request"]["max_tokens"] = most
+    assert error(api.call("POST", "/v1/jobs", json=body)) == (400, "invalid_request")

@@ -12,6 +12,7 @@ from fleet_support import until
 from hosted_service import BASE, Running, serving
 from hosted_support import settings_of
 
+from lorayard.errors import NotFound
 from lorayard.hosted import organisation
 from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import Entry, Ledger
@@ -188,7 +189,7 @@ def test_leave_and_money_are_asked_for_when_the_lines_are_made(desk: Desk, servi
     desk.policies.set("zeta", Policy(hosted=True, daily_usd=0))
     (document,) = desk.sweep_until("failed", ids=("a",))
     assert document["error"]["code"] == "hosted_not_allowed"
-    desk.sweep_until("delayed", "delayed", tenant="zeta", ids=("a", "b"))
+    desk.sweep_until("delayed", "failed", tenant="zeta", ids=("a", "b"))
     assert service.service.made == {}
 
 
@@ -202,3 +203,88 @@ def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: p
     assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
     desk.keeper._service._http.headers["authorization"] = key
     desk.sweep_until("succeeded", ids=("a",))
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": -(10**9)}, {"completion_tokens": 10**18, "total_tokens": -5}, {"prompt_time": "abc"}, "abc"], ids=str
+)
+def test_a_usage_that_cannot_be_harms_nothing(desk: Desk, service: Running, usage: Any) -> None:
+    service.service.usage = usage
+    desk.put("a", "b")
+    desk.claim()
+    for document in desk.sweep_until("succeeded", "succeeded", ids=("a", "b")):
+        assert 0 <= document["cost_usd"] < 0.001
+    assert 0 <= desk.org.spent(desk.org.state(BASE).month).get("*", 0) < 10**6
+
+
+def test_a_batch_spends_no_more_than_there_is(desk: Desk, service: Running) -> None:
+    """Each line is reserved at its most; what they took is put in its place, and what that leaves is for the others."""
+    desk.policies.set("acme", Policy(hosted=True, monthly_usd=0.001))
+    ids = [f"j{n}" for n in range(90)]
+    desk.put(*ids, max_tokens=1000)
+    desk.claim()
+
+    def over() -> bool:
+        return desk.settled() and all(d and d["status"] in ("succeeded", "delayed") for d in desk.ledger.show("acme", ids))
+
+    until(over, 20)
+    documents = [d for d in desk.ledger.show("acme", ids) if d]
+    cost = sum(d["cost_usd"] for d in documents if d["status"] == "succeeded")
+    done = sum(d["status"] == "succeeded" for d in documents)
+    assert 20 <= done <= 25, "of 0.001 $, at 0.00004 $ each at most"
+    assert cost <= 0.001
+    spent = desk.org.spent(desk.org.state(BASE).month)
+    assert spent["acme"] == spent["*"]
+    assert spent["acme"] / NANO == pytest.approx(cost, rel=1e-6), "what was held for the rest is free again"
+
+
+def test_money_that_was_held_is_free_again_when_a_batch_is_refused(desk: Desk, service: Running) -> None:
+    service.service.refuse_batch = True
+    desk.put("a")
+    desk.claim()
+    until(desk.settled, 10)
+    assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_results_that_are_not_there_are_waited_for(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.MISSES", 3)
+    content = desk.keeper._service.content
+    asked = 0
+
+    def late(file_id: str) -> bytes:
+        nonlocal asked
+        asked += 1
+        if lost or asked < 3:
+            raise NotFound("no such file")
+        return content(file_id)
+
+    monkeypatch.setattr(desk.keeper._service, "content", late)
+    desk.put("a")
+    desk.claim()
+    (document,) = desk.sweep_until("delayed" if lost else "succeeded", ids=("a",))
+    assert sum(service.service.paid.values()) == 1
+    assert document["attempts"] == 1
+    assert desk.org.spent(desk.org.state(BASE).month)["acme"] > 0, "the line was run, and is paid for"
+
+
+def test_what_is_not_understood_of_one_batch_harms_no_other(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.HOLD_S", 0.1)
+    look, broken = desk.keeper._service.batch, True
+
+    def batch(batch_id: str) -> dict[str, Any]:
+        if broken and batch_id == first:
+            raise ValueError("what is this?")
+        return look(batch_id)
+
+    desk.put("a")
+    desk.claim()
+    desk.keeper.sweep()
+    (first,) = service.service.batches
+    monkeypatch.setattr(desk.keeper._service, "batch", batch)
+    desk.put("b")
+    desk.claim()
+    until(lambda: desk.settled() or desk.ledger.show("acme", ["b"])[0]["status"] == "succeeded")  # type: ignore[index]
+    assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
+    broken = False
+    desk.sweep_until("succeeded", "succeeded", ids=("a", "b"))

@@ -132,7 +132,8 @@ def test_an_adapter_is_provided_and_removed_once_through_a_kill_at_every_step(wo
 
 
 BATCH = [
-    *(("take", "after"), ("submit", "before"), ("submit", "after"), ("contents", "after"), ("note", "before"), ("note", "after")),
+    *(("take", "after"), ("submit", "before"), ("submit", "after"), ("contents", "after"), ("hold", "before"), ("hold", "after")),
+    *(("note", "before"), ("note", "after")),
     *(
         ("upload", "before"),
         ("upload", "after"),

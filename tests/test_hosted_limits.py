@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lorayard.errors import LorayardError, Unavailable
 from lorayard.ledger.organisation import LIBRARY, MARGIN_MS, Caps, Grant, Organisation, Rates, Refused, Settled, Want
 from lorayard_workers.groq.answers import complete, failure, limits_told, read_error, seconds
 from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
@@ -93,9 +95,42 @@ def test_a_reply_that_was_lost_counts_nothing_twice(org: Org, store: redis.Redis
     first: object = store.fcall(*args)  # type: ignore[arg-type]
     assert store.fcall(*args) == first  # type: ignore[arg-type]
     assert org.state("b").numbers["used_requests"] == 1
-    org.charge([("acme", "base", 5)], "batch:1")
-    org.charge([("acme", "base", 5)], "batch:1")
+    wants = [("a", "acme", 700, Caps()), ("b", "acme", 700, Caps(day=1500))]
+    held = org.hold("hold:1", wants)
+    assert (held.held, held.poor) == ({"a": ("acme", 700)}, {"b"})
+    assert org.hold("hold:1", wants[:1]) == held
+    assert org.spent("2026-11-24") == {"acme": 1200, "*": 1200}
+    for _ in range(2):
+        org.charge("batch:1", held.date, [("acme", "base", 5, 700)])
     assert org.costs("2026-11") == {("acme", "base"): 5}
+    assert org.spent("2026-11-24") == org.spent("2026-11") == {"acme": 505, "*": 505}
+
+
+WILD = ("1e20", "1e300", "-5", "nan", "inf", "-inf", "9223372036854775808", "no number", "")
+
+
+@given(st.lists(st.sampled_from(WILD), min_size=4, max_size=4))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_number_that_reaches_the_functions_spoils_the_money(org: Org, store: redis.Redis, wild: list[str]) -> None:
+    token, (a, b, c, d) = secrets.token_hex(4), wild
+    store.fcall("lyl_reserve", 1, org.prefix, token, "w", 1000, 0, 0, 0, 0, -1, -1, "m", a, "acme", b, -1, -1)
+    store.fcall("lyl_settle", 1, org.prefix, token + "s", "w", 1, a, b, "acme", "base", c, d, "2026-11-24")
+    store.fcall("lyl_hold", 1, org.prefix, token + "h", -1, -1, "n", "acme", a, -1, -1)
+    store.fcall("lyl_charge", 1, org.prefix, token + "c", "2026-11-24", "acme", "base", a, b)
+    store.fcall("lyl_learn", 1, org.prefix, "w", "told", "rpm", a, "tpm", b)
+    store.fcall("lyl_learn", 1, org.prefix, "w", "head", "tpm", a, "left_tokens", b, "rpd", c, "left_requests", d)
+    store.fcall("lyl_block", 1, org.prefix, "x", a, "why")
+    for nano in (*org.spent("2026-11").values(), *org.costs("2026-11").values()):
+        assert abs(nano) < 1e17
+    assert all(number >= 0 for number in org.state("w").numbers.values())
+    assert len(org.reserve(token, [WANT]).answers) == 1
+
+
+def test_what_the_ledger_will_never_take_is_told_apart_from_a_ledger_that_is_away(org: Org, store: redis.Redis) -> None:
+    store.set(org.prefix + "called", "not a hash")
+    with pytest.raises(LorayardError, match="WRONGTYPE") as told:
+        org.reserve("b", [WANT])
+    assert not isinstance(told.value, Unavailable)
 
 
 def test_budgets_of_tenant_and_organisation_end_with_their_day_and_month(store: redis.Redis) -> None:

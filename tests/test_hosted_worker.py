@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -11,6 +12,7 @@ from fleet_support import until
 from hosted_service import BASE, Running, serving
 from hosted_support import Bench, answer, bench_of, settings_of
 
+from lorayard.errors import LorayardError
 from lorayard.ledger.audit import audit
 from lorayard.ledger.policies import Policy
 
@@ -201,3 +203,62 @@ def test_two_workers_share_one_organisation_s_limits(store: redis.Redis, redis_u
             assert dict(service.service.calls) == {"200": 20}
         finally:
             other.control.close()
+
+
+BAD_USAGES: list[Any] = [
+    {"prompt_tokens": 9 * 10**18},
+    {"prompt_tokens": -1_000_000_000},
+    {"total_tokens": -5},
+    {"completion_tokens": True},
+    {"prompt_tokens": 10**30},
+    {"queue_time": 1e308, "prompt_time": -1, "completion_time": "x"},
+    "abc",
+    [],
+]
+
+
+@pytest.mark.parametrize("usage", BAD_USAGES, ids=str)
+def test_a_usage_that_cannot_be_harms_nothing(bench: Bench, service: Running, usage: Any) -> None:
+    service.service.usage = usage
+    document = bench.run("j1")
+    assert answer(document) == f"{BASE} says: j1"
+    assert 0 <= document["cost_usd"] < 0.001
+    assert all(0 <= value < 60_000 for value in document["latencies_ms"].values())
+    assert sum(service.service.calls.values()) == 1
+    service.service.usage = None
+    assert answer(bench.run("j2"))
+    time.sleep(0.3)  # settled by then
+    assert 0 <= bench.org.spent(bench.org.state(BASE).month)["*"] < 10**6
+    assert bench.ledger.snapshot().served["acme"] >= 0
+    assert audit(bench.ledger) == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["[" * 5000, '{"choices": [' + "[" * 5000, "{}", '{"choices": []}', '{"choices": [{"message": 1}]}', "null", "\x00"],
+    ids=range(7),
+)
+def test_an_answer_that_is_none_is_put_off(bench: Bench, service: Running, raw: str) -> None:
+    service.service.raw = raw
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    service.service.raw = ""
+    bench.work_off()
+    assert bench.job("j1")["attempts"] == 1
+
+
+def test_a_job_that_the_ledger_will_not_reserve_for_harms_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = bench.org.reserve
+
+    def refusing(base: str, wants: Any) -> Any:
+        if any(want.tokens > 5000 for want in wants):
+            raise LorayardError("the ledger refuses it", code="ledger_error")
+        return reserve(base, wants)
+
+    monkeypatch.setattr(bench.org, "reserve", refusing)
+    bench.put(["bad"], max_tokens=6000)
+    bench.put([f"j{n}" for n in range(5)])
+    bench.work_off()
+    assert [bench.job(f"j{n}")["status"] for n in range(5)] == ["succeeded"] * 5
+    assert (bench.job("bad")["status"], bench.job("bad")["error"]["code"]) == ("failed", "ledger_error")

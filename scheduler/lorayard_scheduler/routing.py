@@ -113,7 +113,7 @@ class Routes:
 
 
 def _runs_at_home(endpoint: str, request: dict[str, Any]) -> bool:
-    """Whether local workers understand the request: tools and schemas only the hosted service does."""
+    """Whether local workers understand the request: some fields only the hosted service does."""
     try:
         read_body(endpoint, request)
     except LorayardError:

@@ -59,6 +59,8 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
 _TIERS = ("auto", "on_demand", "flex", "performance")
 _MAX_STOPS, _MAX_TOOLS = 4, 128
 _BYTES_PER_TOKEN, _MESSAGE_TOKENS = 3.0, 8
+MOST_TOKENS = 10_000_000
+"""Of one prompt or answer: more is no number of tokens."""
 
 
 def hosted_body(request: dict[str, Any], settings: Settings, *, endpoint: str = CHAT) -> tuple[dict[str, Any], list[str]]:
@@ -93,8 +95,8 @@ def _check(body: dict[str, Any], groq: bool) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise BadRequest("messages: give a list of messages, each with a role", param="messages")
     for name in ("max_tokens", "max_completion_tokens"):
-        if name in body and (not _is_number(body[name]) or body[name] != int(body[name]) or body[name] < 1):
-            raise BadRequest(f"{name}: must be a whole number from 1 on", param=name)
+        if name in body and not (_is_number(body[name]) and 1 <= body[name] <= MOST_TOKENS and body[name] == int(body[name])):
+            raise BadRequest(f"{name}: must be a whole number from 1 to {MOST_TOKENS}", param=name)
     if not _is_number(body.get("temperature", 0)) or not 0 <= body.get("temperature", 0) <= 2:
         raise BadRequest("temperature: must be from 0 to 2", param="temperature")
     stop = body.get("stop", [])

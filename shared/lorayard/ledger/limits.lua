@@ -15,11 +15,13 @@
 --   called         HASH    model id -> ms of its last call
 --   spent:DATE     HASH    tenant, and * for all -> nano-dollars; DATE is a day or a month (UTC)
 --   costs:MONTH    HASH    tenant \t adapter -> nano-dollars
---   once:TOKEN     STRING  the reply, for a minute; of a charge, for as long as its month is kept
+--   once:TOKEN     STRING  the reply, for a minute; of what concerns a batch, for a month
 
 local SLOT_MS = 250
 local MINUTE_MS, DAY_MS = 60000, 86400000
 local DAYS_KEPT, MONTHS_KEPT = 3 * 86400, 400 * 86400
+local HELD_MS = 30 * DAY_MS -- a batch is read again as late as its keeper comes back
+local MOST_BATCH = 1e15
 
 local function now() -- ms; the only clock here
   local t = redis.call('TIME')
@@ -28,6 +30,14 @@ end
 
 local function digits(number)
   return string.format('%d', number)
+end
+
+-- A whole number from 0 to `most`, whatever was sent: what a function has written when it fails stays written.
+local MOST_TOKENS, MOST_NANO = 1e9, 1e12 -- of one call
+local function bounded(text, most)
+  local number = tonumber(text)
+  if not number or number ~= number or number < 0 then return 0 end
+  return math.floor(math.min(number, most))
 end
 
 local function dates(at) -- day and month, as 2026-11-22 and 2026-11
@@ -165,7 +175,7 @@ local function reserve(keys, args)
     local slot, reply, n, wait, why = digits(math.floor(at / SLOT_MS)), {}, 0, 0, ''
     local took_requests, took_tokens = 0, 0
     for i = 10, #args, 6 do
-      local id, want, tenant, nano = args[i], tonumber(args[i + 1]), args[i + 2], tonumber(args[i + 3])
+      local id, want, tenant, nano = args[i], bounded(args[i + 1], MOST_TOKENS), args[i + 2], bounded(args[i + 3], MOST_NANO)
       local poor = over(p, day, month, tenant, nano, { args[i + 4], args[i + 5] }) or over(p, day, month, '*', nano, { args[8], args[9] })
       if known.tpm and want > known.tpm then
         reply[#reply + 1] = { 'l', known.tpm }
@@ -208,13 +218,13 @@ local function settle(keys, args)
   return once(p, args[1], function()
     local back = 0
     for i = 3, #args, 8 do
-      local slot, more = args[i], tonumber(args[i + 2]) - tonumber(args[i + 1])
+      local slot, more = args[i], bounded(args[i + 2], MOST_TOKENS) - bounded(args[i + 1], MOST_TOKENS)
       if more ~= 0 and redis.call('HEXISTS', p .. 'used:' .. model, 't' .. slot) == 1 then
         redis.call('HINCRBY', p .. 'used:' .. model, 't' .. slot, digits(more))
         redis.call('HINCRBY', p .. 'used:' .. model, 't', digits(more))
       end
       back = back - more
-      local date, nano, spent = args[i + 7], tonumber(args[i + 5]), tonumber(args[i + 6])
+      local date, nano, spent = args[i + 7], bounded(args[i + 5], MOST_NANO), bounded(args[i + 6], MOST_NANO)
       local month = string.sub(date, 1, 7)
       if spent ~= nano then spend(p, date, month, args[i + 3], spent - nano) end
       if spent > 0 then
@@ -227,18 +237,38 @@ local function settle(keys, args)
   end)
 end
 
--- lyl_charge P | token, then per job: tenant adapter nano -> 1. Money for what was never reserved: a batch service's answers.
-local function charge(keys, args)
+-- lyl_hold P | token cap_day cap_month, then per job: name tenant nano cap_day cap_month -> {date, {name, tenant, nano, which cap or ''}...}
+-- Money set aside for jobs that go to a batch service, as far as there is any; `charge` puts what they took in its place.
+local function hold(keys, args)
   local p = keys[1]
   return once(p, args[1], function()
     local day, month = dates(now())
-    for i = 2, #args, 3 do
-      spend(p, day, month, args[i], tonumber(args[i + 2]))
-      redis.call('HINCRBY', p .. 'costs:' .. month, args[i] .. '\t' .. args[i + 1], args[i + 2])
-      redis.call('EXPIRE', p .. 'costs:' .. month, MONTHS_KEPT)
+    local reply = { day }
+    for i = 4, #args, 5 do
+      local tenant, nano = args[i + 1], bounded(args[i + 2], MOST_NANO)
+      local poor = over(p, day, month, tenant, nano, { args[i + 3], args[i + 4] }) or over(p, day, month, '*', nano, { args[2], args[3] })
+      if not poor then spend(p, day, month, tenant, nano) end
+      reply[#reply + 1] = { args[i], tenant, nano, poor or '' }
+    end
+    return reply
+  end, HELD_MS)
+end
+
+-- lyl_charge P | token date, then per row: tenant adapter nano nano_held -> 1. What a batch took, instead of what was held for it then.
+local function charge(keys, args)
+  local p, date = keys[1], args[2]
+  return once(p, args[1], function()
+    local month = string.sub(date, 1, 7)
+    for i = 3, #args, 4 do
+      local spent, held = bounded(args[i + 2], MOST_BATCH), bounded(args[i + 3], MOST_BATCH)
+      spend(p, date, month, args[i], spent - held)
+      if spent > 0 then
+        redis.call('HINCRBY', p .. 'costs:' .. month, args[i] .. '\t' .. args[i + 1], digits(spent))
+        redis.call('EXPIRE', p .. 'costs:' .. month, MONTHS_KEPT)
+      end
     end
     return 1
-  end, MONTHS_KEPT * 1000) -- a batch is read again as late as its keeper comes back
+  end, HELD_MS)
 end
 
 -- lyl_learn P | MODEL source, then name value... -> 1. source 'told': rpm tpm rpd tpd of a refusal. 'head': tpm rpd left_tokens left_requests of
@@ -246,7 +276,7 @@ end
 local FOREIGN = 0.1 -- the part of a limit by which the service's count may be ahead of ours: calls under way are counted by each in its own way
 local function learn(keys, args)
   local p, model, at, said = keys[1], args[1], now(), {}
-  for i = 3, #args, 2 do said[args[i]] = tonumber(args[i + 1]) end
+  for i = 3, #args, 2 do said[args[i]] = bounded(args[i + 1], 1e12) end
   local key = p .. args[2] .. ':' .. model
   for _, name in ipairs({ 'rpm', 'tpm', 'rpd', 'tpd' }) do
     if said[name] then redis.call('HSET', key, name, digits(said[name])) end
@@ -267,7 +297,8 @@ end
 -- lyl_block P | MODEL ms what -> 1. No call before that; a block that lasts longer stays.
 local function block(keys, args)
   local key = keys[1] .. 'blocked:' .. args[1]
-  if redis.call('PTTL', key) < tonumber(args[2]) then redis.call('SET', key, args[3], 'PX', math.max(1, math.ceil(args[2]))) end
+  local ms = math.max(1, bounded(args[2], DAY_MS))
+  if redis.call('PTTL', key) < ms then redis.call('SET', key, args[3], 'PX', digits(ms)) end
   return 1
 end
 
@@ -290,7 +321,8 @@ local function state(keys, args)
 end
 
 local library = {
-  { 'lyl_reserve', reserve, 'allow-oom' }, { 'lyl_settle', settle, 'allow-oom' }, { 'lyl_charge', charge, 'allow-oom' },
+  { 'lyl_reserve', reserve, 'allow-oom' }, { 'lyl_settle', settle, 'allow-oom' }, { 'lyl_hold', hold, 'allow-oom' },
+  { 'lyl_charge', charge, 'allow-oom' },
   { 'lyl_learn', learn, 'allow-oom' }, { 'lyl_block', block, 'allow-oom' }, { 'lyl_state', state, 'no-writes' },
 }
 for i = 1, #library do

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import redis
 
+from lorayard.errors import LorayardError
 from lorayard.ledger import keys
 from lorayard.ledger.ledger import unavailable
 
@@ -18,6 +19,10 @@ NANO = 1_000_000_000
 
 MARGIN_MS = 1_000
 """A minute of ours is so much longer than the service's: calls take their time to reach it, some more than others."""
+
+_PASSES = ("OOM", "LOADING", "BUSY", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED")
+_PASSING = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError, redis.exceptions.ClusterDownError)
+"""Errors of a server that will be well again."""
 
 Limit = Literal["rpm", "tpm", "rpd", "tpd"]
 
@@ -89,6 +94,14 @@ class Settled(NamedTuple):
     nano: int
 
 
+class Held(NamedTuple):
+    """Money set aside at a date: (tenant, nano-dollars) by job's name; and the names for which there was none."""
+
+    date: str
+    held: dict[str, tuple[str, int]]
+    poor: set[str]
+
+
 class State(NamedTuple):
     """`blocked_ms`: no call before that, because of `why`. `day` and `month` are its dates; `numbers` rpm, tpm, rpd, tpd as far as they are
     known, and used_requests, used_tokens, left_requests, left_tokens."""
@@ -101,7 +114,10 @@ class State(NamedTuple):
 
 
 class Organisation:
-    """One organisation's limits and budgets. Thread-safe. Raises `Unavailable` while the server cannot be reached."""
+    """One organisation's limits and budgets. Thread-safe.
+
+    Raises `Unavailable` while the server cannot be reached, and `LorayardError` where it will never take what was asked.
+    """
 
     def __init__(self, client: redis.Redis, name: str, *, rates: Rates = UNKNOWN, caps: Caps = ANY, library: str = LIBRARY) -> None:
         self.client = client
@@ -128,6 +144,10 @@ class Organisation:
                     raise
                 self.client.function_load(self._library, replace=True)
                 return self.client.fcall(function, 1, self.prefix, *args)
+        except redis.ResponseError as error:
+            if isinstance(error, _PASSING) or str(error).startswith(_PASSES):
+                raise unavailable(error) from error
+            raise LorayardError(f"the ledger refuses {function}: {error}", code="ledger_error") from error
         except redis.RedisError as error:
             raise unavailable(error) from error
 
@@ -163,9 +183,16 @@ class Organisation:
 
     # -- money --------------------------------------------------------------------------------------------------------------------------
 
-    def charge(self, rows: Sequence[tuple[str, str, int]], token: str) -> None:
-        """Write down money (tenant, adapter, nano-dollars) that nothing was reserved for; the same token again writes nothing."""
-        self._call("lyl_charge", token, *(value for row in rows for value in row))
+    def hold(self, token: str, wants: Sequence[tuple[str, str, int, Caps]]) -> Held:
+        """Set money aside for jobs (name, tenant, nano-dollars, the tenant's caps) of a batch; the same token again answers the same."""
+        args = [value for name, tenant, nano, caps in wants for value in (name, tenant, nano, *caps)]
+        date, *rows = self._call("lyl_hold", token, *self._caps, *args)
+        held = {name.decode(): (tenant.decode(), int(nano)) for name, tenant, nano, poor in rows if not poor}
+        return Held(date.decode(), held, {name.decode() for name, _, _, poor in rows if poor})
+
+    def charge(self, token: str, date: str, rows: Sequence[tuple[str, str, int, int]]) -> None:
+        """Put what a batch took (tenant, adapter, nano-dollars, those held) in the place of what was held at that date; once a token."""
+        self._call("lyl_charge", token, date, *(value for row in rows for value in row))
 
     def spent(self, date: str) -> dict[str, int]:
         """Nano-dollars by tenant, `*` for all, in a day (2026-11-22) or a month (2026-11)."""

@@ -11,14 +11,19 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from lorayard.hosted import MOST_TOKENS
+
 How = Literal["final", "attempt", "patience", "later"]
 """What becomes of the job: failed for good · tried again, an attempt used · put off at no cost the first times · put off at no cost."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
-_LIMIT = re.compile(r"\((RPM|RPD|TPM|TPD|ITPM|OTPM)\): Limit (\d+)")
+_LIMIT = re.compile(r"\((RPM|RPD|TPM|TPD|ITPM|OTPM)\): Limit ([1-9][0-9]{0,11})\b", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 _LIMITED_S = 2.0  # where a refusal says neither
 _KEPT = 16_384  # characters of a failed generation
+_MOST_WAIT_S = 86_400.0
+_MOST_S = 1e6
 
 
 class Failure(NamedTuple):
@@ -64,7 +69,7 @@ def limits_told(headers: Mapping[str, str]) -> dict[str, int]:
         "rpd": "x-ratelimit-limit-requests",
         "left_requests": "x-ratelimit-remaining-requests",
     }
-    return {name: int(value) for name, header in names.items() if (value := headers.get(header, "")).isdecimal()}
+    return {name: int(value) for name, header in names.items() if _NUMBER.fullmatch(value := headers.get(header, ""))}
 
 
 def complete(body: Any) -> bool:
@@ -73,11 +78,44 @@ def complete(body: Any) -> bool:
     return isinstance(choices, list) and bool(choices) and all(isinstance(c, dict) and isinstance(c.get("message"), dict) for c in choices)
 
 
+def read_answer(content: bytes) -> dict[str, Any] | None:
+    """A whole chat completion, made safe; None for anything else, however it was meant to break us."""
+    try:
+        return tidy(msgspec.json.decode(content))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+        return None
+
+
+def tidy(answer: Any) -> dict[str, Any] | None:
+    """A decoded answer with a `usage` in which numbers are what they should be: counts whole and not below 0, times in seconds.
+
+    What is not, is left out. None where it is no whole completion, or cannot be written as JSON again.
+    """
+    if not complete(answer):
+        return None
+    usage = answer.get("usage")
+    clean = {**answer, "usage": {}} if "usage" in answer else answer
+    for name, value in usage.items() if isinstance(usage, dict) else ():
+        if name.endswith("_tokens"):
+            fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
+        elif name.endswith("_time"):
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_S
+        else:
+            fits = True
+        if fits:
+            clean["usage"][name] = value
+    try:
+        msgspec.json.encode(clean)
+    except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError):
+        return None
+    return clean
+
+
 def read_error(content: bytes) -> dict[str, Any]:
     """The error object of a body; {} where there is none."""
     try:
         body = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
         return {}
     error = body.get("error") if isinstance(body, dict) else None
     return error if isinstance(error, dict) else {"message": error} if isinstance(error, str) else {}
@@ -111,7 +149,7 @@ def _after(message: str, headers: Mapping[str, str]) -> float | None:
     after = seconds(told) if told else None
     if after is None and (again := _AGAIN.search(message)):
         after = seconds(again[1])
-    return after
+    return None if after is None else min(after, _MOST_WAIT_S)
 
 
 def broken(code: str, message: str) -> Failure:

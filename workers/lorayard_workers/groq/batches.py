@@ -7,7 +7,9 @@ wrote and, where that may be less than what he did, at what is there. So a crash
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +17,14 @@ import msgspec
 import structlog
 
 from lorayard.errors import BadRequest, LorayardError, NotFound, Unavailable
-from lorayard.hosted import hosted_body, price
+from lorayard.hosted import answer_tokens, hosted_body, price, prompt_tokens
 from lorayard.jobs import ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.ledger import End, Ledger, Submitted, Taken, TakenJob
-from lorayard.ledger.organisation import NANO, Organisation
+from lorayard.ledger.ledger import End, EndStatus, Ledger, Submitted, Taken, TakenJob
+from lorayard.ledger.organisation import NANO, Held, Organisation
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
-from lorayard_workers.groq.answers import Failure, complete, document, failure
+from lorayard_workers.groq.answers import Failure, complete, document, failure, tidy
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
 from lorayard_workers.retries import backoff_ms
@@ -32,6 +34,9 @@ log = structlog.get_logger("lorayard.hosted")
 HOLD_S = 60.0
 SWEEP_S = 1.0
 STUCK_S = 900.0
+OVERDUE_S = 86_400.0
+MISSES = 120
+"""So often results that are not there are looked for: an hour, as shipped."""
 SLACK_S = 600
 """What a job needs beyond the service's own time: to be gathered, uploaded, read back."""
 MAX_BYTES = 90 * 1024 * 1024
@@ -45,13 +50,16 @@ _MONEY_AGAIN_MS = 600_000
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is known of a batch at the service. `tried`: something may have been created there; `alone`: there is no second one.
-    `tenants`: of its lines, by number."""
+    `tenants`: of its lines, by number. `held`: money set aside at `date`, nano-dollars by tenant."""
 
     tried: bool = False
     file_id: str = ""
     batch_id: str = ""
     alone: bool = False
     tenants: list[str] = []
+    date: str = ""
+    held: dict[str, int] = {}
+    misses: int = 0
     cancelled: bool = False
 
 
@@ -74,6 +82,7 @@ class BatchKeeper:
         self._service = service
         self._model_of = model_of
         self._token = secrets.token_hex(8)
+        self._written: dict[str, Note] = {}  # by batch, in this sweep
 
     # -- in -----------------------------------------------------------------------------------------------------------------------------
 
@@ -102,6 +111,7 @@ class BatchKeeper:
     # -- step by step -------------------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> None:
+        self._written.clear()
         for submitted in self._to_tend():
             try:
                 self._step(submitted)
@@ -112,6 +122,9 @@ class BatchKeeper:
                     self._wait(submitted, error.message)
                 else:
                     self._fail(submitted, error)
+            except Exception:  # harms no other batch
+                log.exception("batch at the service not understood", batch=submitted.batch)
+                self._wait(submitted, "what the service says of it is not understood: see the worker's log")
 
     def _to_tend(self) -> Iterator[Submitted]:
         """One at a time: each is held from its own beginning on."""
@@ -121,11 +134,13 @@ class BatchKeeper:
     def _wait(self, submitted: Submitted, why: str) -> None:
         """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
         log.warning("batch at the service waits", batch=submitted.batch, reason=why)
-        now_s = int(self._ledger.client.time()[0])
-        if not msgspec.json.decode(submitted.note, type=Note).tried and now_s - submitted.submitted / 1000 > STUCK_S:
+        age_s = int(self._ledger.client.time()[0]) - submitted.submitted / 1000
+        begun = msgspec.json.decode(submitted.note, type=Note).tried
+        if age_s > (self._settings.hosted_batch_window_s + OVERDUE_S if begun else STUCK_S):
             self._put_off(submitted, "hosted_batch_stuck", why)
 
     def _look_again(self, batch: str, note: Note, seconds: float) -> bool:
+        self._written[batch] = note
         return self._ledger.note(batch, self._token, msgspec.json.encode(note), round(seconds * 1000))
 
     def _step(self, submitted: Submitted) -> None:
@@ -137,7 +152,7 @@ class BatchKeeper:
         elif submitted.refs:
             self._create(submitted, note)
         else:
-            self._clean_up(submitted.batch, note)
+            self._clean_up(submitted, note)
 
     def _adopt(self, batch: str, note: Note) -> Note:
         """What an earlier keeper created and could not write down."""
@@ -163,11 +178,16 @@ class BatchKeeper:
         jobs = self._ledger.contents(submitted.batch, self._token)
         model = self._model_of(adapter_of(submitted.digest))
         tenants = sorted({split_ref(job.ref)[0] for job in jobs})
-        lines = list(self._lines(submitted, self._allowed(submitted, jobs), model, tenants))
+        bodies = list(self._bodies(submitted, jobs))
+        held = self._hold(submitted, bodies)
+        lines = [_line(ref, body, model, tenants) for ref, body in bodies if _digest(ref) in held.held]
         if not lines:
             self._look_again(submitted.batch, note, 0)
             return
-        note = msgspec.structs.replace(note, tried=True, tenants=tenants)
+        by: Counter[str] = Counter()
+        for tenant, nano in held.held.values():
+            by[tenant] += nano
+        note = msgspec.structs.replace(note, tried=True, tenants=tenants, date=held.date, held=dict(by))
         if not self._look_again(submitted.batch, note, HOLD_S):  # the intent, and that it is ours
             return
         with holding(lambda: self._look_again(submitted.batch, note, HOLD_S), HOLD_S / 3):
@@ -180,37 +200,39 @@ class BatchKeeper:
         self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s)
         log.info("batch at the service", batch=submitted.batch, hosted=note.batch_id, jobs=len(lines))
 
-    def _allowed(self, submitted: Submitted, jobs: Sequence[TakenJob]) -> Iterator[TakenJob]:
-        """Those whose tenants let their data leave, and have money."""
-        policies, tenants = self._policies.all(), {split_ref(job.ref)[0] for job in jobs}
-        poor = {tenant for tenant in tenants & policies.keys() if self._org.over(self._base, tenant, policies[tenant].caps)}
+    def _bodies(self, submitted: Submitted, jobs: Sequence[TakenJob]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ref and body of those whose tenants let their data leave, and that the service takes; the others end here."""
+        policies = self._policies.all()
         for job in jobs:
             tenant = split_ref(job.ref)[0]
             if not policies.get(tenant, NOTHING_LEAVES).hosted:
                 message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
                 self._finish(submitted, [End(job.ref, "failed", _error(message, "hosted_not_allowed"))])
-            elif tenant in poor:
-                outcome = _error("the money for hosted calls is spent", "budget_exhausted")
-                self._finish(submitted, [End(job.ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS)])
-            else:
-                yield job
-
-    @property
-    def _base(self) -> str:
-        return self._settings.hosted_model or ""
-
-    def _lines(self, submitted: Submitted, jobs: Iterable[TakenJob], model: str, tenants: list[str]) -> Iterator[bytes]:
-        """The same bytes for the same jobs, so that a file that is there already can be known."""
-        for job in jobs:
+                continue
             try:
                 endpoint = job.meta.get("endpoint", ENDPOINT)
-                body, _ = hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=endpoint)
+                yield job.ref, hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=endpoint)[0]
             except BadRequest as error:
                 self._finish(submitted, [End(job.ref, "failed", msgspec.json.encode({"error": error.document()}))])
-                continue
-            name = f"{_digest(job.ref)}-{tenants.index(split_ref(job.ref)[0])}"
-            line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}
-            yield msgspec.json.encode(line) + b"\n"
+
+    def _hold(self, submitted: Submitted, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Held:
+        """Money for each, at its most; for whom there is none, waits."""
+        policies, prices = self._policies.all(), self._prices
+        wants = []
+        for ref, body in bodies:
+            tenant = split_ref(ref)[0]
+            nano = math.ceil(prompt_tokens(body) * prices[0] + answer_tokens(body) * prices[1])
+            wants.append((_digest(ref), tenant, nano, policies.get(tenant, NOTHING_LEAVES).caps))
+        held = self._org.hold(f"hold:{submitted.batch}", wants)
+        outcome = _error("the money for hosted calls is spent", "budget_exhausted")
+        poor = [ref for ref, _ in bodies if _digest(ref) in held.poor]
+        self._finish(submitted, [End(ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS) for ref in poor])
+        return held
+
+    @property
+    def _prices(self) -> tuple[float, float]:
+        usd_in, usd_out = price(self._settings)
+        return DISCOUNT * usd_in, DISCOUNT * usd_out
 
     def _file(self, filename: str, data: bytes) -> str:
         there = self._service.files(filename)
@@ -225,7 +247,7 @@ class BatchKeeper:
             batch = self._service.batch(note.batch_id)
         except NotFound:
             self._put_off(submitted, "hosted_batch_lost", "the service no longer knows the batch")
-            self._clean_up(submitted.batch, note)
+            self._clean_up(submitted, note)
             return
         status = batch.get("status")
         if not note.alone:
@@ -236,19 +258,22 @@ class BatchKeeper:
                 note = msgspec.structs.replace(note, cancelled=True)
             self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s if submitted.refs else 1.0)
             return
-        self._read_back(submitted, note, batch)
-        self._clean_up(submitted.batch, note, [batch.get("output_file_id"), batch.get("error_file_id")])
+        if not self._read_back(submitted, note, batch):
+            return
+        self._clean_up(submitted, note, [batch.get("output_file_id"), batch.get("error_file_id")])
         log.info("batch at the service is over", batch=submitted.batch, hosted=note.batch_id, status=status)
 
     # -- out ----------------------------------------------------------------------------------------------------------------------------
 
-    def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> None:
-        """Money first, once; then every job's end: by its line, where there is one."""
+    def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> bool:
+        """Money first, once; then every job's end: by its line, where there is one. False while the results are to be waited for."""
         rows: dict[str, dict[str, Any]] = {}
         for name in ("output_file_id", "error_file_id"):
-            if batch.get(name):
-                rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(self._content(str(batch[name])))}
-        prices = tuple(DISCOUNT * usd for usd in price(self._settings))
+            content = self._content(str(batch[name])) if batch.get(name) else b""
+            if content is None and submitted.refs:
+                return self._missed(submitted, note)
+            rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(content or b"")}
+        prices = self._prices
         self._charge(submitted, note, rows.values(), prices)
         model = self._model_or_nothing(submitted)
         ends, lost = [], []
@@ -261,17 +286,28 @@ class BatchKeeper:
         self._finish(submitted, ends)
         if lost:
             why = _errors(batch) or f"the batch {batch.get('status')} before this line was run"
-            how = "retry" if batch.get("status") == "failed" else "later"
             outcome = _error(why, f"hosted_batch_{batch.get('status')}")
-            self._finish(
-                submitted, [End(ref, "retry" if how == "retry" else "later", outcome, delay_ms=backoff_ms(how, 0)) for ref in lost]
-            )
+            status: EndStatus = "retry" if batch.get("status") == "failed" else "later"
+            self._finish(submitted, [End(ref, status, outcome, delay_ms=backoff_ms(status, 0)) for ref in lost])
+        return True
 
-    def _content(self, file_id: str) -> bytes:
+    def _content(self, file_id: str) -> bytes | None:
+        """None where there is no such file: it is to come yet, or a keeper who was lost while he cleaned up has read it."""
         try:
             return self._service.content(file_id)
-        except NotFound:  # read before, by a keeper who was lost while he cleaned up
-            return b""
+        except NotFound:
+            return None
+
+    def _missed(self, submitted: Submitted, note: Note) -> bool:
+        """The results of a batch that is over are not there. They may come; if not, its lines count as run: paid at their most."""
+        if note.misses < MISSES:
+            self._look_again(submitted.batch, msgspec.structs.replace(note, misses=note.misses + 1), self._settings.hosted_batch_poll_s)
+            return False
+        owed = [(tenant, adapter_of(submitted.digest), nano, nano) for tenant, nano in sorted(note.held.items())]
+        self._org.charge(f"batch:{submitted.batch}", note.date, owed)
+        outcome = _error("the service has lost the results of the batch", "hosted_batch_results_lost")
+        self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
+        return True
 
     def _model_or_nothing(self, submitted: Submitted) -> str:
         try:
@@ -279,16 +315,18 @@ class BatchKeeper:
         except LorayardError:
             return ""
 
-    def _charge(self, submitted: Submitted, note: Note, rows: Iterable[dict[str, Any]], prices: tuple[float, ...]) -> None:
-        """Every line that was run is paid for, whatever has become of its job meanwhile."""
-        by: dict[str, int] = {}
+    def _charge(self, submitted: Submitted, note: Note, rows: Iterable[dict[str, Any]], prices: tuple[float, float]) -> None:
+        """Every line that was run is paid for, whatever has become of its job meanwhile; what was held for the others is free again."""
+        by: Counter[str] = Counter()
         for row in rows:
             number = str(row.get("custom_id")).rpartition("-")[2]
-            tenant = note.tenants[int(number)] if number.isdecimal() and int(number) < len(note.tenants) else "*unknown"
-            by[tenant] = by.get(tenant, 0) + _cost(row, prices)
-        owed = [(tenant, adapter_of(submitted.digest), nano) for tenant, nano in sorted(by.items()) if nano]
+            if number.isdecimal() and int(number) < len(note.tenants):
+                by[note.tenants[int(number)]] += _cost(row, prices)
+        owed = [
+            (tenant, adapter_of(submitted.digest), by[tenant], note.held.get(tenant, 0)) for tenant in sorted(by.keys() | note.held.keys())
+        ]
         if owed:
-            self._org.charge(owed, f"batch:{submitted.batch}")
+            self._org.charge(f"batch:{submitted.batch}", note.date, owed)
 
     def _finish(self, submitted: Submitted, ends: Sequence[End]) -> None:
         for start in range(0, len(ends), _CHUNK):
@@ -306,11 +344,14 @@ class BatchKeeper:
         again = isinstance(error, ServiceError | NotFound)
         ends = [End(ref, "retry" if again else "failed", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs]
         self._finish(submitted, ends)
-        note = msgspec.structs.replace(msgspec.json.decode(submitted.note, type=Note), tried=True)
+        known = self._written.get(submitted.batch) or msgspec.json.decode(submitted.note, type=Note)
+        note = msgspec.structs.replace(known, tried=True)
         self._look_again(submitted.batch, note, 1.0)  # what is left of it there is cleaned up next
 
-    def _clean_up(self, batch: str, note: Note, made: Iterable[Any] = ()) -> None:
-        """Nothing of it stays there; then it is closed here."""
+    def _clean_up(self, submitted: Submitted, note: Note, made: Iterable[Any] = ()) -> None:
+        """Nothing of it stays there, nor of the money that was held for it; then it is closed here."""
+        batch = submitted.batch
+        self._charge(submitted, note, (), self._prices)  # nothing where that was done
         for file_id in [note.file_id, *made]:
             if file_id:
                 self._service.delete_file(str(file_id))
@@ -326,6 +367,14 @@ def _window(seconds: int) -> str:
     return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
 
 
+def _line(ref: str, body: dict[str, Any], model: str, tenants: list[str]) -> bytes:
+    """The same bytes for the same job, so that a file that is there already can be known."""
+    name = f"{_digest(ref)}-{tenants.index(split_ref(ref)[0])}"
+    return (
+        msgspec.json.encode({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}) + b"\n"
+    )
+
+
 def _digest(ref: str) -> str:
     """A line's name: the job's own may be another tenant's too, and the service need not know tenants."""
     return hashlib.blake2b(ref.encode(), digest_size=10).hexdigest()
@@ -336,9 +385,14 @@ def _rows(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.splitlines():
         try:
             row = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
             continue
         if isinstance(row, dict):
+            response = row.get("response")
+            if isinstance(response, dict):
+                body = response.get("body")
+                refused = {"error": body.get("error")} if isinstance(body, dict) else {}
+                row["response"] = {**response, "body": tidy(body) or refused}
             yield row
 
 
@@ -348,18 +402,17 @@ def _body(row: dict[str, Any]) -> dict[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def _cost(row: dict[str, Any], prices: tuple[float, ...]) -> int:
+def _cost(row: dict[str, Any], prices: tuple[float, float]) -> int:
     usage = _body(row).get("usage")
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    return round(sum(n * nano for n, nano in zip(counts, prices, strict=False) if isinstance(n, int)))
+    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
+    return round(counts[0] * prices[0] + counts[1] * prices[1])
 
 
 def _end_of(ref: str, row: dict[str, Any], nano: int, model: str) -> End:
     body, response = _body(row), row.get("response")
     status = response.get("status_code") if isinstance(response, dict) else None
     if complete(body) and status in (None, 200):
-        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-        assert isinstance(usage, dict)
+        usage = body.get("usage") or {}
         timings = {name: 1000 * float(usage.get(told) or 0) for name, told in (("prefill", "prompt_time"), ("decode", "completion_time"))}
         answer = {key: value for key, value in body.items() if key not in ("id", "model")}
         outcome = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}

@@ -13,7 +13,7 @@ import msgspec
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.hosted import api_key
 from lorayard.settings import Settings
-from lorayard_workers.groq.answers import Failure, broken, complete, failure, read_error
+from lorayard_workers.groq.answers import Failure, broken, failure, read_answer, read_error
 
 CONNECT_S = 10.0
 UPLOAD_S = 600.0
@@ -71,11 +71,8 @@ class ChatClient:
             return broken("bad_answer", f"the hosted service's answer could not be read ({type(error).__name__})")
         if not reply.is_success:
             return failure(reply.status_code, read_error(reply.content), reply.headers)
-        try:
-            answer = msgspec.json.decode(reply.content)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            answer = None
-        if not complete(answer):
+        answer = read_answer(reply.content)
+        if answer is None:
             return broken("bad_answer", "the hosted service's answer was not a whole chat completion")
         return Reply(answer, reply.headers, reply.elapsed.total_seconds())
 
@@ -121,7 +118,7 @@ class ServiceClient:
         reply = self._request(method, url, **kwargs)
         try:
             return msgspec.json.decode(reply.content, type=dict[str, Any])
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Unavailable("the hosted service's answer could not be read", code="hosted_away") from None
 
     def _list(self, url: str, **params: str) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,7 @@ class HostedRunner:
         self._breaker = Breaker()
         self._estimate = Estimate()
         self._waiting: list[tuple[int, int, Call]] = []
+        self._singly = 0  # so many are asked for one at a time: one of them is what the ledger will never take
         self._order = itertools.count()
         self._calls: dict[tuple[str, str], Call] = {}  # waiting, asked for, or running
         self._running: dict[tuple[str, str], Call] = {}
@@ -196,6 +197,8 @@ class HostedRunner:
             free = self._at_once() - len(self._running)
             if free <= 0:
                 return 0.0
+            if self._singly > 0:
+                free, self._singly = 1, self._singly - 1
             chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
             if wait_s := await self._ask(chosen):
                 return wait_s
@@ -221,6 +224,9 @@ class HostedRunner:
             log.warning("limits cannot be asked for; calls wait", reason=str(error))
             self._push_back([row for row in rows if row[2].key in self._calls])
             return 1.0
+        except LorayardError as error:
+            self._not_taken([row for row in rows if row[2].key in self._calls], error)
+            return 0.0
         begun: dict[str, list[str]] = {}
         for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
             call.want = want
@@ -244,6 +250,16 @@ class HostedRunner:
         # Tokens become free before their time, when calls take less than they might have: worth asking again soon.
         self._ask_again = time.monotonic() + (min(wait_s, ASK_AGAIN_S) if reserved.why == "tpm" else wait_s)
         return wait_s
+
+    def _not_taken(self, rows: list[tuple[int, int, Call]], error: LorayardError) -> None:
+        """The ledger refuses the question itself, and would for ever: whose doing that is shows when they are asked for one at a time."""
+        log.error("limits cannot be asked for", jobs=len(rows), reason=error.message)
+        if len(rows) > 1:
+            self._push_back(rows)
+            self._singly = len(rows)
+            return
+        for _, _, call in rows:
+            self._end(call, error=error.document(), retryable=True)
 
     def _push_back(self, rows: list[tuple[int, int, Call]]) -> None:
         for row in rows:
