@@ -206,14 +206,15 @@ def memory(yard: Yard, sizes: Sizes) -> Metrics:
 
 def _plan_and_claim(yard: Yard, name: str) -> float:
     """Median ms of one turn of the scheduler, for a worker that takes 32 jobs: refresh, plan, claim."""
-    backlog, epoch = Backlog(yard.ledger), yard.ledger.lead("benchmark", 60_000)
+    backlog, epoch = Backlog(yard.ledger, Policy()), yard.ledger.lead("benchmark", 60_000)
     backlog.rebuild()
     times = []
     for i in range(20):
         worker = WorkerInfo(name=f"{name}-{i}", pool=yard.settings.pool, kind="noop", incarnation="1", host="", pid=0, width=16)
         begun = time.perf_counter()
         backlog.refresh()
-        (dispatch, *_) = plan(backlog.view([worker]), backlog.now, Policy())
+        backlog.meet([worker])
+        (dispatch, *_) = plan(backlog.view, backlog.now, Policy())
         answer, jobs = yard.ledger.claim(
             epoch=epoch,
             worker=dispatch.worker,
@@ -226,7 +227,7 @@ def _plan_and_claim(yard: Yard, name: str) -> float:
         )
         times.append((time.perf_counter() - begun) * 1000)
         _check(answer == "ok" and jobs > 0, f"not claimed: {answer}")
-        backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
+        backlog.dispatched(dispatch.digest, dispatch.takes)
     yard.ledger.resign("benchmark")
     return statistics.median(times)
 

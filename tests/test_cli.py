@@ -23,7 +23,7 @@ from api_support import EXAMPLES, Api, free_port, job, serving
 
 from lorayard import __version__, cli, embedded
 from lorayard.ledger.connection import connect
-from lorayard.ledger.registry import KeyRing
+from lorayard.ledger.registry import KeyRing, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +303,18 @@ def test_keys_are_made_listed_and_revoked(command: Cli) -> None:
     fails(command("jobs", "list", api_key=key), "no valid API key")
     fails(command("keys", "revoke", name), "lorayard keys list")
     fails(command("keys", "create", "--tenant", "no/name"), "tenant", "is not a name")
+
+
+def test_costs_are_what_workers_told(command: Cli) -> None:
+    fails(command("bench", "costs"), "no worker", "lorayard up")
+    registry = WorkerRegistry(command.api.ledger.client)
+    costs = {"prefill_tokens_per_s": 300.0, "step_ms": {"1": 18.5}, "switch_ms": {"loaded": 20.0}}
+    told = WorkerInfo(name="w1", pool="main", kind="llama", incarnation="i", host="h", pid=1, width=16, costs=costs)
+    registry.beat(told)
+    try:
+        assert json.loads(command("bench", "costs").stdout) == {"w1": {"width": 16, "costs": costs}}
+    finally:
+        registry.leave(told)
 
 
 # -- the commands themselves --------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from lorayard_scheduler.hosted_planner import (
     OUTSTANDING,
     TAKE,
     AtHome,
+    GroupView,
     HostedPolicy,
     HostedWorker,
     local_groups,
@@ -17,7 +18,7 @@ from lorayard_scheduler.hosted_planner import (
     plan_hosted,
 )
 from lorayard_scheduler.hosted_planning import LocalRate
-from lorayard_scheduler.planner import Dispatch, GroupView
+from lorayard_scheduler.planner import Dispatch
 
 NOW = 1_000_000
 HOUR = 3_600_000

@@ -1,59 +1,60 @@
-"""The scheduler's mirror of the ledger: indexes per group and batch, nothing per job; and the view the planner reads."""
+"""The scheduler's mirror of the ledger: the planner's indexes, kept up to date by groups and batches, nothing per job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from lorayard.jobs import lane_of, laned
-from lorayard.ledger.ledger import Event, InFlight, Ledger
+from lorayard.jobs import Lane, lane_of, laned
+from lorayard.ledger.ledger import Event, Group, InFlight, Ledger
+from lorayard.ledger.ledger import View as LedgerView
 from lorayard.ledger.registry import WorkerInfo
-from lorayard_scheduler.planner import TOKENS_PER_JOB, GroupView, View, WorkerView
+from lorayard_scheduler.costs import Costs, Work
+from lorayard_scheduler.groups import Groups, Scale
+from lorayard_scheduler.hosted_planner import GroupView
+from lorayard_scheduler.planner import Policy, View
+from lorayard_scheduler.roster import Held, Roster, WorkerView
 
-
-@dataclass
-class _Group:
-    jobs: int
-    due: int
-    since: int
-    served_before: bool = False
+_LOCAL: tuple[Lane, ...] = ("", "auto")
+"""The lanes that local workers may claim."""
 
 
 class Backlog:
     """Rebuilt from the ledger at start and after any gap; in between, events name the groups to read again.
 
-    What it knows beyond the ledger is only how long groups wait and workers stay; losing that with the process changes the order of service
-    for one quantum, nothing else.
+    What it knows beyond the ledger is only which groups had a turn already; losing that with the process changes the order of service once,
+    nothing else.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, policy: Policy) -> None:
         self._ledger = ledger
-        self._groups: dict[tuple[str, str], _Group] = {}
+        self._policy = policy
         self._dirty: set[tuple[str, str]] = set()
-        self._stays: dict[str, tuple[str, int]] = {}
+        self._costs: dict[str, Costs] = {}
+        self._infos: dict[str, WorkerInfo] = {}
+        self._held: dict[str, tuple[Held, ...]] = {}
+        self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
+        self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
+        self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
+        self.roster = Roster()
+        self.view = View(self.groups, self.roster)
         self.in_flight: list[InFlight] = []
-        self.served: dict[str, int] = {}
         self.now = 0
         self.stale = True
+
+    # -- the ledger -----------------------------------------------------------------------------------------------------------------------
 
     def rebuild(self) -> str:
         """Read everything anew; the event id to go on from."""
         view = self._ledger.snapshot()
-        known = self._groups
-        self._groups = {}
-        self.now, self.in_flight, self.served = view.now, view.in_flight, view.served
-        for g in view.groups:
-            if g.jobs == 0:  # paused
-                continue
-            old = known.get((g.digest, g.tenant))
-            self._groups[g.digest, g.tenant] = _Group(g.jobs, g.due, old.since if old else view.now, old.served_before if old else False)
-        if known:  # else nothing is known of who was away
-            active = {tenant for _, tenant in known} | {t for f in view.in_flight for t in f.by}
-            for tenant in sorted({tenant for _, tenant in self._groups} - active):
-                self._lift_newcomer(tenant, active)
-        for flight in view.in_flight:
-            self._stays.setdefault(flight.worker, (flight.digest, flight.claimed))
+        there = {(g.digest, g.tenant) for g in view.groups if g.jobs}
+        known = {(g.digest, g.tenant.name) for g in self.groups} | self._lanes.keys()
+        for digest, tenant in known - there:
+            self._put(Group(digest, tenant, 0, 0))
         self._dirty.clear()
+        self._read(view)
+        self.roster.news.update(self.roster.workers)
         self.stale = True  # nothing of it is planned yet
         return view.last_event
 
@@ -68,63 +69,124 @@ class Backlog:
         """Read the marked groups and the batches in flight."""
         view = self._ledger.read_groups(self._dirty)
         self._dirty.clear()
-        self.now, self.in_flight, self.served = view.now, view.in_flight, view.served
-        active = {tenant for _, tenant in self._groups} | {t for f in self.in_flight for t in f.by}
-        for g in view.groups:
-            key = (g.digest, g.tenant)
-            if g.jobs == 0:
-                self._groups.pop(key, None)
-            elif key in self._groups:
-                self._groups[key].jobs, self._groups[key].due = g.jobs, g.due
-            else:
-                self._groups[key] = _Group(g.jobs, g.due, view.now)
-                self._lift_newcomer(g.tenant, active)
+        self._read(view)
         self.stale = False
 
-    def _lift_newcomer(self, tenant: str, active: set[str]) -> None:
-        """A tenant that was away has no claim on the past: it begins level with the least served of those that are active."""
-        if tenant in active or not active:
-            return
-        level = min(self.served.get(t, 0) for t in active)
-        if self.served.get(tenant, 0) < level:
-            self._ledger.lift(tenant, level)
-            self.served[tenant] = level
-        active.add(tenant)
+    def _read(self, view: LedgerView) -> None:
+        self.now, self.in_flight = view.now, view.in_flight
+        self._fly(view.in_flight)
+        tokens = self.groups.scale.work.tokens
+        flying = {tenant: round(jobs * tokens) for tenant, jobs in self._flying.items()}
+        for tenant in {*view.served, *flying}:
+            self.groups.level(tenant, float(view.served.get(tenant, 0) + flying.get(tenant, 0)))
+        for g in view.groups:
+            self._put(g)
+        for tenant, level in sorted(self.groups.settle(self._flying).items()):
+            self._ledger.lift(tenant, round(level) - flying.get(tenant, 0))
 
-    @property
-    def has_lanes(self) -> bool:
-        """Whether anything waits that a hosted worker might take."""
-        return any(lane_of(digest) for digest, _ in self._groups)
+    def _put(self, g: Group) -> None:
+        lane = lane_of(g.digest)
+        if lane in _LOCAL:
+            self.groups.put(g.digest, g.tenant, g.jobs, g.due, self.now)
+        if lane:
+            key = (g.digest, g.tenant)
+            before = self._lanes.pop(key, None)
+            if g.jobs:
+                self._lanes[key] = GroupView(g.digest, g.tenant, g.jobs, g.due, before.since if before else self.now)
+
+    def _fly(self, flights: Sequence[InFlight]) -> None:
+        held: dict[str, list[Held]] = defaultdict(list)
+        self._flying = Counter()
+        for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
+            held[flight.worker].append(Held(flight.batch, flight.digest, flight.left))
+            self._flying.update(flight.by)
+        for name in {*held, *self._held}:
+            now = tuple(held.get(name, ()))
+            if now != self._held.get(name, ()):
+                self._held[name] = now
+                self._see(name)
+
+    # -- workers --------------------------------------------------------------------------------------------------------------------------
+
+    def meet(self, infos: Iterable[WorkerInfo]) -> None:
+        """These local workers are alive and ready, and there are no others."""
+        alive = {info.name: info for info in infos}
+        for name in self.roster.workers.keys() - alive:
+            self.roster.drop(name)
+        changed = [name for name, info in alive.items() if name not in self.roster.workers or _differs(info, self._infos[name])]
+        self._infos = alive
+        for name in changed:
+            self._see(name)
+        self.stale = self.stale or bool(self.roster.news)
+        if alive:
+            self._measure()
+
+    def _see(self, name: str) -> None:
+        info = self._infos.get(name)
+        if info is not None:
+            hot, loaded = (tuple(laned(digest, lane) for digest in digests for lane in _LOCAL) for digests in (info.hot, info.loaded))
+            self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), hot, loaded))
+
+    def _costs_of(self, info: WorkerInfo) -> Costs:
+        """What is measured again and again is taken over when it has changed enough to matter."""
+        costs = Costs.of(max(1, info.width), info.costs)
+        known = self._costs.get(info.name)
+        if known is None or not known.resembles(costs):
+            known = self._costs[info.name] = costs
+        return known
+
+    def _measure(self) -> None:
+        """Ranks follow what workers measure: those of the worker that is first by name stand for the pool."""
+        infos = [self._infos[name] for name in sorted(self._infos)]
+        work = _mean_work(info.counters for info in infos)
+        scale = Scale(self._policy.patience_ms, self._policy.flood_ms, self._costs_of(infos[0]), work, len(infos))
+        before = self.groups.scale
+        if (scale.costs, scale.workers) != (before.costs, before.workers) or abs(work.tokens / before.work.tokens - 1) > 0.25:
+            self.groups.rescale(scale)
+
+    # -- what was done --------------------------------------------------------------------------------------------------------------------
 
     def missed(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
         """A batch could not be claimed: its groups are not what they seemed."""
         self._dirty |= {(digest, tenant) for tenant, _ in takes}
+        self.groups.news.add(digest)
         self.stale = True
 
-    def dispatched(self, worker: str, digest: str, takes: Iterable[tuple[str, int]]) -> None:
-        """A batch was claimed: the groups it came from are read again, and the worker's stay goes on or begins."""
-        for tenant, _ in takes:
+    def dispatched(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
+        """A batch was claimed: the groups it came from, which have had a turn, are read again."""
+        for tenant, jobs in takes:
             self._dirty.add((digest, tenant))
-            group = self._groups.get((digest, tenant))
-            if group is not None:
-                group.since, group.served_before = self.now, True
-        if self._stays.get(worker, ("", 0))[0] != digest:
-            self._stays[worker] = (digest, self.now)
+            self.groups.take(digest, tenant, jobs, self.now)
         self.stale = True
 
-    def view(self, workers: Iterable[WorkerInfo]) -> View:
-        """What the planner sees of the pool now."""
-        outstanding: dict[str, int] = {}
-        served = {tenant: float(tokens) for tenant, tokens in self.served.items()}
-        for flight in self.in_flight:
-            outstanding[flight.worker] = outstanding.get(flight.worker, 0) + 1
-            for tenant, jobs in flight.by.items():
-                served[tenant] = served.get(tenant, 0.0) + jobs * TOKENS_PER_JOB
-        views = []
-        for worker in workers:
-            digest, since = self._stays.get(worker.name, (None, 0))
-            warm = frozenset(worker.hot) | frozenset(worker.loaded)
-            warm |= {laned(digest, "auto") for digest in warm}
-            views.append(WorkerView(worker.name, max(1, worker.width), outstanding.get(worker.name, 0), digest, since, warm))
-        groups = tuple(GroupView(d, t, g.jobs, g.due, g.since, g.served_before) for (d, t), g in sorted(self._groups.items()))
-        return View(groups, tuple(views), served)
+    # -- hosted workers -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether anything waits that a hosted worker might take."""
+        return bool(self._lanes)
+
+    def waiting(self) -> tuple[GroupView, ...]:
+        """All groups, by name."""
+        local = [GroupView(g.digest, g.tenant.name, g.jobs, round(g.due), self.now) for g in self.groups if not lane_of(g.digest)]
+        return tuple(sorted([*local, *self._lanes.values()], key=lambda g: (g.digest, g.tenant)))
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are jobs that some worker could take as soon as one of its own ends."""
+        return bool(self.groups.jobs and self.in_flight)
+
+
+def _differs(now: WorkerInfo, before: WorkerInfo) -> bool:
+    one, other = ((i.incarnation, i.width, i.hot, i.loaded, i.costs) for i in (now, before))
+    return one != other
+
+
+def _mean_work(counters: Iterable[dict[str, Any]]) -> Work:
+    """The mean job of those that the workers have finished."""
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update({name: counter.get(name, 0) for name in ("finished", "prompt_tokens", "generated_tokens")})
+    if total["finished"] < 10:
+        return Work()
+    return Work(total["prompt_tokens"] / total["finished"], 0.0, total["generated_tokens"] / total["finished"])

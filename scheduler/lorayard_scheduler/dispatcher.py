@@ -10,7 +10,6 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import redis
 import structlog
@@ -22,7 +21,7 @@ from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
-from lorayard_scheduler.hosted_planner import OUTSTANDING, local_groups
+from lorayard_scheduler.hosted_planner import OUTSTANDING
 from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Dispatch, Policy, plan
 from lorayard_scheduler.reconciler import Reconciler
@@ -45,12 +44,14 @@ class Dispatcher:
         self._ledger = ledger
         self._app = app
         self._me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}"
-        self._policy = Policy(quantum_ms=round(settings.quantum_s * 1000), rows_per_width=settings.batch_rows_per_width)
-        self._backlog = Backlog(ledger)
+        self._policy = Policy(
+            reserve_ms=1000 * settings.reserve_s, batch_ms=1000 * settings.batch_s, rows_per_width=settings.batch_rows_per_width
+        )
+        self._backlog = Backlog(ledger, self._policy)
         self._registry = WorkerRegistry(ledger.client)
         self._reconciler = Reconciler(ledger, app)
         self._hosted = HostedPlanning(settings, ledger)
-        self._workers: list[WorkerInfo] = []
+        self._workers: list[WorkerInfo] = []  # alive and ready
         self._workers_read = 0.0
         self._epoch = 0
         self._lead_until = 0.0
@@ -92,7 +93,7 @@ class Dispatcher:
             self._epoch = epoch
             if epoch:
                 self._rebuild()
-                log.info("leads", epoch=epoch, groups=len(self._backlog.view([]).groups), in_flight=len(self._backlog.in_flight))
+                log.info("leads", epoch=epoch, groups=len(self._backlog.groups), in_flight=len(self._backlog.in_flight))
         if epoch:
             self._lead_until = now + self._settings.leader_ttl_ms / 3000
         return bool(epoch)
@@ -111,11 +112,11 @@ class Dispatcher:
             self._backlog.stale = True
         if time.monotonic() - self._workers_read > WORKERS_EVERY_S or any(e.kind == "worker" for e in events):
             self._read_workers()
-        if self._backlog.stale:
+        if self._backlog.stale or self._backlog.waits:
             self._backlog.refresh()
-            view = self._backlog.view([worker for worker in self._workers if not worker.hosted])
-            hosted = self._hosted.plan(self._backlog, view, self._workers)
-            for dispatch in [*plan(replace(view, groups=local_groups(view.groups)), self._backlog.now, self._policy), *hosted]:
+            dispatches = plan(self._backlog.view, self._backlog.now, self._policy)
+            self._backlog.view.planned()
+            for dispatch in [*dispatches, *self._hosted.plan(self._backlog, self._workers)]:
                 self._dispatch(dispatch)
         self._reconciler.sweep()
 
@@ -124,6 +125,7 @@ class Dispatcher:
         self._workers_read = time.monotonic()
         seconds, micros = self._ledger.client.time()
         alive = self._registry.alive(self._settings.pool, int(seconds) * 1000 + int(micros) // 1000)
+        self._backlog.meet(worker for worker in alive if not worker.hosted)
         if {(w.name, w.incarnation) for w in alive} != {(w.name, w.incarnation) for w in self._workers}:
             self._backlog.stale = True
             log.info("workers", alive=[w.name for w in alive])
@@ -134,7 +136,7 @@ class Dispatcher:
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,
-            most=OUTSTANDING if self._hosted.is_hosted(dispatch.worker) else self._policy.outstanding,
+            most=OUTSTANDING if self._hosted.is_hosted(dispatch.worker) else self._policy.batches,
             batch=batch,
             digest=dispatch.digest,
             delivery_ms=self._settings.delivery_ms,
@@ -147,7 +149,7 @@ class Dispatcher:
         if answer != "ok":
             self._backlog.missed(dispatch.digest, dispatch.takes)
             return
-        self._backlog.dispatched(dispatch.worker, dispatch.digest, dispatch.takes)
+        self._backlog.dispatched(dispatch.digest, dispatch.takes)
         self._messages.put((batch, dispatch.worker, time.monotonic()))
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
 

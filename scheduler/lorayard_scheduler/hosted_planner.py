@@ -14,13 +14,28 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorayard.jobs import adapter_of, lane_of
-from lorayard_scheduler.planner import TOKENS_PER_JOB, Dispatch, GroupView
+from lorayard_scheduler.planner import Dispatch
 
 OUTSTANDING = 64
 """Batches a hosted worker may have."""
 
 TAKE = 32
 """Jobs in a batch of them: few, so that tenants take turns."""
+
+
+TOKENS_PER_JOB = 100.0
+"""What a job is taken to cost until its tokens are counted."""
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """Queued jobs of one adapter, lane and tenant. `due` is the head's; `since` is when it began to wait."""
+
+    digest: str
+    tenant: str
+    jobs: int
+    due: int
+    since: int
 
 
 @dataclass(frozen=True)

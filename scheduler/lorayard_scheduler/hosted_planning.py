@@ -15,7 +15,7 @@ from lorayard.ledger.registry import WorkerInfo
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.hosted_planner import AtHome, HostedPolicy, HostedWorker, plan_hosted
-from lorayard_scheduler.planner import Dispatch, View
+from lorayard_scheduler.planner import Dispatch
 
 LOOK_EVERY_S = 2.0
 RATE_OVER_S = 5.0
@@ -68,8 +68,8 @@ class HostedPlanning:
     def is_hosted(self, worker: str) -> bool:
         return worker in self._names
 
-    def plan(self, backlog: Backlog, view: View, workers: Iterable[WorkerInfo]) -> list[Dispatch]:
-        """Dispatches to hosted workers. `view` is that of the local ones, with all groups."""
+    def plan(self, backlog: Backlog, workers: Iterable[WorkerInfo]) -> list[Dispatch]:
+        """Dispatches to the hosted ones of these workers."""
         workers = list(workers)
         hosted = [worker for worker in workers if worker.hosted]
         self._names = {worker.name for worker in hosted}
@@ -82,11 +82,14 @@ class HostedPlanning:
             batches[flight.worker] += 1
         in_flight = sum(held[worker.name] for worker in at_home)
         self._rate.see(time.monotonic(), sum(worker.ended for worker in at_home), in_flight > 0)
-        self._look({g.tenant for g in view.groups if lane_of(g.digest) == "auto"})
+        if not backlog.has_lanes:
+            return []
+        groups = backlog.waiting()
+        self._look({g.tenant for g in groups if lane_of(g.digest) == "auto"})
         return plan_hosted(
-            view.groups,
+            groups,
             [HostedWorker(w.name, w.room, held[w.name], batches[w.name], frozenset(w.loaded)) for w in hosted],
-            view.served,
+            {g.tenant: backlog.groups.served(g.tenant) for g in groups},
             AtHome(len(at_home), self._rate.rate, in_flight),
             backlog.now,
             self._policy,

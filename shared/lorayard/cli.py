@@ -27,7 +27,7 @@ from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.fleet import START_S, SUPERVISED, Fleet, end_with_parent
 from lorayard.jobs import Status
 from lorayard.ledger.connection import connect
-from lorayard.ledger.registry import KeyRing, open_ledger
+from lorayard.ledger.registry import KeyRing, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import configure_logging
 
@@ -40,6 +40,8 @@ app.add_typer(worker_app, name="worker")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(keys_app, name="keys")
+bench_app = typer.Typer(no_args_is_help=True, help="What this fleet costs.")
+app.add_typer(bench_app, name="bench")
 hosted_cli.add_to(app, adapters_app)
 
 out = Console()
@@ -512,6 +514,20 @@ def keys_revoke(key: Annotated[str, typer.Argument(help="As 'keys list' shows it
         if not ring.revoke(key):
             raise NotFound(f"no single key {key!r}: 'lorayard keys list' shows them")
     print(f"{key} revoked")
+
+
+@bench_app.command("costs")
+def bench_costs() -> None:
+    """Print what each worker has measured of itself, as JSON: switches by temperature, prompts a second, decode steps by width.
+
+    The simulator takes it as a fleet: python -m benchmarks.simulate --costs FILE.
+    """
+    settings = Settings.load()
+    with connect(embedded.redis_url(settings)) as client:
+        told = {w.name: {"width": w.width, "costs": w.costs} for w in WorkerRegistry(client).workers(settings.pool) if w.costs}
+    if not told:
+        raise NotFound(f"no worker of pool {settings.pool!r} has told what its computing costs: is one up? 'lorayard up' starts the fleet")
+    _print_json(told)
 
 
 def _print_json(value: Any) -> None:

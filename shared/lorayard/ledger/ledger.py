@@ -116,7 +116,7 @@ class InFlight(NamedTuple):
     by: dict[str, int]
     claimed: int
     taken: int
-    left: int = 0
+    left: int
 
 
 class View(NamedTuple):

@@ -1,0 +1,336 @@
+"""The groups that wait, in the order in which they are to be served: the planner's index.
+
+Every group has one *rank*, in milliseconds of the ledger's clock, the least first:
+
+    rank = max(due, last served + flood) + patience * ln(what a job costs in the batch it would give / what a job costs at best)
+
+- `due` is its most due job's. Urgency grows with time, yet the order of due times does not change with it: so an index needs no clock.
+- A batch of few jobs runs narrow, and each of its jobs costs more; it is put off by `patience` for every factor e of that, to grow or to be
+  overtaken by what pays better. The logarithm turns "gain over cost times an urgency that doubles every so often" into a sum, whose order
+  again does not change with time.
+- `flood`: where the group's jobs alone would occupy all workers for longer than its wait target, so that they are late whatever is done,
+  a turn of theirs is followed by everyone else's who waited already. Zero otherwise.
+
+A rank changes only with its group; one change costs the logarithm of the number of groups.
+
+*Tenants.* One whose jobs would occupy all workers for longer than `flood_ms` floods. While somebody floods, tenants are counted against
+each other by served tokens (virtual token counter), and all others come before those who flood.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
+from math import log
+from operator import attrgetter
+
+import msgspec
+from sortedcontainers import SortedKeyList, SortedList
+
+from lorayard_scheduler.costs import Costs, Work
+
+TICKS = 1 << 18
+"""A millisecond in ranks. What is less breaks ties."""
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One with jobs waiting. `served` is what counts against the others, work in flight included."""
+
+    name: str
+    served: float = 0.0
+    jobs: int = 0
+    floods: bool = False
+    order: SortedKeyList = field(default_factory=lambda: SortedKeyList(key=attrgetter("rank")))
+    head: int | None = None  # the rank of its first group, under which the tenant is filed
+
+
+class Group(msgspec.Struct, gc=False, eq=False):
+    """Queued jobs of one adapter and tenant. Times in milliseconds; `served` is 0 for one that was not since it began to wait.
+
+    `target` is the wait its first job could bear, in whole seconds; `rank` is what the module says, in ticks.
+    """
+
+    digest: str
+    tenant: Tenant
+    jobs: int
+    due: float
+    served: float
+    target: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What ranks are measured with. It changes seldom, and then all groups are ranked anew."""
+
+    patience_ms: float = 4_000.0
+    flood_ms: float = 120_000.0
+    costs: Costs = field(default_factory=lambda: Costs(16))
+    work: Work = field(default_factory=Work)
+    workers: int = 1
+
+    def narrow(self) -> list[float]:
+        """By the number of jobs: how much later a group ranks because its batch would run narrow."""
+        best, most = self.costs.job_ms(self.work), 4 * self.costs.width
+        dearer = [max(1.0, self.costs.batch_ms(n, self.work, "hot") / (n * best)) for n in range(1, most + 1)]
+        return [0.0] + [self.patience_ms * log(factor) for factor in dearer]
+
+
+_State = tuple[int, float, float, int]  # a group's jobs, due, served, target
+
+
+class Groups:
+    """All groups of a pool that have jobs."""
+
+    def __init__(self, scale: Scale | None = None) -> None:
+        self.tenants: dict[str, Tenant] = {}
+        self.floods: dict[str, Tenant] = {}  # those of them that flood
+        self.jobs = 0
+        self.news: set[str] = set()  # adapters for which there were new jobs since the last plan
+        self._by_digest: dict[str, Group | dict[str, Group]] = {}  # mostly one tenant asks for an adapter
+        self._number = 0
+        self._heads: tuple[SortedList, SortedList] = (SortedList(), SortedList())  # (head, tenant's name); of those that flood
+        self._served: dict[str, float] = {}  # of tenants that do not wait as well
+        self._active: set[str] = set()
+        self._contended = False
+        self._undo: list[tuple[str, str, _State | None, float]] | None = None
+        self._measure(scale or Scale())
+
+    def __len__(self) -> int:
+        return self._number
+
+    # -- what is known --------------------------------------------------------------------------------------------------------------------
+
+    def of(self, digest: str) -> list[Group]:
+        """Of every tenant that has jobs waiting for this adapter."""
+        found = self._by_digest.get(digest)
+        return [] if found is None else [found] if isinstance(found, Group) else list(found.values())
+
+    def get(self, digest: str, tenant: str) -> Group | None:
+        found = self._by_digest.get(digest)
+        if isinstance(found, Group):
+            return found if found.tenant.name == tenant else None
+        return None if found is None else found.get(tenant)
+
+    def __iter__(self) -> Iterator[Group]:
+        for found in self._by_digest.values():
+            if isinstance(found, Group):
+                yield found
+            else:
+                yield from found.values()
+
+    def served(self, tenant: str) -> float:
+        return self._served.get(tenant, 0.0)
+
+    def limit(self, slack: float) -> float:
+        """How much a tenant may have been served and still be: `slack` more than the least served that floods; anything, if nobody does."""
+        return min(tenant.served for tenant in self.floods.values()) + slack if self.floods else float("inf")
+
+    def by_rank(self, floods: bool, limit: float) -> Iterator[Group]:
+        """The groups of tenants that do, or do not, flood, and were served no more than the limit, least rank first.
+
+        Tenants are looked at in the order of their heads, so what is not reached costs nothing.
+        """
+        opened: list[tuple[int, str, Group, Iterator[Group]]] = []
+        for head, name in self._heads[floods]:
+            while opened and opened[0][0] < head:
+                yield self._next(opened)
+            if (tenant := self.tenants[name]).served <= limit:
+                groups = iter(tenant.order)
+                first = next(groups)
+                heappush(opened, (first.rank, name, first, groups))
+        while opened:
+            yield self._next(opened)
+
+    @staticmethod
+    def _next(opened: list[tuple[int, str, Group, Iterator[Group]]]) -> Group:
+        _, name, group, groups = opened[0]
+        after = next(groups, None)
+        if after is None:
+            heappop(opened)
+        else:
+            heapreplace(opened, (after.rank, name, after, groups))
+        return group
+
+    def narrow(self, jobs: int) -> int:
+        """What of a rank is due to the width of the batch that so many jobs would give; nothing is, where they join one that runs."""
+        return self._narrow[min(jobs, self._most)]
+
+    # -- what happens ---------------------------------------------------------------------------------------------------------------------
+
+    def put(self, digest: str, tenant: str, jobs: int, due: float, now: float) -> None:
+        """The group now has so many jobs, the most due of them due then; none: it waits no longer."""
+        group = self.get(digest, tenant)
+        if jobs <= 0:
+            if group is not None:
+                self._remove(group)
+        elif group is None:
+            self.news.add(digest)
+            self._add(digest, tenant, (jobs, float(due), 0.0, max(0, round((due - now) / 1000))))
+        elif (group.jobs, group.due) != (jobs, due):
+            self.news.add(digest)
+            target = max(group.target, round((due - now) / 1000)) if due < group.due else group.target
+            self._change(group, (jobs, float(due), group.served, target))
+
+    def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
+        """So many of its jobs go to a worker."""
+        group = self.get(digest, tenant)
+        if group is None:
+            return
+        if jobs >= group.jobs:
+            self._remove(group)
+        else:
+            self._change(group, (group.jobs - jobs, group.due, now, group.target))
+
+    def charge(self, tenant: str, tokens: float) -> None:
+        self.level(tenant, self.served(tenant) + tokens)
+
+    def level(self, tenant: str, served: float) -> None:
+        """So much was this tenant served."""
+        if served == self._served.get(tenant):
+            return
+        if self._undo is not None:
+            self._undo.append((tenant, "", None, self.served(tenant)))
+        self._served[tenant] = served
+        if tenant in self.tenants:
+            self.tenants[tenant].served = served
+
+    def settle(self, flying: Iterable[str]) -> dict[str, float]:
+        """Whoever was away, or had no need of its share until now, has no claim on the past: raises what these count as served.
+
+        `flying` are the tenants with jobs at workers. Returns who was raised, and to what.
+        """
+        raised: dict[str, float] = {}
+        if self._active:
+            least = min(self.served(name) for name in self._active)
+            raised = {name: least for name in self.tenants.keys() - self._active if self.served(name) < least}
+        if self.floods and not self._contended:
+            most = max(tenant.served for tenant in self.tenants.values())
+            raised |= {name: most for name, tenant in self.tenants.items() if tenant.served < most}
+        self._active, self._contended = {*self.tenants, *flying}, bool(self.floods)
+        for name, level in raised.items():
+            self.level(name, level)
+        return raised
+
+    def rescale(self, scale: Scale) -> None:
+        """Measure anew, where that makes a difference."""
+        if scale == self.scale:
+            return
+        groups = [(g.digest, g.tenant.name, (g.jobs, g.due, g.served, g.target)) for g in self]
+        self.tenants, self.floods, self._heads, self._by_digest = {}, {}, (SortedList(), SortedList()), {}
+        self.jobs = self._number = 0
+        self._measure(scale)
+        for digest, tenant, state in groups:
+            self._add(digest, tenant, state)
+
+    @contextmanager
+    def draft(self) -> Iterator[None]:
+        """Whatever happens in here is undone at the end."""
+        self._undo = []
+        try:
+            yield
+        finally:
+            changes, self._undo = self._undo, None
+            for tenant, digest, state, served in reversed(changes):
+                group = self.get(digest, tenant)
+                if not digest:
+                    self.level(tenant, served)
+                elif state is None:
+                    assert group is not None
+                    self._remove(group)
+                elif group is None:
+                    self._add(digest, tenant, state)
+                else:
+                    self._change(group, state)
+
+    # -- the index ------------------------------------------------------------------------------------------------------------------------
+
+    def _measure(self, scale: Scale) -> None:
+        self.scale = scale
+        self._narrow = [round(TICKS * ms) for ms in scale.narrow()]
+        self._most = len(self._narrow) - 1
+        self._job_ms = scale.costs.job_ms(scale.work) / max(1, scale.workers)
+
+    def _rank(self, group: Group) -> int:
+        at = group.due
+        if group.served > 0:
+            target = 1000.0 * group.target
+            flood = group.jobs * self._job_ms - target
+            at = max(at, group.served + min(max(0.0, flood), target))
+        tie = zlib.crc32(group.digest.encode(), zlib.crc32(group.tenant.name.encode())) & (TICKS - 1)
+        return round(at) * TICKS + self._narrow[min(group.jobs, self._most)] + tie
+
+    def _note(self, group: Group, state: _State | None) -> None:
+        if self._undo is not None:
+            self._undo.append((group.tenant.name, group.digest, state, 0.0))
+
+    def _add(self, digest: str, name: str, state: _State) -> None:
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = Tenant(name, self.served(name))
+        group = Group(digest, tenant, *state, 0)
+        self._note(group, None)
+        known = self._by_digest.get(digest)
+        if known is None:
+            self._by_digest[digest] = group
+        elif isinstance(known, Group):
+            self._by_digest[digest] = {known.tenant.name: known, name: group}
+        else:
+            known[name] = group
+        self._number += 1
+        self._count(tenant, group.jobs)
+        group.rank = self._rank(group)
+        tenant.order.add(group)
+        self._file(tenant)
+
+    def _remove(self, group: Group) -> None:
+        self._note(group, (group.jobs, group.due, group.served, group.target))
+        tenant, known = group.tenant, self._by_digest[group.digest]
+        if isinstance(known, Group):
+            del self._by_digest[group.digest]
+        else:
+            del known[tenant.name]
+            if len(known) == 1:
+                self._by_digest[group.digest] = next(iter(known.values()))
+        self._number -= 1
+        tenant.order.remove(group)
+        self._count(tenant, -group.jobs)
+        self._file(tenant)
+
+    def _change(self, group: Group, state: _State) -> None:
+        self._note(group, (group.jobs, group.due, group.served, group.target))
+        self._count(group.tenant, state[0] - group.jobs)
+        group.jobs, group.due, group.served, group.target = state
+        rank = self._rank(group)
+        if rank != group.rank:
+            order = group.tenant.order
+            order.remove(group)  # by the rank it still has
+            group.rank = rank
+            order.add(group)
+        self._file(group.tenant)
+
+    def _count(self, tenant: Tenant, jobs: int) -> None:
+        self.jobs += jobs
+        tenant.jobs += jobs
+
+    def _file(self, tenant: Tenant) -> None:
+        """Under the rank its first group has now, and among those who flood or the others."""
+        floods = tenant.jobs * self._job_ms > self.scale.flood_ms
+        head = tenant.order[0].rank if tenant.order else None
+        if (head, floods) == (tenant.head, tenant.floods):
+            return
+        if tenant.head is not None:
+            self._heads[tenant.floods].remove((tenant.head, tenant.name))
+        tenant.head, tenant.floods = head, floods
+        if floods:
+            self.floods[tenant.name] = tenant
+        else:
+            self.floods.pop(tenant.name, None)
+        if head is not None:
+            self._heads[floods].add((head, tenant.name))
+        else:
+            del self.tenants[tenant.name]

@@ -1,0 +1,95 @@
+"""The workers of a pool as the planner sees them, indexed by what they can take and which adapters they have."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from sortedcontainers import SortedList
+
+from lorayard_scheduler.costs import Costs, Temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A batch that a worker has been given, with so many jobs that have not ended; `rank` is what its group had then."""
+
+    batch: str
+    digest: str
+    jobs: int
+    rank: int = 0
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """A live worker: what it was given, oldest first; which adapters contexts are bound to, which are loaded, which are on its disk."""
+
+    name: str
+    costs: Costs
+    held: tuple[Held, ...] = ()
+    hot: Collection[str] = ()
+    loaded: Collection[str] = ()
+    on_disk: Collection[str] | None = None  # None: unknown, and taken for granted
+
+    def temperature(self, digest: str) -> Temperature:
+        if digest in self.hot:
+            return "hot"
+        if digest in self.loaded:
+            return "loaded"
+        return "disk" if self.on_disk is None or digest in self.on_disk else "remote"
+
+
+class Roster:
+    """All workers. Put one again when anything of it has changed."""
+
+    def __init__(self, workers: Iterable[WorkerView] = (), *, adapters_at_once: int = 2) -> None:
+        self.adapters_at_once = adapters_at_once
+        self.workers: dict[str, WorkerView] = {}
+        self.loads: dict[str, int] = {}  # jobs that have not ended
+        self.hands: dict[str, frozenset[str]] = {}  # the adapters that a worker has jobs of
+        self.free: SortedList = SortedList()  # (load, name) of those that can take another adapter
+        self.on: dict[str, dict[str, None]] = {}  # digest -> workers that have jobs of it
+        self.warm: dict[str, dict[str, None]] = {}  # digest -> workers where it is hot or loaded
+        self.idle = 0
+        self.news: set[str] = set()  # workers put, or gone, since the last plan
+        self._warm: dict[str, frozenset[str]] = {}
+        for worker in workers:
+            self.put(worker)
+
+    def put(self, worker: WorkerView) -> None:
+        name = worker.name
+        if name in self.workers:
+            self._forget(name)
+        self.news.add(name)
+        load, hand = sum([held.jobs for held in worker.held]), frozenset([held.digest for held in worker.held])
+        warm = frozenset(worker.hot).union(worker.loaded)
+        self.workers[name], self.loads[name], self.hands[name], self._warm[name] = worker, load, hand, warm
+        if len(hand) < self.adapters_at_once:
+            self.free.add((load, name))
+        self.idle += not load
+        for digest in hand:
+            self.on.setdefault(digest, {})[name] = None
+        for digest in warm:
+            self.warm.setdefault(digest, {})[name] = None
+
+    def drop(self, name: str) -> None:
+        """It is gone."""
+        if name in self.workers:
+            self._forget(name)
+            del self.workers[name]
+
+    def _forget(self, name: str) -> None:
+        load, hand = self.loads.pop(name), self.hands.pop(name)
+        if len(hand) < self.adapters_at_once:
+            self.free.remove((load, name))
+        self.idle -= not load
+        _remove(self.on, hand, name)
+        _remove(self.warm, self._warm.pop(name), name)
+
+
+def _remove(index: dict[str, dict[str, None]], digests: Iterable[str], name: str) -> None:
+    for digest in digests:
+        names = index[digest]
+        del names[name]
+        if not names:
+            del index[digest]

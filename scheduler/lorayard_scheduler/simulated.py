@@ -1,0 +1,123 @@
+"""The real planner at the head of a simulated fleet, with the ledger's order: the most due job of a group first."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from lorayard_scheduler.costs import Work
+from lorayard_scheduler.groups import Groups, Scale
+from lorayard_scheduler.planner import Dispatch, Policy, View, plan
+from lorayard_scheduler.roster import Held, Roster, WorkerView
+from lorayard_scheduler.simulator import Batch, Fleet, Machine
+
+
+class Lorayard:
+    """`plan` on a mirror that is always up to date."""
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self.plans = 0
+
+    def begin(self, fleet: Fleet) -> None:
+        self.fleet, trace = fleet, fleet.trace
+        self.queues: dict[tuple[int, int], list[tuple[float, int]]] = {}
+        self.in_flight = [0] * len(trace.tenant_names)
+        self.charged: dict[int, float] = {}
+        self.numbers = {name: i for i, name in enumerate(trace.adapter_names)}
+        self.tenants = {name: i for i, name in enumerate(trace.tenant_names)}
+        self.work = Work()
+        self.groups = Groups(self._scale())
+        self.views = [WorkerView(f"w{machine.index:04d}", machine.costs) for machine in fleet.machines]
+        self.machines = {view.name: machine for view, machine in zip(self.views, fleet.machines, strict=True)}
+        self.roster = Roster()
+        for machine in fleet.machines:
+            self._see(machine)
+        self.view = View(self.groups, self.roster)
+        self.done = 0
+        self.news = False
+        self.touched: dict[int, Machine] = {}
+        self.sums = [0.0, 0.0, 0.0]
+
+    def _scale(self) -> Scale:
+        return Scale(self.policy.patience_ms, self.policy.flood_ms, self.fleet.machines[0].costs, self.work, len(self.fleet.machines))
+
+    def _see(self, machine: Machine) -> None:
+        names, view = self.fleet.trace.adapter_names, self.views[machine.index]
+        if not machine.up:
+            self.roster.drop(view.name)
+            return
+        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, b.rank) for b in machine.batches])
+        view.hot = tuple([names[a] for a in machine.bound])
+        view.loaded = tuple([names[a] for a in machine.loaded])
+        if machine.fetched is not None:
+            view.on_disk = frozenset([names[a] for a in machine.fetched])
+        self.roster.put(view)
+
+    def arrived(self, job: int) -> None:
+        trace = self.fleet.trace
+        adapter, tenant = trace.adapters[job], trace.tenants[job]
+        queue = self.queues.get((adapter, tenant))
+        if queue is None:
+            queue = self.queues[adapter, tenant] = []
+        heapq.heappush(queue, (trace.arrivals[job] + trace.targets[job], job))
+        self.groups.put(trace.adapter_names[adapter], trace.tenant_names[tenant], len(queue), queue[0][0], self.fleet.now)
+        self.news = True
+
+    def ended(self, job: int, machine: Machine, batch: Batch) -> None:
+        trace = self.fleet.trace
+        tenant, tokens = trace.tenants[job], trace.prompts[job] + trace.outputs[job]
+        self.groups.charge(trace.tenant_names[tenant], tokens - self.charged.pop(job))
+        self.in_flight[tenant] -= 1
+        self.done += 1
+        self.sums[0] += trace.prompts[job]
+        self.sums[1] += min(trace.shared[trace.adapters[job]], trace.prompts[job] - 1)
+        self.sums[2] += trace.outputs[job]
+        self.touched[machine.index] = machine
+        if not batch.left or self.queues.get((batch.adapter, tenant)):
+            self.news = True
+        if self.done in (100, 1_000) or self.done % 10_000 == 0:
+            prompt, shared, output = (value / self.done for value in self.sums)
+            self.work = Work(prompt, shared, output)
+            self.groups.rescale(self._scale())
+
+    def turn(self) -> None:
+        if not self.groups.jobs or not self.news:
+            return
+        self.news = False
+        for machine in self.touched.values():
+            self._see(machine)
+        self.touched.clear()
+        self.plans += 1
+        self.groups.settle([name for name, jobs in zip(self.fleet.trace.tenant_names, self.in_flight, strict=True) if jobs])
+        for dispatch in plan(self.view, self.fleet.now, self.policy):
+            self._carry_out(dispatch)
+        self.view.planned()
+
+    def _carry_out(self, dispatch: Dispatch) -> None:
+        adapter, machine = self.numbers[dispatch.digest], self.machines[dispatch.worker]
+        jobs = []
+        for name, count in dispatch.takes:
+            tenant = self.tenants[name]
+            queue = self.queues[adapter, tenant]
+            taken = [heapq.heappop(queue) for _ in range(count)]
+            jobs += taken
+            self.in_flight[tenant] += count
+            self.groups.take(dispatch.digest, name, count, self.fleet.now)
+            self.groups.charge(name, count * self.work.tokens)
+            if queue:
+                self.groups.put(dispatch.digest, name, len(queue), queue[0][0], self.fleet.now)
+        jobs.sort()
+        for _, job in jobs:
+            self.charged[job] = self.work.tokens
+        self.fleet.give(machine, adapter, [job for _, job in jobs], dispatch.rank)
+        self._see(machine)
+
+    def lost(self, jobs: Iterable[int], machine: Machine) -> None:
+        trace = self.fleet.trace
+        for job in jobs:
+            tenant = trace.tenants[job]
+            self.in_flight[tenant] -= 1
+            self.groups.charge(trace.tenant_names[tenant], -self.charged.pop(job))
+            self.arrived(job)
+        self._see(machine)

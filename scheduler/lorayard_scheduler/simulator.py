@@ -1,0 +1,349 @@
+"""A fleet without a fleet: discrete events, the real planner, workers as their own measurements describe them.
+
+A worker's engine is modelled as `lorayard_workers.llama` works: batches are started in the order they came, as long as fewer than `width`
+sequences run and a context is free for the batch's adapter; contexts step in turn, so that a round of them is one token of every sequence;
+reading a prompt, binding and loading hold everything up; a prompt's shared part is read once for as long as its adapter stays bound.
+Whoever schedules, these are the rules. Times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lorayard_scheduler.costs import Costs, Temperature
+
+INFINITY = float("inf")
+
+
+@dataclass
+class Trace:
+    """Jobs in the order of their arrival; columns, because there may be millions. `tenants` and `adapters` index the names."""
+
+    arrivals: array[float]
+    adapters: array[int]
+    tenants: array[int]
+    prompts: array[int]
+    outputs: array[int]
+    targets: array[float]
+    """How long each may wait: its due time is its arrival plus this."""
+    adapter_names: Sequence[str]
+    tenant_names: Sequence[str]
+    shared: Sequence[int]
+    """By adapter: tokens at the beginning of its prompts that are always the same."""
+
+    def __len__(self) -> int:
+        return len(self.arrivals)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """A worker to simulate. What is not loaded lies on its disk, or, where caches begin cold, must be fetched once."""
+
+    costs: Costs
+    contexts: int = 2
+    adapters_loaded: int = 16
+    cold: bool = False
+
+
+class Batch:
+    """Jobs of one adapter on their way through a worker."""
+
+    __slots__ = ("adapter", "jobs", "left", "number", "rank", "started")
+
+    def __init__(self, number: int, adapter: int, jobs: list[int], rank: int = 0) -> None:
+        self.number, self.adapter, self.jobs, self.rank = number, adapter, jobs, rank
+        self.left = len(jobs)
+        self.started = 0
+
+
+class Machine:
+    """One worker: `give` it batches, and it tells when it next has something to say (`wakes`) and which jobs ended (`advance`)."""
+
+    __slots__ = (
+        "active",
+        "at",
+        "batches",
+        "bound",
+        "busy_until",
+        "costs",
+        "ends",
+        "fetched",
+        "fetching",
+        "index",
+        "loaded",
+        "loads",
+        "opened",
+        "places",
+        "prefill",
+        "queue",
+        "round_ms",
+        "rounds",
+        "running",
+        "spec",
+        "started",
+        "steps",
+        "switches",
+        "trace",
+        "up",
+        "wakes",
+        "worked_ms",
+    )  # fmt: skip
+
+    def __init__(self, index: int, spec: WorkerSpec, trace: Trace, started: array[float]) -> None:
+        self.index, self.spec, self.costs, self.trace, self.started = index, spec, spec.costs, trace, started
+        self.steps, self.prefill, self.places = spec.costs.steps, 1000.0 / spec.costs.prefill_tokens_per_s, spec.costs.width
+        self.loads = self.switches = 0
+        self.worked_ms = 0.0
+        self.up = True
+        self.loaded: OrderedDict[int, None] = OrderedDict()
+        self.fetched: set[int] | None = set() if spec.cold else None
+        self.clear()
+
+    def clear(self) -> list[int]:
+        """Lose everything in memory; the jobs that were here."""
+        lost = [job for batch in getattr(self, "batches", ()) for job in batch.jobs if job >= 0]
+        self.batches: list[Batch] = []  # not ended, oldest first
+        self.queue: deque[Batch] = deque()  # not wholly started
+        self.fetching: list[tuple[float, int, Batch]] = []  # (when its adapter is here, batch's number, batch)
+        self.bound: OrderedDict[int, int] = OrderedDict()  # adapter of a context -> sequences in it; the last one bound is last
+        self.ends: list[tuple[float, int, int, Batch]] = []  # (round in which it ends, batch's number, place in it, batch)
+        self.active = self.opened = 0
+        self.rounds = self.round_ms = self.at = self.busy_until = 0.0
+        self.running = False
+        self.wakes = INFINITY
+        self.loaded.clear()
+        return lost
+
+    def temperature(self, adapter: int) -> Temperature:
+        if adapter in self.bound:
+            return "hot"
+        if adapter in self.loaded:
+            return "loaded"
+        return "disk" if self.fetched is None or adapter in self.fetched else "remote"
+
+    def give(self, batch: Batch, now: float) -> None:
+        self.batches.append(batch)
+        if self.fetched is not None and batch.adapter not in self.fetched:  # fetched beside whatever runs
+            self.fetched.add(batch.adapter)
+            heapq.heappush(self.fetching, (now + self.costs.switch_ms["remote"], batch.number, batch))
+            self.wakes = min(self.wakes, self.fetching[0][0])
+            return
+        self.queue.append(batch)
+        if batch is self.queue[0] and self.active < self.places:
+            self._move(now)
+            self._admit(now)
+
+    def recall(self, batch: Batch) -> list[int]:
+        """The jobs of a batch that have not begun: it no longer has them."""
+        back = batch.jobs[batch.started :]
+        del batch.jobs[batch.started :]
+        batch.left -= len(back)
+        if back:
+            self.queue.remove(batch)
+        if not batch.left:
+            self.batches.remove(batch)
+        return back
+
+    def advance(self, now: float) -> list[tuple[int, Batch]]:
+        """Jobs that ended by now, with their batches."""
+        self._move(now)
+        ended = []
+        ends, bound = self.ends, self.bound
+        limit = self.rounds + 1e-6
+        while ends and ends[0][0] <= limit:
+            _, _, place, batch = heapq.heappop(ends)
+            ended.append((batch.jobs[place], batch))
+            batch.jobs[place] = ~batch.jobs[place]
+            batch.left -= 1
+            if not batch.left:
+                self.batches.remove(batch)
+            bound[batch.adapter] -= 1
+            self.active -= 1
+        self._admit(now)
+        return ended
+
+    def _move(self, now: float) -> None:
+        since = max(self.at, self.busy_until)
+        if self.active:
+            self.worked_ms += now - self.at
+            if now > since:
+                self.rounds += (now - since) / self.round_ms
+        self.at = now
+
+    def _admit(self, now: float) -> None:
+        queue, trace, bound = self.queue, self.trace, self.bound
+        while self.fetching and self.fetching[0][0] <= now:
+            queue.append(heapq.heappop(self.fetching)[2])
+        busy = max(self.busy_until, now)
+        while queue and self.active < self.places:
+            batch = queue[0]
+            adapter = batch.adapter
+            shared = trace.shared[adapter]
+            if adapter not in bound:
+                if not self._free_a_context():
+                    break
+                busy += self._bind(adapter)
+                busy += shared * self.prefill
+            bound.move_to_end(adapter)
+            take = min(self.places - self.active, len(batch.jobs) - batch.started)
+            for place in range(batch.started, batch.started + take):
+                job = batch.jobs[place]
+                self.started[job] = busy
+                busy += max(trace.prompts[job] - shared, 1) * self.prefill
+                heapq.heappush(self.ends, (self.rounds + trace.outputs[job], batch.number, place, batch))
+            batch.started += take
+            bound[adapter] += take
+            self.active += take
+            if batch.started == len(batch.jobs):
+                queue.popleft()
+        self.busy_until = busy
+        steps = self.steps
+        self.round_ms = sum([steps[rows] for rows in bound.values() if rows])
+        if self.ends:
+            self.wakes = busy + max(0.0, self.ends[0][0] - self.rounds) * self.round_ms
+        else:
+            self.wakes = INFINITY
+        if self.fetching:
+            self.wakes = min(self.wakes, self.fetching[0][0])
+
+    def _free_a_context(self) -> bool:
+        if len(self.bound) < self.spec.contexts:
+            return True
+        for adapter, rows in self.bound.items():
+            if not rows:
+                del self.bound[adapter]
+                return True
+        return False
+
+    def _bind(self, adapter: int) -> float:
+        """Milliseconds until a context is bound to it."""
+        self.switches += 1
+        self.bound[adapter] = 0
+        loaded = self.loaded
+        if adapter in loaded:
+            loaded.move_to_end(adapter)
+            return self.costs.switch_ms["loaded"]
+        self.loads += 1
+        loaded[adapter] = None
+        if len(loaded) > self.spec.adapters_loaded:
+            del loaded[next(other for other in loaded if other not in self.bound)]
+        return self.costs.switch_ms["disk"]
+
+
+class Scheduler(Protocol):
+    """Who decides. The fleet is told of arrivals and of what ended, then asked for a turn; it may give batches to any machine then."""
+
+    def begin(self, fleet: Fleet) -> None: ...
+
+    def arrived(self, job: int) -> None: ...
+
+    def ended(self, job: int, machine: Machine, batch: Batch) -> None: ...
+
+    def turn(self) -> None: ...
+
+    def lost(self, jobs: Iterable[int], machine: Machine) -> None:
+        """A worker is gone; these jobs wait again."""
+
+
+@dataclass
+class Outcome:
+    """When each job started and ended, by the trace's order, in ms; and what it took."""
+
+    trace: Trace
+    started: array[float]
+    ended: array[float]
+    switches: int = 0
+    loads: int = 0
+    dispatches: int = 0
+    worked_ms: float = 0.0
+
+    def waits(self) -> list[float]:
+        """From arrival to start, ms, sorted."""
+        return sorted(s - a for s, a in zip(self.started, self.trace.arrivals, strict=True))
+
+
+@dataclass
+class Failure:
+    """A worker that is away from `at` for `for_ms`, with everything it had."""
+
+    worker: int
+    at: float
+    for_ms: float
+
+
+@dataclass
+class Fleet:
+    """One run: `Fleet(trace, specs, scheduler).run()`."""
+
+    trace: Trace
+    specs: Sequence[WorkerSpec]
+    scheduler: Scheduler
+    failures: Sequence[Failure] = ()
+    now: float = 0.0
+    machines: list[Machine] = field(default_factory=list)
+    _numbers: int = 0
+
+    def run(self, until: float = INFINITY) -> Outcome:
+        n = len(self.trace)
+        started, ended = array("d", [INFINITY]) * n, array("d", [INFINITY]) * n
+        self.machines = [Machine(i, spec, self.trace, started) for i, spec in enumerate(self.specs)]
+        self._events: list[tuple[float, int]] = []
+        scheduler, machines, events, arrivals = self.scheduler, self.machines, self._events, self.trace.arrivals
+        scheduler.begin(self)
+        troubles = sorted([(f.at, f.worker, False) for f in self.failures] + [(f.at + f.for_ms, f.worker, True) for f in self.failures])
+        troubles.reverse()
+        job = 0
+        next_arrival = arrivals[0] if n else INFINITY
+        while True:
+            at = events[0][0] if events else INFINITY
+            if troubles and troubles[-1][0] <= min(at, next_arrival):
+                self.now, worker, back = troubles.pop()
+                self._trouble(machines[worker], back)
+                scheduler.turn()
+                continue
+            if next_arrival <= at:
+                if next_arrival == INFINITY or next_arrival > until:
+                    break
+                self.now = next_arrival
+                while next_arrival == self.now:
+                    scheduler.arrived(job)
+                    job += 1
+                    next_arrival = arrivals[job] if job < n else INFINITY
+            else:
+                if at > until:
+                    break
+                _, index = heapq.heappop(events)
+                machine = machines[index]
+                if machine.wakes != at:
+                    continue
+                self.now = at
+                for done, batch in machine.advance(at):
+                    ended[done] = at
+                    scheduler.ended(done, machine, batch)
+                if machine.wakes < INFINITY:
+                    heapq.heappush(events, (machine.wakes, index))
+            scheduler.turn()
+        return Outcome(
+            self.trace, started, ended, sum(m.switches for m in machines), sum(m.loads for m in machines), self._numbers,
+            sum(m.worked_ms for m in machines),
+        )  # fmt: skip
+
+    def give(self, machine: Machine, adapter: int, jobs: list[int], rank: int = 0) -> Batch:
+        """Send a batch to a machine."""
+        self._numbers += 1
+        batch = Batch(self._numbers, adapter, jobs, rank)
+        before = machine.wakes
+        machine.give(batch, self.now)
+        if machine.wakes != before:
+            heapq.heappush(self._events, (machine.wakes, machine.index))
+        return batch
+
+    def _trouble(self, machine: Machine, back: bool) -> None:
+        machine.up = back
+        if not back:
+            self.scheduler.lost(machine.clear(), machine)

@@ -1,0 +1,127 @@
+"""The mirror against a real ledger: what the planner sees is what there is."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+from ledger_support import make_entry
+
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.registry import WorkerInfo, open_ledger
+from lorayard.settings import Settings
+from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.planner import Policy, plan
+
+POLICY = Policy(flood_ms=10_000)
+
+
+@pytest.fixture
+def ledger(store: redis.Redis) -> Ledger:
+    return open_ledger(store, Settings())
+
+
+@pytest.fixture
+def backlog(ledger: Ledger) -> Backlog:
+    found = Backlog(ledger, POLICY)
+    found.rebuild()
+    return found
+
+
+def info(name: str = "w", **more: object) -> WorkerInfo:
+    return WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, width=8, ready=True, **more)  # type: ignore[arg-type]
+
+
+def hear(ledger: Ledger, backlog: Backlog) -> None:
+    """All that happened, from the beginning."""
+    _, events = ledger.events("0-0", 0)
+    backlog.hear(events)
+    backlog.refresh()
+
+
+def seen(backlog: Backlog) -> dict[tuple[str, str], int]:
+    return {(g.digest, g.tenant.name): g.jobs for g in backlog.groups}
+
+
+def carry_out(ledger: Ledger, backlog: Backlog) -> list[tuple[str, str, int]]:
+    """Plan, claim, note; (worker, digest, jobs) of each batch."""
+    epoch, batches = ledger.lead("test", 60_000), []
+    for n, d in enumerate(plan(backlog.view, backlog.now, POLICY)):
+        answer, jobs = ledger.claim(
+            epoch=epoch, worker=d.worker, most=9, batch=f"b{backlog.now}-{n}", digest=d.digest, delivery_ms=60_000, why=d.why, takes=d.takes
+        )
+        assert (answer, jobs) == ("ok", d.jobs)
+        backlog.dispatched(d.digest, d.takes)
+        batches.append((d.worker, d.digest, jobs))
+    backlog.view.planned()
+    return batches
+
+
+def test_it_follows_what_is_queued_claimed_and_ended(ledger: Ledger, backlog: Backlog) -> None:
+    ledger.enqueue([make_entry(f"j{n}", digest="a" if n < 20 else "b") for n in range(23)], max_queued=99)
+    hear(ledger, backlog)
+    assert seen(backlog) == {("a", "acme"): 20, ("b", "acme"): 3}
+    backlog.meet([info()])
+    assert backlog.stale
+    batches = carry_out(ledger, backlog)
+    assert sorted(batches) == [("w", "a", 16), ("w", "b", 3)]
+    hear(ledger, backlog)
+    assert seen(backlog) == {("a", "acme"): 4}
+    assert [(h.digest, h.jobs) for h in sorted(backlog.roster.workers["w"].held, key=lambda h: h.digest)] == [("a", 16), ("b", 3)]
+    assert backlog.waits
+    assert carry_out(ledger, backlog) == [], "no place is free"
+    again = Backlog(ledger, POLICY)
+    again.rebuild()
+    assert seen(again) == seen(backlog)
+
+
+def test_a_worker_that_vanishes_gets_nothing_more(ledger: Ledger, backlog: Backlog) -> None:
+    ledger.enqueue([make_entry(f"j{n}") for n in range(3)], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a"), info("b")])
+    backlog.meet([info("b")])
+    assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}
+
+
+def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    store.hset("ly:{main}:served", mapping={"acme": 5_000, "zeta": 100})
+    ledger.enqueue([make_entry("j")], max_queued=99)
+    hear(ledger, backlog)
+    ledger.enqueue([make_entry("k", tenant="zeta")], max_queued=99)
+    hear(ledger, backlog)
+    assert backlog.groups.served("zeta") == backlog.groups.served("acme") == 5_000
+    assert store.hget("ly:{main}:served", "zeta") == b"5000"
+
+
+def test_when_a_flood_begins_everyone_begins_level(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    ledger.enqueue([make_entry("j"), make_entry("k", tenant="zeta")], max_queued=9_999)
+    hear(ledger, backlog)
+    backlog.meet([info()])
+    store.hset("ly:{main}:served", mapping={"acme": 70_000, "zeta": 10})
+    hear(ledger, backlog)
+    assert backlog.groups.served("zeta") == 10, "nobody takes what another wants"
+    ledger.enqueue([make_entry(f"f{n}") for n in range(500)], max_queued=9_999)
+    hear(ledger, backlog)
+    assert list(backlog.groups.floods) == ["acme"]
+    assert backlog.groups.served("zeta") == 70_000
+    assert store.hget("ly:{main}:served", "zeta") == b"70000"
+
+
+def test_lanes_are_seen_by_those_who_may_claim_them(ledger: Ledger, backlog: Backlog) -> None:
+    ledger.enqueue([make_entry(lane, digest=f"d{lane}") for lane in ("", "@auto", "@groq", "@batch")], max_queued=99)
+    hear(ledger, backlog)
+    assert sorted(digest for digest, _ in seen(backlog)) == ["d", "d@auto"]
+    assert sorted(g.digest for g in backlog.waiting()) == ["d", "d@auto", "d@batch", "d@groq"]
+    backlog.meet([info(hot=["d"])])
+    assert backlog.roster.workers["w"].temperature("d@auto") == "hot"
+
+
+def test_costs_are_taken_over_when_they_have_changed_enough(backlog: Backlog) -> None:
+    report = {"switch_ms": {"loaded": 10.0}, "prefill_tokens_per_s": 1000.0, "step_ms": {"1": 10.0, "8": 20.0}}
+    backlog.meet([info(costs=report)])
+    first = backlog.roster.workers["w"].costs
+    assert first.measured
+    assert backlog.groups.scale.costs is first
+    backlog.meet([info(costs=report | {"prefill_tokens_per_s": 1020.0})])
+    assert backlog.roster.workers["w"].costs is first
+    backlog.meet([info(costs=report | {"prefill_tokens_per_s": 2000.0})])
+    assert backlog.roster.workers["w"].costs.prefill_ms(2000) == 1000

@@ -1,0 +1,138 @@
+"""The simulated worker against arithmetic, and the real planner in a simulated fleet."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from simulation_support import COSTS, simulate, trace
+
+from lorayard.errors import BadRequest
+from lorayard_scheduler import traces
+from lorayard_scheduler.costs import Costs, Work
+from lorayard_scheduler.planner import Policy
+from lorayard_scheduler.rivals import FirstComeFirstServed
+from lorayard_scheduler.simulated import Lorayard
+from lorayard_scheduler.simulator import Failure, WorkerSpec
+
+
+def test_a_job_alone_takes_loading_prompt_and_steps() -> None:
+    outcome = simulate([(5, 0, 30, 7)], Lorayard())
+    assert outcome.started[0] == 5 + 50
+    assert outcome.ended[0] == pytest.approx(5 + 50 + 30 + 7 * 10)
+    assert (outcome.switches, outcome.loads) == (1, 1)
+    assert outcome.worked_ms == pytest.approx(150)
+
+
+def test_a_batch_decodes_together_and_its_width_falls_at_the_end() -> None:
+    outcome = simulate([(0, 0, 10, 2), (0, 0, 10, 5), (0, 0, 10, 9)], FirstComeFirstServed())
+    prompts = 50 + 3 * 10
+    assert list(outcome.started) == [50, 60, 70]
+    assert list(outcome.ended) == pytest.approx([prompts + 2 * 14, prompts + 2 * 14 + 3 * 12, prompts + 2 * 14 + 3 * 12 + 4 * 10])
+
+
+def test_two_adapters_step_in_turn() -> None:
+    outcome = simulate([(0, 0, 10, 10), (0, 1, 10, 10)], FirstComeFirstServed())
+    assert list(outcome.ended) == pytest.approx([2 * 60 + 10 * (10 + 10)] * 2)
+
+
+def test_what_prompts_share_is_read_once_while_the_adapter_stays() -> None:
+    plain, shared = (simulate([(0, 0, 110, 1), (0, 0, 110, 1)], FirstComeFirstServed(), shared=n) for n in (0, 100))
+    assert plain.ended[1] - shared.ended[1] == pytest.approx(100)
+
+
+def test_no_more_adapters_stay_loaded_than_there_is_room_for() -> None:
+    jobs = [(1000.0 * i, i % 3, 10, 1) for i in range(9)]
+    few, many = (simulate(jobs, FirstComeFirstServed(), spec=WorkerSpec(COSTS, adapters_loaded=n)) for n in (2, 3))
+    assert (few.loads, few.switches) == (9, 9)
+    assert (many.loads, many.switches) == (3, 9)
+
+
+def test_cold_caches_are_filled_beside_what_runs() -> None:
+    outcome = simulate([(0, 0, 10, 1), (0, 0, 10, 1), (3000, 1, 10, 200), (3100, 0, 10, 1)], Lorayard(), spec=WorkerSpec(COSTS, cold=True))
+    assert outcome.started[0] == 1000 + 50
+    assert outcome.started[3] == 3100, "it does not wait for the other adapter, which is on its way"
+
+
+def test_what_a_lost_worker_had_runs_elsewhere_and_ends_once() -> None:
+    rng = random.Random(3)
+    jobs = [(rng.uniform(0, 5_000), rng.randrange(6), 20, rng.randrange(1, 40), rng.randrange(2)) for _ in range(300)]
+    failures = [Failure(0, 1_000, 2_000), Failure(1, 2_500, 10_000)]
+    for scheduler in (Lorayard(), FirstComeFirstServed()):
+        outcome = simulate(jobs, scheduler, workers=3, failures=failures)
+        assert all(math.isfinite(end) for end in outcome.ended)
+        assert all(a <= s <= e for a, s, e in zip(outcome.trace.arrivals, outcome.started, outcome.ended, strict=True))
+    assert simulate(jobs, Lorayard(), workers=3, failures=failures).ended == simulate(jobs, Lorayard(), workers=3, failures=failures).ended
+
+
+def test_every_job_of_any_load_ends_and_the_same_load_ends_the_same_way() -> None:
+    mix = traces.Mix(adapters=30, tenants=3, zipf=1.0, shared=10, targets_ms=((0.2, 10_000.0), (0.8, 120_000.0)))
+    sizes = [(50, 5), (200, 20), (20, 90)]
+    for gaps in (traces.poisson(1500, 20), traces.bursty(1500, 20), traces.diurnal(1500, 20, day_s=60)):
+        load = traces.build(gaps, sizes, mix)
+        first, again = simulate(load, Lorayard(), workers=3), simulate(load, Lorayard(), workers=3)
+        assert first.ended == again.ended
+        assert all(math.isfinite(end) for end in first.ended)
+        assert first.switches < simulate(load, FirstComeFirstServed(), workers=3).switches
+
+
+def test_another_tenants_flood_is_hardly_felt() -> None:
+    rng = random.Random(1)
+    own = [(rng.uniform(10_000, 60_000), rng.randrange(4), 50, 20, 0) for _ in range(200)]
+    flood = [(5_000.0, 4 + i % 4, 50, 20, 1) for i in range(30_000)]
+    alone = simulate(own, Lorayard(), workers=2)
+    beside = simulate(own + flood, Lorayard(Policy(flood_ms=20_000)), workers=2)
+    waits = sorted(s - a for s, a, t in zip(beside.started, beside.trace.arrivals, beside.trace.tenants, strict=True) if t == 0)
+    assert waits[190] < 3_000
+    assert alone.waits()[190] < waits[190], "it is felt"
+
+
+def test_costs_are_interpolated_and_nonsense_is_not_believed() -> None:
+    assert COSTS.steps == [0, 10, 12, 14, 16]
+    assert Costs(8, step_ms={2: 10.0, 4: 14.0}).steps[1:] == [10, 10, 12, 14, 16, 18, 20, 22]
+    assert Costs(4, step_ms={2: 10.0}).steps[1:] == [10, 10, 15, 20]
+    assert Costs(64, step_ms={1: 11.0, 16: 12.0, 64: 48.0}, measured=True).knee == 16
+    assert Costs(64, step_ms={1: 10.0, 8: 20.0, 64: 160.0}, measured=True).knee == 8
+    assert Costs(64).knee == 64
+    report = {"switch_ms": {"hot": 0, "loaded": 1, "disk": 2, "remote": 3}, "prefill_tokens_per_s": 500, "step_ms": {"1": 10, "8": 20}}
+    good = Costs.of(8, report)
+    assert good.measured
+    assert Costs.of(8, report | {"switch_ms": {"disk": 99}}).switch_ms == {"hot": 0.0, "loaded": 25.0, "disk": 99.0, "remote": 500.0}
+    assert good.prefill_ms(100) == 200
+    for bad in (
+        {},
+        report | {"prefill_tokens_per_s": 0},
+        report | {"step_ms": {"x": 1}},
+        report | {"switch_ms": {"loaded": "?"}},
+        report | {"step_ms": {}},
+    ):
+        assert not Costs.of(8, bad).measured
+    assert good.resembles(Costs.of(8, report | {"prefill_tokens_per_s": 510}))
+    assert not good.resembles(Costs.of(8, report | {"prefill_tokens_per_s": 700}))
+
+
+def test_a_batch_is_expected_to_take_what_it_takes() -> None:
+    rng = random.Random(2)
+    work = Work(50, 20, 30)
+    for jobs in (1, 4, 16):
+        took = []
+        for _ in range(200):
+            batch = [(0, 0, 50, max(1, round(rng.expovariate(1 / 30)))) for _ in range(jobs)]
+            took.append(simulate(trace(batch, shared=20), FirstComeFirstServed()).worked_ms)
+        assert sum(took) / len(took) == pytest.approx(COSTS.batch_ms(jobs, work, "disk"), rel=0.06)
+
+
+def test_arrivals_are_read_and_what_is_wrong_is_told_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "code.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,3180,8\n")
+    assert traces.read_sizes(path) == ([0.0, pytest.approx(0.052)], [(4808, 10), (3180, 8)])
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,x,10\n")
+    with pytest.raises(BadRequest, match=r"code\.csv:2"):
+        traces.read_sizes(path)
+    with pytest.raises(BadRequest, match="cannot read"):
+        traces.read_sizes(tmp_path / "none.csv")
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    with pytest.raises(BadRequest, match="no arrivals"):
+        traces.read_sizes(path)

@@ -1,0 +1,92 @@
+"""The published bound on waiting: whatever arrives, on whatever workers, no job of a feasible load starts later than it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation_support import COSTS, trace
+
+from lorayard_scheduler.bound import Bound, Load, bound
+from lorayard_scheduler.costs import Costs
+from lorayard_scheduler.planner import Policy
+from lorayard_scheduler.simulated import Lorayard
+from lorayard_scheduler.simulator import Fleet, WorkerSpec
+
+SLOW = Costs(4, {"hot": 0.0, "loaded": 40.0, "disk": 90.0, "remote": 1500.0}, 400.0, {1: 25.0, 4: 60.0}, measured=True)
+PROMPT, OUTPUT, SHARED = 60, 40, 20
+
+bursts = st.lists(
+    st.tuples(
+        st.integers(0, 30_000),  # when
+        st.integers(0, 11),  # adapter
+        st.integers(1, 12),  # jobs
+        st.integers(SHARED + 1, PROMPT),
+        st.integers(1, OUTPUT),
+        st.integers(0, 2),  # tenant
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def promised(arrivals: list[float], groups: int, workers: list[Costs], policy: Policy) -> tuple[float, Bound]:
+    """The shortest wait target that the load is feasible for with all of it as reserve, over the rates that its arrivals fit."""
+    best = math.inf, Bound(math.inf, 0, 0)
+    for per_ms in (0.0, 0.0002, 0.0005, 0.001, 0.002):
+        load = Load.envelope(arrivals, per_ms, groups=groups, prompt_most=PROMPT, output_most=OUTPUT, shared_most=SHARED)
+        target = 0.0
+        for _ in range(200):
+            found = bound(workers, load, policy, target_ms=target)
+            if found.reserve_ms <= target + 1e-6:
+                best = min(best, (target, found), key=lambda b: b[0])
+                break
+            target = found.reserve_ms
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(bursts, st.lists(st.sampled_from([COSTS, SLOW]), min_size=1, max_size=3), st.booleans())
+def test_nothing_starts_later_than_the_bound_says(
+    coming: list[tuple[int, int, int, int, int, int]], workers: list[Costs], cold: bool
+) -> None:
+    jobs = [(float(at), adapter, prompt, output, tenant) for at, adapter, n, prompt, output, tenant in coming for _ in range(n)]
+    policy = Policy(patience_ms=500)
+    target, _ = promised(sorted(at for at, *_ in jobs), len({(j[1], j[4]) for j in jobs}), workers, policy)
+    assert math.isfinite(target)
+    load = trace(jobs, shared=SHARED, target=target)
+    specs = [WorkerSpec(costs, adapters_loaded=3, cold=cold) for costs in workers]
+    outcome = Fleet(load, specs, Lorayard(replace(policy, reserve_ms=target))).run()
+    assert outcome.waits()[-1] <= target
+
+
+def test_the_bound_is_not_far_from_what_can_happen() -> None:
+    """One worker, everything at once, each adapter in turn: a bound of more than some ten times that would promise nothing."""
+    jobs = [(0.0, adapter, PROMPT, OUTPUT, 0) for adapter in range(12) for _ in range(8)]
+    policy = Policy(patience_ms=500)
+    target, _ = promised([0.0] * len(jobs), 12, [COSTS], policy)
+    outcome = Fleet(trace(jobs, shared=SHARED, target=target), [WorkerSpec(COSTS)], Lorayard(replace(policy, reserve_ms=target))).run()
+    assert target / 12 < outcome.waits()[-1] <= target
+
+
+def test_more_load_needs_more_reserve_and_what_cannot_be_met_is_not_promised() -> None:
+    load = Load(groups=10, burst=20, per_ms=0.001, prompt_most=PROMPT, output_most=OUTPUT)
+    found = bound([COSTS] * 4, load, Policy(), target_ms=120_000)
+    assert bound([COSTS] * 2, load, Policy(), target_ms=120_000).reserve_ms > found.reserve_ms
+    assert bound([COSTS] * 4, replace(load, groups=20), Policy(), target_ms=120_000).reserve_ms > found.reserve_ms
+    assert bound([COSTS] * 4, load, Policy(), target_ms=120_000, shortest_target_ms=10_000).reserve_ms > found.reserve_ms
+    assert found.longest_wait(120_000, found.reserve_ms) == pytest.approx(120_000)
+    assert found.longest_wait(120_000, 2 * found.reserve_ms) == pytest.approx(max(0, 120_000 - 2 * found.reserve_ms) + found.reserve_ms)
+    assert found.longest_wait(120_000, found.reserve_ms / 2) == math.inf
+
+
+def test_the_envelope_holds_every_window() -> None:
+    arrivals = [0.0, 0.0, 5.0, 100.0, 101.0, 102.0, 400.0]
+    load = Load.envelope(arrivals, 0.01, groups=1, prompt_most=1, output_most=1)
+    for i, start in enumerate(arrivals):
+        for j in range(i, len(arrivals)):
+            assert j - i + 1 <= load.burst + 0.01 * (arrivals[j] - start) + 1e-9
+    assert load.burst < len(arrivals)
