@@ -126,6 +126,13 @@ def test_a_flood_comes_after_those_who_do_not_flood_however_urgent_it_is() -> No
     assert chosen(plan(view(groups, [worker()]), NOW, POLICY))[0] == ("w", "b", 1)
 
 
+def test_a_flood_leaves_room_for_others_and_does_not_go_with_them() -> None:
+    groups = [("a", "flood", FLOOD, 0)]
+    assert chosen(plan(view(groups, [worker()]), NOW, POLICY)) == [("w", "a", 2)], "a quarter of what others would get"
+    seen = view([*groups, ("a", "small", 3, 60_000)], [worker("w", ("a", 2), ("b", 2))])
+    assert plan(seen, NOW, POLICY)[0].takes == (("small", 3),)
+
+
 def test_nobody_takes_a_flooding_tenants_share() -> None:
     groups = [("a", "flood", FLOOD, 120_000), ("b", "small", 100, 0)]
     ahead = plan(view(groups, [worker()], {"small": POLICY.slack_tokens + 10_000}), NOW, POLICY)

@@ -87,6 +87,7 @@ class _Choice(NamedTuple):
     worker: str
     digest: str
     reason: str
+    floods: bool
 
 
 def plan(view: View, now: float, policy: Policy) -> list[Dispatch]:
@@ -198,9 +199,9 @@ class _Plan:
             else:
                 best, chosen, reason = rank, group, _WARMTH[temperature]
         if chosen is not None:
-            return _Choice(int(load > 0), int(best), load, worker.name, chosen.digest, reason), False
+            return _Choice(int(load > 0), int(best), load, worker.name, chosen.digest, reason, floods), False
         if left is not None and not load:
-            return _Choice(2, int(left_best), load, worker.name, left.digest, "spread to an idle worker"), False
+            return _Choice(2, int(left_best), load, worker.name, left.digest, "spread to an idle worker", floods), False
         return None, False
 
     def _joining(self, worker: WorkerView, floods: bool) -> tuple[float, Group | None, str]:
@@ -208,7 +209,7 @@ class _Plan:
         best, chosen, reason = math.inf, None, ""
         first = _FIRST if self.calm else 0
         for digest in self.hands[worker.name]:
-            groups, rows = self.groups.of(digest), self._rows(worker, digest)
+            groups, rows = self.groups.of(digest), self._rows(worker, digest, floods=floods)
             room = rows - self.loads[worker.name]
             if room <= 0 or (2 * room < rows and sum([group.jobs for group in groups]) > room):
                 continue  # not by dribs and drabs: every batch has its price
@@ -239,8 +240,9 @@ class _Plan:
 
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
-    def _rows(self, worker: WorkerView, digest: str) -> int:
-        """The most jobs of a batch: what the width has use for, and no more than there is time for."""
+    def _rows(self, worker: WorkerView, digest: str, *, floods: bool = False) -> int:
+        """The most jobs of a batch: what the width has use for, and no more than there is time for. A quarter of that of a flood, so that
+        whoever does not flood finds room, and has not far to go."""
         work = self.view.work.get(digest)
         rows = self.rows.get(worker.costs) if work is None else None
         if rows is None:
@@ -250,7 +252,7 @@ class _Plan:
             rows = max(1, rows)
             if work is None:
                 self.rows[worker.costs] = rows
-        return rows
+        return max(1, rows // 4) if floods and worker.costs.measured else rows
 
     def _share(self, worker: WorkerView, digest: str, jobs: int) -> int:
         """Of so many jobs, what this worker should take when others have nothing else to do: an even part, where that ends sooner."""
@@ -271,14 +273,15 @@ class _Plan:
         """Fill one batch: the eligible tenants with jobs for this adapter in turns, the least served first."""
         digest, tokens = choice.digest, self.view.work.get(choice.digest, self.groups.scale.work).tokens
         hand, load = self.hands[worker.name], self.loads[worker.name]
-        waiting = {g.tenant.name: g.jobs for g in self.groups.of(digest) if g.tenant.served <= self.limit}
-        rows = self._rows(worker, digest) - (load if digest in hand else 0)
+        able = [g for g in self.groups.of(digest) if g.tenant.served <= self.limit and g.tenant.floods == choice.floods]
+        waiting = {g.tenant.name: g.jobs for g in able}
+        rows = self._rows(worker, digest, floods=choice.floods) - (load if digest in hand else 0)
         rows = min(rows, self._share(worker, digest, sum(waiting.values())))
         if len(waiting) == 1:
             takes = {t: min(rows, n) for t, n in waiting.items()}
         else:
             takes = _in_turns(waiting, {t: self.groups.served(t) for t in waiting}, rows, tokens)
-        due = min(group.due for group in self.groups.of(digest))
+        due = min(group.due for group in able)
         for tenant, jobs in takes.items():
             self.groups.take(digest, tenant, jobs, self.now)
             self.groups.charge(tenant, jobs * tokens)

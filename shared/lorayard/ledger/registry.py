@@ -54,7 +54,7 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     counters: dict[str, float] = {}
     ended: int = 0  # jobs whose ends it has stored since it was started
     room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
-    costs: dict[str, Any] = {}  # {"switch_ms": {"hot", "loaded", "disk", "remote"}, "prefill_tokens_per_s", "step_ms": {width: ms}}
+    costs: dict[str, Any] = {}
     seen_ms: int = 0
 
     @property
