@@ -42,7 +42,8 @@ class Fleetwise:
 
     def run(self, workload: Workload) -> Timed:
         state = self._bench.folder / f"fleet-{workload.name}"
-        state.mkdir(exist_ok=True)
+        shutil.rmtree(state, ignore_errors=True)  # of an earlier run in a folder that was kept
+        state.mkdir()
         (state / "models").symlink_to(self._bench.settings.state_dir.resolve() / "models")
         settings = self._bench.settings.model_copy(update={"state_dir": state, "api_port": free_port(), "flower_port": free_port()})
         # the fleet's processes read their settings from the environment

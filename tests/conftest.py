@@ -41,3 +41,13 @@ def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lorayard_workers.llama.process import resolve_model
 
     return resolve_model(Settings(state_dir=tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="session")
+def exact_gguf(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in float16: quantized activations turn the last bits of a sum, which depend on the batch, into other answers."""
+    from lorayard_workers.llama.bindings import quantize
+
+    path = tmp_path_factory.mktemp("exact") / "float16.gguf"
+    quantize(demo_gguf, path, "F16")
+    return path

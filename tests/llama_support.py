@@ -68,3 +68,17 @@ def text(outcome: Outcome) -> str:
     assert outcome.response is not None, outcome.error
     choice = outcome.response["choices"][0]
     return str(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
+def alike(left: Outcome, right: Outcome) -> bool:
+    """Whether two answers with the log-probabilities of two tokens agree up to where, if anywhere, two tokens were about as likely."""
+    assert left.response is not None
+    assert right.response is not None
+    contents = (response["choices"][0]["logprobs"]["content"] for response in (left.response, right.response))
+    for one, other in zip(*contents, strict=False):
+        if one["token"] != other["token"]:
+            first, second = (entry["logprob"] for entry in one["top_logprobs"])
+            return bool(first - second < 0.03)
+        if abs(one["logprob"] - other["logprob"]) > 0.03:
+            return False
+    return True

@@ -12,10 +12,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from llama_support import CHAT, finish, item, outcomes, text, work, write_adapter
+from llama_support import CHAT, alike, finish, item, outcomes, text, work, write_adapter
 
 from lorayard.settings import Settings
-from lorayard_workers.llama.bindings import Model, quantize
+from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
 
@@ -30,11 +30,8 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def model(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """The demo model in float16: quantized activations turn the last bits of a sum, which depend on the batch, into other answers."""
-    exact = tmp_path_factory.mktemp("exact") / "float16.gguf"
-    quantize(demo_gguf, exact, "F16")
-    made = Model(exact)
+def model(exact_gguf: Path) -> Iterator[Model]:
+    made = Model(exact_gguf)
     yield made
     made.close()
 
@@ -79,21 +76,6 @@ def _scored(ref: str, index: int) -> WorkItem:
     return item(ref, QUESTIONS[index], logprobs=True, top_logprobs=2)
 
 
-def _same(left: Outcome, right: Outcome) -> bool:
-    """Whether two answers agree up to where, if anywhere, two tokens were as good as equally likely."""
-    assert left.response is not None
-    assert right.response is not None
-    for one, other in zip(
-        *(outcome.response["choices"][0]["logprobs"]["content"] for outcome in (left, right) if outcome.response), strict=False
-    ):
-        if one["token"] != other["token"]:
-            first, second = (entry["logprob"] for entry in one["top_logprobs"])
-            return bool(first - second < 0.03)
-        if abs(one["logprob"] - other["logprob"]) > 0.03:
-            return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def alone(model: Model, adapters: list[AdapterFile]) -> dict[str, Outcome]:
     """What the base and the first two adapters answer to each question when nothing runs beside it, by "name index"."""
@@ -111,7 +93,7 @@ def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench]
     one = bench()
     done = one.run("b", None, *(_scored(f"base {index}", index) for index in range(len(QUESTIONS))))
     assert one.engine.counters.preemptions == 0, "nothing failed and was run again"
-    assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
+    assert [ref for ref in done if not alike(alone[ref], done[ref])] == []
     assert max(outcome.width for outcome in done.values()) == 4
 
 
@@ -119,8 +101,10 @@ def test_adapters_and_base_interleaved_never_mix(
     bench: Callable[..., Bench], adapters: list[AdapterFile], alone: dict[str, Outcome]
 ) -> None:
     pairs = (("base", "a"), ("base", "b"), ("a", "b"))
-    alike = [(left, right, i) for left, right in pairs for i in range(len(QUESTIONS)) if _same(alone[f"{left} {i}"], alone[f"{right} {i}"])]
-    assert len(alike) <= 2, "the adapters are too weak to tell"
+    unmoved = [
+        (left, right, i) for left, right in pairs for i in range(len(QUESTIONS)) if alike(alone[f"{left} {i}"], alone[f"{right} {i}"])
+    ]
+    assert len(unmoved) <= 2, "the adapters are too weak to tell"
     one = bench(width=6)
     for index in range(len(QUESTIONS)):  # works of one job each, in turn: contexts are shared, switched and rebound
         for name, adapter in (("base", None), ("a", adapters[0]), ("b", adapters[1])):
@@ -129,7 +113,7 @@ def test_adapters_and_base_interleaved_never_mix(
     done = outcomes(one.events)
     assert done.keys() == alone.keys()
     assert one.engine.counters.preemptions == 0
-    assert [ref for ref in done if not _same(alone[ref], done[ref])] == []
+    assert [ref for ref in done if not alike(alone[ref], done[ref])] == []
 
 
 def test_two_adapters_run_side_by_side_when_places_are_left(bench: Callable[..., Bench], adapters: list[AdapterFile]) -> None:
@@ -233,7 +217,7 @@ def test_weights_that_give_no_numbers_fail_alone_and_leave_no_trace(
         error = done[ref].error
         assert error is not None
         assert (error["code"], done[ref].retryable) == ("not_a_number", False)
-    assert _same(one.run("base", None, _scored("0", 0))["0"], alone["base 0"]), "the same cells serve the base next"
+    assert alike(one.run("base", None, _scored("0", 0))["0"], alone["base 0"]), "the same cells serve the base next"
 
 
 def test_stop_strings_work_across_tokens(bench: Callable[..., Bench]) -> None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_support import finish, item, outcomes, work, write_adapter
+from llama_support import alike, finish, item, outcomes, work, write_adapter
 
 from lorayard.settings import Settings
-from lorayard_workers.llama.bindings import Model, quantize
+from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.prefixes import Prefixes, Strand
@@ -96,11 +96,8 @@ def test_the_books_are_those_of_the_cells(actions: list[tuple[str, int, list[int
 
 
 @pytest.fixture(scope="module")
-def model(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """In float16, where the company in a batch changes next to nothing."""
-    exact = tmp_path_factory.mktemp("exact") / "float16.gguf"
-    quantize(demo_gguf, exact, "F16")
-    made = Model(exact)
+def model(exact_gguf: Path) -> Iterator[Model]:
+    made = Model(exact_gguf)
     yield made
     made.close()
 
@@ -136,20 +133,6 @@ def run(model: Model, jobs: Sequence[tuple[AdapterFile | None, list[WorkItem]]],
         for slot in engine.pool.slots:
             slot.prefixes.check_integrity()
     return outcomes(events), engine
-
-
-def alike(left: Outcome, right: Outcome) -> bool:
-    """The same answer, but where two tokens were about as likely."""
-    assert left.response is not None
-    assert right.response is not None
-    contents = (outcome["choices"][0]["logprobs"]["content"] for outcome in (left.response, right.response))
-    for one, other in zip(*contents, strict=False):
-        if one["token"] != other["token"]:
-            first, second = (entry["logprob"] for entry in one["top_logprobs"])
-            return bool(first - second < 0.03)
-        if abs(one["logprob"] - other["logprob"]) > 0.03:
-            return False
-    return True
 
 
 def cached(outcome: Outcome) -> int:
