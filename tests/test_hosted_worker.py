@@ -15,6 +15,7 @@ from hosted_support import Bench, answer, bench_of, settings_of
 from lorayard.errors import LorayardError
 from lorayard.ledger.audit import audit
 from lorayard.ledger.policies import Policy
+from lorayard_workers.groq.answers import failure
 
 
 @pytest.fixture
@@ -262,3 +263,23 @@ def test_a_job_that_the_ledger_will_not_reserve_for_harms_no_other(bench: Bench,
     bench.work_off()
     assert [bench.job(f"j{n}")["status"] for n in range(5)] == ["succeeded"] * 5
     assert (bench.job("bad")["status"], bench.job("bad")["error"]["code"]) == ("failed", "ledger_error")
+
+
+@pytest.mark.parametrize("after", ["1e300", "9" * 400, "nan", "-1", "soon"])
+def test_a_wait_without_bound_is_bounded_and_can_be_lifted(bench: Bench, store: redis.Redis, after: str) -> None:
+    told = failure(429, {"message": f"Limit {'9' * 27}"}, {"retry-after": after})
+    assert 0 <= told.after_s <= 86_400
+    bench.control._runner._background(bench.control._runner._telling, bench.org.block, BASE, 86_400_000, "a test")  # type: ignore[attr-defined]
+    until(lambda: bench.org.state(BASE).blocked_ms > 0)
+    until(lambda: bench.control._runner._room() == 0)  # type: ignore[attr-defined]
+    store.delete(bench.org.prefix + "blocked:" + BASE)
+    until(lambda: bench.control._runner._room() > 0)  # type: ignore[attr-defined]
+    assert answer(bench.run("j1"))
+
+
+def test_money_that_was_added_a_moment_ago_counts(bench: Bench) -> None:
+    bench.policies.set("acme", Policy(hosted=True, daily_usd=0))
+    time.sleep(1.2)  # the worker looks every second
+    bench.policies.set("acme", Policy(hosted=True, daily_usd=1))
+    assert answer(bench.run("j1"))
+    assert "postponed" not in bench.job("j1")

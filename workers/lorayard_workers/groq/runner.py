@@ -23,7 +23,7 @@ from lorayard.errors import BadRequest, LorayardError, Unavailable
 from lorayard.hosted import answer_tokens, hosted_body, price, prompt_bytes, prompt_tokens
 from lorayard.jobs import BASE_DIGEST
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.organisation import NANO, Organisation, Refused, Settled, State, Want
+from lorayard.ledger.organisation import NANO, Organisation, Refused, Reserved, Settled, State, Want
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 from lorayard_workers.groq.answers import Failure, document, limits_told
@@ -75,7 +75,7 @@ class HostedRunner:
         self._running: dict[tuple[str, str], Call] = {}
         self._settled: list[Settled] = []
         self._heads: dict[str, int] = {}
-        self._blocked_until = self._ask_again = 0.0
+        self._blocked_until = self._blocked_at = self._ask_again = 0.0
         self._granted: deque[tuple[float, int]] = deque()
         self._hot: dict[str, float] = {}
         self._loaded: list[str] = []
@@ -219,7 +219,7 @@ class HostedRunner:
             wants = [self._want(row[2]) for row in may]
             if not wants:
                 return 0.0
-            reserved = await self._in(self._asking, self._org.reserve, self._base, wants)
+            reserved = await self._reserve(wants)
         except (Unavailable, redis.RedisError) as error:
             log.warning("limits cannot be asked for; calls wait", reason=str(error))
             self._push_back([row for row in rows if row[2].key in self._calls])
@@ -230,7 +230,9 @@ class HostedRunner:
         begun: dict[str, list[str]] = {}
         for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
             call.want = want
-            if isinstance(answer, Refused):
+            if isinstance(answer, Refused) and not call.cancelled and self._want(call).caps != want.caps:
+                self._push_back([(call.item.due, next(self._order), call)])
+            elif isinstance(answer, Refused):
                 self._refused(call, answer)
             else:
                 call.grant = answer
@@ -244,12 +246,23 @@ class HostedRunner:
                 self._begin(self._calls[batch, ref])
         self._granted.append((time.monotonic(), sum(map(len, begun.values()))))
         self._push_back(may[len(reserved.answers) :])
-        if len(reserved.answers) == len(may):
-            return 0.0
+        return 0.0 if len(reserved.answers) == len(may) else self._wait_after(reserved)
+
+    def _wait_after(self, reserved: Reserved) -> float:
+        """Seconds until there is room for the next."""
         wait_s = reserved.wait_ms / 1000
+        if reserved.why not in ("rpm", "tpm", "rpd", "tpd"):  # a block, which may be lifted
+            self._blocked_until = max(self._blocked_until, time.monotonic() + wait_s)
+            return wait_s
         # Tokens become free before their time, when calls take less than they might have: worth asking again soon.
         self._ask_again = time.monotonic() + (min(wait_s, ASK_AGAIN_S) if reserved.why == "tpm" else wait_s)
         return wait_s
+
+    async def _reserve(self, wants: list[Want]) -> Reserved:
+        reserved = await self._in(self._asking, self._org.reserve, self._base, wants)
+        if any(isinstance(answer, Refused) and answer.why != "tokens" for answer in reserved.answers):
+            self._who_may = await self._in(self._asking, self._policies.all)  # there may be more money by now
+        return reserved
 
     def _not_taken(self, rows: list[tuple[int, int, Call]], error: LorayardError) -> None:
         """The ledger refuses the question itself, and would for ever: whose doing that is shows when they are asked for one at a time."""
@@ -384,7 +397,8 @@ class HostedRunner:
 
     def _block(self, failure: Failure) -> None:
         """No call by anyone of the organisation for as long as the service said."""
-        self._blocked_until = max(self._blocked_until, time.monotonic() + failure.after_s)
+        self._blocked_at = time.monotonic()
+        self._blocked_until = max(self._blocked_until, self._blocked_at + failure.after_s)
         log.warning("the service refuses calls", reason=failure.message, seconds=failure.after_s)
         if failure.limit:
             self._background(self._asking, self._org.learn, self._base, "told", dict([failure.limit]))
@@ -448,7 +462,10 @@ class HostedRunner:
             log.warning("the ledger was not read", reason=str(error))
             return
         self._known = state
-        self._blocked_until = max(self._blocked_until, time.monotonic() + state.blocked_ms / 1000)
+        told = time.monotonic() + state.blocked_ms / 1000
+        ours_is_told = time.monotonic() - self._blocked_at > 2 * BEAT_S  # then the ledger is right, also where somebody has lifted a block
+        self._blocked_until = told if ours_is_told else max(self._blocked_until, told)
+        self._wake.set()
 
     def _room(self) -> int:
         """How many jobs are wanted here in all: those that can be called soon. The others stay where anybody can take them."""
