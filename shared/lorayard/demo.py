@@ -6,6 +6,7 @@ import json
 import random
 import statistics
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -137,8 +138,14 @@ def switches(digests: Iterable[str | None]) -> int:
 
 
 def switches_made(documents: Sequence[dict[str, Any]]) -> int:
-    """Batches for which a context had to be bound to another adapter; going on with one that is bound already is no switch."""
-    return len({d["batch"] for d in documents if d.get("adapter_temperature") not in (None, "hot")})
+    """Between batches, in the order in which each worker began them."""
+    began: dict[str, dict[str, tuple[float, str | None]]] = defaultdict(dict)
+    for d in documents:
+        if d["batch"]:
+            lat = d["latencies_ms"]
+            at = d["enqueued_ms"] + lat.get("queued", 0) + lat.get("dispatched", 0)
+            began[d["worker"]][d["batch"]] = (at, d["adapter_digest"])
+    return sum(switches(digest for _, digest in sorted(batches.values(), key=lambda b: b[0])) for batches in began.values())
 
 
 def _report(out: Console, examples: Sequence[Example], documents: list[dict[str, Any]]) -> None:
