@@ -53,6 +53,17 @@ def test_a_worker_that_is_gone_is_struck_off_with_its_queue(
     assert ledger.client.llen(worker_queue("here")) == 3
 
 
+def test_a_worker_gets_no_new_work_by_the_time_its_leases_run_out(ledger: Ledger) -> None:
+    """It has nothing else to do then, and would be the first to get its own jobs again."""
+    registry, settings = WorkerRegistry(ledger.client), Settings()
+    registry.beat(WorkerInfo(name="lost", pool="main", kind="llama", incarnation="i", host="h", pid=1, ready=True))
+    (worker,) = registry.workers("main")
+    missed = 2 * settings.heartbeat_ms
+    assert registry.alive("main", worker.seen_ms + missed), "a heartbeat may come late"
+    renewed = worker.seen_ms - settings.heartbeat_ms // 2  # just before it told something for the last time
+    assert not registry.alive("main", renewed + settings.lease_ms - 1000)
+
+
 def test_what_the_scan_finds_is_repaired_and_the_job_runs(ledger: Ledger, sweeper: Reconciler, capsys: pytest.CaptureFixture[str]) -> None:
     ledger.enqueue([make_entry(f"j{n}") for n in range(3)], max_queued=9)
     ledger.client.zrem(f"{PREFIX}queue:base:acme", "j1")

@@ -16,8 +16,9 @@ from lorayard.ledger import keys
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import NAME_PATTERN, Settings
 
-ALIVE_MS = 5_000
-"""A worker that has told nothing for so long gets no new work; its leases decide over what it holds."""
+ALIVE_MS = 3_000
+"""A worker that has told nothing for so long, three heartbeats, gets no new work; its leases decide over what it holds. They last longer:
+what is queued again when one runs out must not go to the very worker that lost it, which has nothing else to do."""
 
 KEY_PREFIX = "ly-"
 HOSTED = "hosted"
