@@ -118,7 +118,8 @@ class CeleryIntake:
                     pending: Any = client.smembers(_PENDING)
                     self._publish([i.decode() for i in pending])
                     if not client.exists(_PENDING):  # what others' jobs come to need not be heard
-                        sweep = self._pending.wait(SWEEP_S) or True
+                        self._pending.wait(SWEEP_S)
+                        sweep = True
                         continue
                 known = after
                 after, refs = self._ledger.ends(after, 1000)

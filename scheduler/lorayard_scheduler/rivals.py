@@ -7,6 +7,7 @@ rest (`GRID`). Sources: the systems' repositories and papers as named in each do
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice, takewhile
@@ -15,17 +16,18 @@ from typing import Any
 from lorayard_scheduler.simulator import Batch, Fleet, Machine, Scheduler
 
 
-class _Rival:
+class _Rival(ABC):
     """What all have in common."""
 
     def begin(self, fleet: Fleet) -> None:
         self.fleet, self.trace = fleet, fleet.trace
 
-    def ended(self, job: int, machine: Machine, batch: Batch) -> None:
+    def ended(self, job: int, machine: Machine, batch: Batch) -> None:  # noqa: B027 — for those that learn
         """Nothing to be learnt."""
 
+    @abstractmethod
     def turn(self) -> None:
-        raise NotImplementedError
+        """Give machines what they should have by now."""
 
 
 def _startable(machine: Machine, adapter: int) -> bool:
@@ -182,9 +184,9 @@ class Replicas(_Rival):
                 self.fleet.give(replica.machine, adapter, [replica.pop(adapter)])
         self.touched.clear()
 
+    @abstractmethod
     def pick(self, replica: Replica) -> int | None:
         """The adapter whose oldest job starts next; None while that must wait."""
-        raise NotImplementedError
 
 
 class ShortestQueue(Replicas):
