@@ -8,6 +8,7 @@ process, with this workload's own prompts: no queue, no sampling, no adapter is 
 from __future__ import annotations
 
 import heapq
+import itertools
 import statistics
 import time
 from collections.abc import Iterable
@@ -72,10 +73,11 @@ def schedule(lengths: Iterable[int], width: int) -> list[int]:
 
 
 def seconds(groups: Iterable[tuple[Prompts, list[int]]], rates: Rates, width: int) -> float:
-    """The limit of a workload in seconds: prompts and numbers of generated tokens of each group."""
-    total, width = 0.0, min(width, max(rates.step_ms))
+    """The limit of a workload in seconds: prompts and numbers of generated tokens of each group, steps of the best width up to `width`."""
+    total, widths = 0.0, [known for known in rates.step_ms if known <= width] or [1]
     for prompts, lengths in groups:
-        total += rates.prompts(unique_tokens(prompts)) + sum(map(rates.step, schedule(lengths, width)))
+        steps = min(sum(map(rates.step, schedule(lengths, one))) for one in widths)
+        total += rates.prompts(unique_tokens(prompts)) + steps
     return total / 1000
 
 
@@ -88,17 +90,19 @@ def measure(model: Model, adapter: Path, prompts: Prompts, tokens_out: int, *, w
     depths = [len(prompt) + tokens_out // 2 for prompt in prompts[:width]]
     fit = [count for count in range(1, len(depths) + 1) if shared + sum(depths[:count]) - count * shared + _REPEATS * count <= n_ctx]
     depths = depths[: max(fit, default=1)]
-    context = Context(model, n_ctx=n_ctx, n_seq_max=len(depths) + 1, n_batch=CHUNK)
+    context = Context(model, n_ctx=n_ctx, n_seq_max=len(depths), n_batch=CHUNK)
     batch, lora = Batch(CHUNK), LoraAdapter(model, adapter)
     try:
         context.bind(lora)
         _compute(context, batch, [(0, 0, prompts[0][:CHUNK])])  # reserves the graph
         context.clear()
-        prompt_ms = {size: 1000 * _prompt_s(context, batch, prompts, size) for size in _SIZES}
-        _fill(context, batch, prompts[: len(depths)], shared)
-        _compute(context, batch, [(seq, len(prompts[seq]), [0] * (depth - len(prompts[seq]))) for seq, depth in enumerate(depths)])
-        widths = [w for w in _WIDTHS if w < len(depths)] + [len(depths)]
-        return Rates(prompt_ms, {count: 1000 * _step_s(context, batch, depths[:count]) for count in widths})
+        prompt_ms = {size: 1000 * _prompt_s(context, batch, prompts, shared, size) for size in _SIZES}
+        step_ms: dict[int, float] = {}
+        for before, count in itertools.pairwise([0, *(w for w in _WIDTHS if w < len(depths)), len(depths)]):
+            _fill(context, batch, prompts, range(before, count), shared)
+            _compute(context, batch, [(q, len(prompts[q]), [0] * (depths[q] - len(prompts[q]))) for q in range(before, count)])
+            step_ms[count] = 1000 * _step_s(context, batch, depths[:count])
+        return Rates(prompt_ms, step_ms)
     finally:
         batch.free()
         context.close()
@@ -110,28 +114,37 @@ def _common(prompts: Prompts) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)) - 1)
 
 
-def _prompt_s(context: Context, batch: Batch, prompts: Prompts, size: int) -> float:
-    """Median seconds of a batch of so many tokens of prompts; of a longer prompt, one in its middle."""
+def _prompt_s(context: Context, batch: Batch, prompts: Prompts, shared: int, size: int) -> float:
+    """Median seconds of a batch of so many tokens of prompts, each after what all share; of one that is longer, its middle."""
     taken = []
-    typical = sorted(prompts, key=len)[len(prompts) // 2]
-    start = (len(typical) - size) // 2 if len(typical) > size else 0
-    tokens = (typical * (1 + size // len(typical)))[start : start + size]
     for _ in range(3):
         context.clear()
-        _compute(context, batch, [(0, 0, typical[:start])])
-        taken.append(_compute(context, batch, [(0, start, tokens)]))
+        pieces, left = list[tuple[int, int, list[int]]](), size
+        for seq, prompt in enumerate(itertools.islice(itertools.cycle(prompts), context.n_seq_max)):
+            start = max(shared, (shared + len(prompt) - left) // 2)
+            pieces.append((seq, start, prompt[start : start + left]))
+            left -= len(pieces[-1][2])
+            if not left:
+                break
+        _compute(context, batch, [(0, 0, prompts[0][:shared])] if shared else [])
+        for seq, start, _piece in pieces:
+            if seq and shared:
+                context.copy(0, seq, shared)
+            if start > shared:
+                _compute(context, batch, [(seq, shared, prompts[seq % len(prompts)][shared:start])])
+        taken.append(_compute(context, batch, pieces) * size / (size - left))
     context.clear()
     return statistics.median(taken)
 
 
-def _fill(context: Context, batch: Batch, prompts: Prompts, shared: int) -> None:
-    """Compute the prompts, what they share once."""
-    keeper = len(prompts)
-    if shared:
-        _compute(context, batch, [(keeper, 0, prompts[0][:shared])])
-        for seq in range(len(prompts)):
-            context.copy(keeper, seq, shared)
-    _compute(context, batch, [(seq, shared, prompt[shared:]) for seq, prompt in enumerate(prompts)])
+def _fill(context: Context, batch: Batch, prompts: Prompts, sequences: range, shared: int) -> None:
+    """Compute the prompts of these sequences; what all share is computed with the first."""
+    if shared and sequences.start == 0:
+        _compute(context, batch, [(0, 0, prompts[0][:shared])])
+    for seq in sequences if shared else ():
+        if seq:
+            context.copy(0, seq, shared)
+    _compute(context, batch, [(seq, shared, prompts[seq][shared:]) for seq in sequences])
 
 
 def _compute(context: Context, batch: Batch, pieces: list[tuple[int, int, list[int]]]) -> float:

@@ -97,6 +97,19 @@ def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench]
     assert max(outcome.width for outcome in done.values()) == 4
 
 
+def test_prompts_are_computed_ahead_of_their_places(bench: Callable[..., Bench], alone: dict[str, Outcome]) -> None:
+    one = bench()
+    one.engine.submit(work("b", None, *(_scored(f"base {index}", index) for index in range(len(QUESTIONS)))))
+    widest = 0
+    while len(outcomes(one.events)) < len(QUESTIONS):
+        decoding = [(sequence, sequence.generated) for sequence in one.engine.active if sequence.generated]
+        one.engine.step()
+        assert sum(sequence.generated > before for sequence, before in decoding) <= 4, "no more than the width decode at once"
+        widest = max(widest, len(one.engine.active))
+    assert widest == 6, "two prompts more"
+    assert [ref for ref, done in outcomes(one.events).items() if not alike(alone[ref], done)] == []
+
+
 def test_adapters_and_base_interleaved_never_mix(
     bench: Callable[..., Bench], adapters: list[AdapterFile], alone: dict[str, Outcome]
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
-from lorayard_workers.llama.costs import Costs, knee, measure
+from lorayard_workers.llama.costs import Costs, Widths, knee, measure
 
 
 def test_shared_beginnings_count_once_and_last_tokens_each() -> None:
@@ -44,8 +44,16 @@ def test_the_limit_adds_up() -> None:
 
 
 def test_the_width_is_the_narrowest_that_is_nearly_as_fast_as_any() -> None:
-    assert knee(Costs(step_ms={1: 10.0, 2: 12.0, 4: 16.0, 8: 31.0, 16: 64.0})) == 4
-    assert knee(Costs(step_ms={1: 10.0})) == 1
+    assert knee({1: 10.0, 2: 12.0, 4: 16.0, 8: 31.0, 16: 64.0}) == 8
+    assert knee({1: 10.0, 2: 12.0, 4: 16.0, 8: 31.9, 16: 63.0}) == 4
+    assert knee({1: 10.0}) == 1
+
+
+def test_long_sequences_are_decoded_in_narrower_steps() -> None:
+    widths = Widths(16, {1: 10.0, 4: 16.0, 16: 40.0}, cell_ms=0.001)
+    assert [widths.best(own) for own in (16, 1000, 100_000)] == [16, 4, 1]
+    assert Widths(8, {1: 10.0, 8: 20.0, 16: 30.0}, cell_ms=0.001).best(16) == 8, "never wider than there are sequences"
+    assert Widths(8).best(100_000) == 8, "what was set is not second-guessed"
 
 
 def test_costs_follow_what_is_seen() -> None:
@@ -64,8 +72,10 @@ def test_costs_follow_what_is_seen() -> None:
 
 def test_costs_are_measured_before_the_first_job(demo_gguf: Path) -> None:
     model = Model(demo_gguf)
-    costs = measure(model, Settings(n_ctx=1024), widest=16)
+    costs, widths = measure(model, Settings(n_ctx=1024), widest=16)
     model.close()
+    assert widths.most in costs.step_ms
+    assert widths.cell_ms >= 0
     assert {1, 2, 4} <= costs.step_ms.keys() <= {1, 2, 4}, "as many sequences as the cells hold at the depth that is measured"
     assert all(ms > 0 for ms in costs.step_ms.values())
     assert costs.prefill_tokens_per_s > 0

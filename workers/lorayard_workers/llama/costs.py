@@ -11,11 +11,12 @@ from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Batch, Context
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_DEPTH = 128  # tokens before the ones that are timed, in each sequence
+_DEPTHS = (16, 128)  # tokens before the ones that are timed, in each sequence
+_PADDED = 256  # llama.cpp's attention passes over so many cells at least, and then over multiples
 _WEIGHT = 0.1  # of the newest observation in what has been learnt
-_KNEE = 0.93  # of the best rate that the narrowest width must reach
+_KNEE = 0.97  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
-_MOST_S, _LEAST_WIDE = 3.0, 8  # where steps are slow, no more than this is tried for longer than that
+_MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is tried for longer than that
 
 
 @dataclass
@@ -51,63 +52,108 @@ def _learnt(known: float | None, seen: float) -> float:
     return seen if known is None else known + _WEIGHT * (seen - known)
 
 
-def measure(model: Model, settings: Settings, *, widest: int) -> Costs:
-    """Time one prompt, and steps of growing width over sequences of equal depth, until wider is no faster. Takes a second or two."""
-    costs, n_ctx = Costs(), settings.n_ctx
-    widths = [width for width in WIDTHS if width <= widest and width * (_DEPTH + 8) <= n_ctx] or [1]
+@dataclass(frozen=True)
+class Widths:
+    """How many sequences to decode at once: up to `most`, and fewer where they are long.
+
+    A wider step spreads its fixed cost over more tokens, but on a CPU every row's attention passes over the cells of all sequences:
+    `cell_ms` for each, beyond the short ones with which `step_ms` was measured.
+    """
+
+    most: int
+    step_ms: dict[int, float] = field(default_factory=dict)
+    cell_ms: float = 0.0
+
+    def best(self, own: float) -> int:
+        """The width at which a token costs least, or nearly, when each sequence has so many cells of its own."""
+        if not self.cell_ms:
+            return self.most
+        return knee(
+            {width: ms + self.cell_ms * width * width * (own - _DEPTHS[0]) for width, ms in self.step_ms.items() if width <= self.most}
+        )
+
+
+def measure(model: Model, settings: Settings, *, widest: int) -> tuple[Costs, Widths]:
+    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster. Takes two seconds or so."""
+    n_ctx = settings.n_ctx
+    widths = [width for width in WIDTHS if width <= widest and width * (_DEPTHS[-1] + 8) <= n_ctx] or [1]
     context = Context(
         model,
         n_ctx=n_ctx,
         n_seq_max=widths[-1],
-        n_batch=max(_DEPTH, widths[-1]),
+        n_batch=max(_DEPTHS[-1], widths[-1]),
         kv_type=settings.kv_type,
         flash_attn=settings.flash_attn,
     )
     batch = Batch(context.n_batch)
     try:
-        costs.prefill_tokens_per_s = _DEPTH / _prompt_s(context, batch)
-        started = time.perf_counter()
-        cells = context.save(0)
-        best, worse = 0.0, 0
-        for narrower, width in zip([1, *widths], widths, strict=False):
-            for seq in range(narrower, width):
-                context.restore(seq, cells)
-            costs.step_ms[width] = 1000 * min(_step_s(context, batch, width) for _ in range(2))
-            rate = width / costs.step_ms[width]
-            worse = 0 if rate > best * 1.02 else worse + 1
-            best = max(best, rate)
-            if worse == _PATIENCE or (width >= _LEAST_WIDE and time.perf_counter() - started > _MOST_S):
-                break
+        rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1])
+        longest = context.save(0)
+        taken = {}
+        for depth in _DEPTHS:
+            context.clear()
+            context.restore(0, longest)
+            context.cut(0, depth)
+            taken[depth] = _pass(context, batch, widths, depth)
     finally:
         batch.free()
         context.close()
-    return costs
+    short, long = (taken[depth] for depth in _DEPTHS)
+    return Costs(rate, dict(short)), Widths(knee(short), short, _cell_ms(short, long))
 
 
-def knee(costs: Costs) -> int:
+def _pass(context: Context, batch: Batch, widths: list[int], depth: int) -> dict[int, float]:
+    """Milliseconds of a step by width, from the one sequence that the context holds copied into as many as it takes."""
+    step_ms: dict[int, float] = {}
+    cells, filled = context.save(0), 1
+    started, best, worse = time.perf_counter(), 0.0, 0
+    for width in widths:
+        for seq in range(filled, width):
+            context.restore(seq, cells)
+        filled = width
+        step_ms[width] = 1000 * min(_step_s(context, batch, width, depth) for _ in range(3))
+        rate = width / step_ms[width]
+        worse = 0 if rate > best * 1.02 else worse + 1
+        best = max(best, rate)
+        if worse == _PATIENCE or (width >= _LEAST_WIDE and time.perf_counter() - started > _MOST_S):
+            break
+    return step_ms
+
+
+def _cell_ms(short: dict[int, float], long: dict[int, float]) -> float:
+    """What one more cell costs one row: the least squares over the widths at which both depths were timed."""
+    cells = {width: width * (_padded(width * _DEPTHS[1]) - _padded(width * _DEPTHS[0])) for width in short if width in long}
+    return max(sum(cells[width] * (long[width] - short[width]) for width in cells) / sum(count**2 for count in cells.values()), 0.0)
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // _PADDED) * _PADDED
+
+
+def knee(step_ms: dict[int, float]) -> int:
     """The narrowest width that is nearly as fast as any: wider ones only make every job wait longer."""
-    rates = {width: width / ms for width, ms in costs.step_ms.items()}
+    rates = {width: width / ms for width, ms in step_ms.items()}
     return min(width for width, rate in rates.items() if rate >= _KNEE * max(rates.values()))
 
 
-def _prompt_s(context: Context, batch: Batch) -> float:
+def _prompt_s(context: Context, batch: Batch, length: int) -> float:
     """Seconds of a prompt; the first one, which also warms caches and reserves the graph, is not counted."""
     for _ in range(2):
         context.clear()
         batch.clear()
-        batch.add(0, 0, [0] * _DEPTH, want_logits=True)
+        batch.add(0, 0, [0] * length, want_logits=True)
         started = time.perf_counter()
         context.decode(batch)
     return time.perf_counter() - started
 
 
-def _step_s(context: Context, batch: Batch, width: int) -> float:
+def _step_s(context: Context, batch: Batch, width: int, depth: int) -> float:
     """Seconds of one more token in each sequence, which then lets go of it again."""
     batch.clear()
-    batch.add_steps(list(range(width)), [_DEPTH] * width, [0] * width)
+    batch.add_steps(list(range(width)), [depth] * width, [0] * width)
     started = time.perf_counter()
     context.decode(batch)
     took = time.perf_counter() - started
     for seq in range(width):
-        context.cut(seq, _DEPTH)
+        context.cut(seq, depth)
     return took

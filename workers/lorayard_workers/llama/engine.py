@@ -1,8 +1,10 @@
 """The step loop: receive, admit, compose one decode, decode, sample, emit.
 
 Jobs are admitted in the order their works arrived, and within a work the longest first, as long as places are left in the context of their
-adapter. A work of another adapter starts in another context when the ones that run leave places, and the contexts then step in turn. No
-later work overtakes one that waits for a context. Prompts that begin alike are computed once (`prefixes.py`).
+adapter. When one is free, the prompts of some jobs more are computed in the same call: prompts cost less in company, and the next places
+that become free are filled at once. A work of another adapter starts in another context when the ones that run leave places, and the
+contexts then step in turn. No later work overtakes one that waits for a context. Prompts that begin alike are computed once
+(`prefixes.py`).
 
 KV cells are set aside for each job's fair share of them, or for its longer prompt, not for all that may follow: few answers are as long as
 they may be. When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,7 +26,7 @@ from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
-from lorayard_workers.llama.costs import Costs, knee, measure
+from lorayard_workers.llama.costs import Costs, Widths, measure
 from lorayard_workers.llama.decoding import Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
@@ -34,6 +37,8 @@ from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progres
 _PROGRESS_MS = 500.0
 _WIDEST = 128  # sequences in one context, where the width is measured
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
+_AHEAD = 2  # for so many places one prompt more may be computed ahead, to fill the next that becomes free
+_COMPANY = 128  # tokens of prompts in one call, from where on more of them make none cheaper
 
 
 @dataclass(eq=False)
@@ -71,11 +76,15 @@ class Engine:
         self._model = model
         self._emit = emit
         self._settings = settings
-        self.costs = Costs() if settings.width else measure(model, settings, widest=_WIDEST)
-        self.width = settings.width or knee(self.costs)
+        if settings.width:
+            self.costs, self._widths = Costs(), Widths(settings.width)
+        else:
+            self.costs, self._widths = measure(model, settings, widest=_WIDEST)
+        self.width = self._widths.most
         self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
-        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self.width, n_batch=step_tokens)
+        most = self.width + self.width // _AHEAD
+        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=most, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
@@ -248,9 +257,25 @@ class Engine:
         companies = {other.company for other in active} | {sequence.company}
         if companies == {0}:
             digest = sequence.adapter.digest if sequence.adapter else BASE_DIGEST
-            beside = next((len(slot.running) for slot in self.pool.slots if slot.digest == digest and slot.running), len(active))
-            return beside < self.width
+            own = next((slot for slot in self.pool.slots if slot.digest == digest and slot.running), None)
+            if own is not None:
+                return len(own.running) < self._places(own)
+            return len(active) < min(self._places(slot) for slot in self.pool.slots if slot.running)
         return len(active) < min(companies | {self.width})
+
+    def _places(self, slot: Slot[Sequence]) -> int:
+        """How many sequences of a slot that runs some decode at once."""
+        if not self._widths.cell_ms:
+            return self.width
+        own = (len(other.tokens) - (other.strand.shared if other.strand else 0) for other in slot.running)
+        return self._widths.best(statistics.median(own))
+
+    def _may_prepare(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
+        """Whether a prompt may be computed ahead of its place: while that makes prompts cheaper, and no job is a suspect."""
+        prompts = sum(len(other.tokens) - other.strand.shared for other in slot.running if other.strand and other.pending > 1)
+        company = any(other.company for other in (sequence, *self.active))
+        places = self._places(slot)
+        return len(slot.running) < places + places // _AHEAD and prompts < _COMPANY and not company
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
@@ -263,7 +288,9 @@ class Engine:
     def _start(self, work: _Queued, slot: Slot[Sequence], switch: Switch) -> None:
         begun: list[Sequence] = []
         first: list[str] = []  # refs of jobs of which nothing had begun
-        while work.waiting and self._may_start(work.waiting[0]) and self._fits(slot, work.waiting[0]):
+        while work.waiting and self._fits(slot, work.waiting[0]):
+            if not self._may_start(work.waiting[0]) and not (begun and self._may_prepare(slot, work.waiting[0])):
+                break
             sequence = work.waiting.popleft()
             sequence.join(slot)
             if sequence.switch is None:
@@ -272,7 +299,7 @@ class Engine:
                 sequence.switch, sequence.started_ms = switch, now_ms()
                 begun.append(sequence)
         for sequence in begun:
-            sequence.width = len(slot.running)
+            sequence.width = min(len(slot.running), self._places(slot))
         if first:
             self._emit(Started(begun[0].batch, first))
 
@@ -312,7 +339,7 @@ class Engine:
 
     def _share_out(self, slot: Slot[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """As `_compose` returns it; nothing when cells are lacking."""
-        steps = [sequence for sequence in slot.running if sequence.pending == 1]
+        steps = [sequence for sequence in slot.running if sequence.pending == 1][: self._places(slot)]
         prompts = [s for s in slot.running if s.pending > 1 and s.strand is not None and not s.strand.waits]
         wanted = len(steps) + min(sum(s.pending for s in prompts), self._settings.prefill_tokens)
         slot.prefixes.make_room(wanted)
