@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Batch, Context
@@ -65,12 +67,11 @@ class Widths:
     cell_ms: float = 0.0
 
     def best(self, own: float) -> int:
-        """The width at which a token costs least, or nearly, when each sequence has so many cells of its own."""
+        """The width at which a token costs least when each sequence has so many cells of its own."""
         if not self.cell_ms:
             return self.most
-        return knee(
-            {width: ms + self.cell_ms * width * width * (own - _DEPTHS[0]) for width, ms in self.step_ms.items() if width <= self.most}
-        )
+        costs = {width: ms / width + self.cell_ms * width * (own - _DEPTHS[0]) for width, ms in self.step_ms.items() if width <= self.most}
+        return min(costs, key=lambda width: costs[width])
 
 
 def measure(model: Model, settings: Settings, *, widest: int) -> tuple[Costs, Widths]:
@@ -121,9 +122,13 @@ def _pass(context: Context, batch: Batch, widths: list[int], depth: int) -> dict
 
 
 def _cell_ms(short: dict[int, float], long: dict[int, float]) -> float:
-    """What one more cell costs one row: the least squares over the widths at which both depths were timed."""
-    cells = {width: width * (_padded(width * _DEPTHS[1]) - _padded(width * _DEPTHS[0])) for width in short if width in long}
-    return max(sum(cells[width] * (long[width] - short[width]) for width in cells) / sum(count**2 for count in cells.values()), 0.0)
+    """What a row's pass over one cell of another sequence costs: the rest of what the longer steps take more is for the row's own cells."""
+    widths = [width for width in short if width in long]
+    if len(widths) < 2:
+        return 0.0
+    more = [(long[width] - short[width]) / width for width in widths]
+    cells = [_padded(width * _DEPTHS[1]) - _padded(width * _DEPTHS[0]) for width in widths]
+    return max(float(np.polyfit(cells, more, 1, w=widths)[0]), 0.0)
 
 
 def _padded(cells: int) -> int:
