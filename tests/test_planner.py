@@ -69,6 +69,45 @@ def test_jobs_join_their_adapter_until_something_that_waits_is_nearly_due() -> N
     assert chosen(plan(view([sooner, ("other", "t", 8, 1_000)], [worker("w", *busy)]), NOW, POLICY)) == [("w", "a", 3)]
 
 
+def test_once_something_is_overdue_what_is_due_little_later_joins() -> None:
+    policy = replace(POLICY, stay_ms=5_000)
+    overdue, busy = ("other", "t", 8, -5_000), [("a", 4), ("b", 1)]
+    assert chosen(plan(view([("a", "t", 3, 1_000), overdue], [worker("w", *busy)]), NOW, policy)) == [("w", "a", 3)]
+    assert plan(view([("a", "t", 3, 5_000), overdue], [worker("w", *busy)]), NOW, policy) == []
+    assert plan(view([("a", "t", 3, 3_000), ("other", "t", 8, 1_000)], [worker("w", *busy)]), NOW, policy) == [], "it is not too late yet"
+    bound_to_a = worker("w", hot=["a"])
+    assert plan(view([("a", "t", 3, 1_000), overdue], [bound_to_a]), NOW, policy)[0].digest == "a"
+
+
+def test_a_busy_worker_gets_a_second_adapter_shortly_before_it_runs_dry_or_when_something_is_nearly_due() -> None:
+    policy = replace(POLICY, lead_ms=4 * COSTS.job_ms(WORK))
+    late, soon = ("other", "t", 8, 90_000), ("other", "t", 8, 3_000)
+    assert plan(view([late], [worker("w", ("a", 5))]), NOW, policy) == []
+    assert chosen(plan(view([late], [worker("w", ("a", 4))]), NOW, policy)) == [("w", "other", 8)]
+    assert chosen(plan(view([soon], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "other", 8)]
+
+
+def test_a_plan_ends_where_it_would_go_by_a_due_time_that_is_not_known() -> None:
+    seen = view([("a", "t", 12, 10_000), ("b", "t", 8, 11_000)], [worker("w1"), worker("w2")])
+    first = plan(seen, NOW, POLICY)
+    assert chosen(first) == [("w1", "a", 8)]
+    assert first[-1].more
+    carry_out(seen, first)
+    seen.groups.put("a", "t", 4, NOW + 60_000, NOW)
+    assert chosen(plan(seen, NOW, POLICY))[0] == ("w2", "b", 8)
+
+
+def test_a_hot_adapter_is_withdrawn_from_a_worker_when_another_can_take_the_rest() -> None:
+    workers = [worker("w1", ("a", 4)), worker("w2", hot=["a"])]
+    assert chosen(plan(view([("a", "t", 3, 60_000), ("b", "t", 8, 70_000)], workers), NOW, POLICY)) == [("w2", "b", 8), ("w1", "a", 3)]
+
+
+def test_batches_are_as_large_as_pays() -> None:
+    assert Costs(8, {"loaded": 0.0}, 1000.0, {1: 10.0, 8: 80.0}, measured=True).paying(WORK, 16) == 1, "company saves nothing"
+    assert COSTS.paying(WORK, 16) > 8, "a narrow end of a batch is paid for by a longer one"
+    assert COSTS.paying(Work(2000, 0, 10), 16) == 1, "prompts are read one after another"
+
+
 def test_a_narrow_batch_ranks_later_and_no_later_than_patience_allows() -> None:
     policy = replace(POLICY, patience_ms=4_000)
     narrow, wide = ("narrow", "t", 1, 0), ("wide", "t", 8, 2_000)
@@ -184,7 +223,7 @@ served_st = st.dictionaries(st.sampled_from("xyz"), st.floats(0, 1e6))
 
 def content(index: Groups) -> object:
     tenants = {name: (t.jobs, t.floods, t.served, t.head) for name, t in index.tenants.items()}
-    return tenants, sorted((g.digest, g.tenant.name, g.jobs, g.due, g.served, g.rank) for g in index), len(index), index.jobs
+    return tenants, sorted((g.digest, g.tenant.name, g.jobs, g.due, g.turn, g.rank) for g in index), len(index), index.jobs
 
 
 @settings(max_examples=400, deadline=None)
@@ -202,20 +241,34 @@ def test_any_plan_can_be_carried_out_and_leaves_no_worker_idle(
     load = {w.name: sum(h.jobs for h in w.held) for w in workers}
     hands = {w.name: {h.digest for h in w.held} for w in workers}
     more: dict[str, set[str]] = defaultdict(set)
-    for d in dispatches:
-        assert 0 < d.jobs <= 8
-        if d.digest in hands[d.worker] | more[d.worker]:
-            assert load[d.worker] + d.jobs <= 8, "what joins has a place"
-        else:
-            more[d.worker].add(d.digest)
-        load[d.worker] += d.jobs
-        for tenant, n in d.takes:
-            taken[d.digest, tenant] += n
+    while dispatches:
+        for d in dispatches:
+            assert 0 < d.jobs <= 8
+            if d.digest in hands[d.worker] | more[d.worker]:
+                assert load[d.worker] + d.jobs <= 8, "what joins has a place"
+            else:
+                more[d.worker].add(d.digest)
+            load[d.worker] += d.jobs
+            for tenant, n in d.takes:
+                taken[d.digest, tenant] += n
+        assert not any(d.more for d in dispatches[:-1])
+        carry_out(seen, dispatches)
+        dispatches = plan(seen, NOW, POLICY) if dispatches[-1].more else []
     jobs = {(digest, tenant): n for digest, tenant, n, _ in groups}
     assert all(n <= jobs[key] for key, n in taken.items())
     assert all(len(hands[name] | new) <= 2 for name, new in more.items() if new)
     if any(n == 0 for n in load.values()):
         assert sum(taken.values()) == sum(jobs.values())
+
+
+def carry_out(seen: View, dispatches: Iterable[Dispatch]) -> None:
+    for d in dispatches:
+        there = seen.roster.workers[d.worker]
+        there.held = (*there.held, Held(f"n{len(there.held)}", d.digest, d.jobs))
+        seen.roster.put(there)
+        for tenant, n in d.takes:
+            seen.groups.take(d.digest, tenant, n, NOW)
+            seen.groups.charge(tenant, n * WORK.tokens)
 
 
 @settings(max_examples=200, deadline=None)

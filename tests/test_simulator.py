@@ -33,9 +33,12 @@ def test_a_batch_decodes_together_and_its_width_falls_at_the_end() -> None:
     assert list(outcome.ended) == pytest.approx([prompts + 2 * 14, prompts + 2 * 14 + 3 * 12, prompts + 2 * 14 + 3 * 12 + 4 * 10])
 
 
-def test_two_adapters_step_in_turn() -> None:
+def test_two_adapters_step_in_turn_and_the_second_is_read_from_the_disk_beside_the_first() -> None:
     outcome = simulate([(0, 0, 10, 10), (0, 1, 10, 10)], FirstComeFirstServed())
-    assert list(outcome.ended) == pytest.approx([2 * 60 + 10 * (10 + 10)] * 2)
+    assert list(outcome.started) == [50, 60 + 20]
+    assert list(outcome.ended) == pytest.approx([60 + 30 + 10 * (10 + 10)] * 2)
+    outcome = simulate([(0, 0, 10, 10), (55, 1, 10, 10)], FirstComeFirstServed())
+    assert outcome.started[1] == 60 + 25 + 20, "it is known to be wanted from then on"
 
 
 def test_what_prompts_share_is_read_once_while_the_adapter_stays() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorayard_scheduler.costs import Costs, Work
-from lorayard_scheduler.planner import Policy
+from lorayard_scheduler.planner import Policy, rows
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ def longest_batch_ms(costs: Costs, load: Load, rows: int, *, cold: bool) -> floa
 def bound(workers: Iterable[Costs], load: Load, policy: Policy, *, target_ms: float, shortest_target_ms: float | None = None) -> Bound:
     """Of a pool in which nobody floods; `target_ms` is the job's, `shortest_target_ms` that of the most urgent priority in use."""
     costs = list(workers)
-    rows = [math.ceil(c.knee * policy.rows_per_width) for c in costs]
-    batch = max(longest_batch_ms(c, load, n, cold=True) for c, n in zip(costs, rows, strict=True))
-    longest = Work(load.prompt_most, 0, load.output_most)
-    fewest = min(max(1, min(n, int(policy.batch_ms / c.job_ms(longest)))) for c, n in zip(costs, rows, strict=True))
+    batch = max(longest_batch_ms(c, load, math.ceil(c.knee * policy.rows_per_width), cold=True) for c in costs)
+    fewest = min(rows(c, work, policy) for c in costs for work in _corners(load))
     dearest = max(_dearest(c, load) for c in costs)
     shift = policy.patience_ms * math.log(dearest) + target_ms - (target_ms if shortest_target_ms is None else shortest_target_ms)
     ahead = load.burst + load.per_ms * (target_ms + shift)
@@ -71,10 +69,14 @@ def bound(workers: Iterable[Costs], load: Load, policy: Policy, *, target_ms: fl
 
 def _dearest(costs: Costs, load: Load) -> float:
     """The most that a job may cost alone and cold, as a multiple of what it costs at best."""
-    corners = [
+    return max(costs.batch_ms(1, work, "remote") / costs.job_ms(work) for work in _corners(load))
+
+
+def _corners(load: Load) -> list[Work]:
+    """The extremes of what a mean job may be: ratios of what is linear in its tokens have theirs there."""
+    return [
         Work(prompt, min(shared, prompt - 1), output)
         for prompt in (1, load.prompt_most)
         for shared in (0, load.shared_most)
         for output in (1, load.output_most)
     ]
-    return max(costs.batch_ms(1, work, "remote") / costs.job_ms(work) for work in corners)

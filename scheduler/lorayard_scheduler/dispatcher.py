@@ -115,7 +115,8 @@ class Dispatcher:
         if self._backlog.stale or self._backlog.waits:
             self._backlog.refresh()
             dispatches = plan(self._backlog.view, self._backlog.now, self._policy)
-            self._backlog.view.planned()
+            if not dispatches or not dispatches[-1].more:
+                self._backlog.view.planned()
             for dispatch in [*dispatches, *self._hosted.plan(self._backlog, self._workers)]:
                 self._dispatch(dispatch)
         self._reconciler.sweep()

@@ -2,14 +2,14 @@
 
 Every group has one *rank*, in milliseconds of the ledger's clock, the least first:
 
-    rank = max(due, last served + flood) + patience * ln(what a job costs in the batch it would give / what a job costs at best)
+    rank = max(due, last turn + flood) + patience * ln(what a job costs in the batch it would give / what a job costs at best)
 
 - `due` is its most due job's. Urgency grows with time, yet the order of due times does not change with it: so an index needs no clock.
 - A batch of few jobs runs narrow, and each of its jobs costs more; it is put off by `patience` for every factor e of that, to grow or to be
   overtaken by what pays better. The logarithm turns "gain over cost times an urgency that doubles every so often" into a sum, whose order
   again does not change with time.
-- `flood`: where the group's jobs alone would occupy all workers for longer than its wait target, so that they are late whatever is done,
-  a turn of theirs is followed by everyone else's who waited already. Zero otherwise.
+- `flood`: by how much the group's jobs alone would occupy all workers for longer than `flood_ms`, and at most that much again: a turn of
+  theirs is followed by everyone else's who waited already. Zero otherwise.
 
 A rank changes only with its group; one change costs the logarithm of the number of groups.
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from math import log
@@ -49,17 +48,14 @@ class Tenant:
 
 
 class Group(msgspec.Struct, gc=False, eq=False):
-    """Queued jobs of one adapter and tenant. Times in milliseconds; `served` is 0 for one that was not since it began to wait.
-
-    `target` is the wait its first job could bear, in whole seconds; `rank` is what the module says, in ticks.
-    """
+    """Queued jobs of one adapter and tenant. Times in milliseconds; `turn` is when some of its jobs last went to a worker, 0 if none did
+    since it began to wait; `rank` is what the module says, in ticks."""
 
     digest: str
     tenant: Tenant
     jobs: int
     due: float
-    served: float
-    target: int
+    turn: float
     rank: int
 
 
@@ -80,9 +76,6 @@ class Scale:
         return [0.0] + [self.patience_ms * log(factor) for factor in dearer]
 
 
-_State = tuple[int, float, float, int]  # a group's jobs, due, served, target
-
-
 class Groups:
     """All groups of a pool that have jobs."""
 
@@ -97,13 +90,16 @@ class Groups:
         self._served: dict[str, float] = {}  # of tenants that do not wait as well
         self._active: set[str] = set()
         self._contended = False
-        self._undo: list[tuple[str, str, _State | None, float]] | None = None
         self._measure(scale or Scale())
 
     def __len__(self) -> int:
         return self._number
 
     # -- what is known --------------------------------------------------------------------------------------------------------------------
+
+    def has(self, digest: str) -> bool:
+        """Whether any jobs wait for this adapter."""
+        return digest in self._by_digest
 
     def of(self, digest: str) -> list[Group]:
         """Of every tenant that has jobs waiting for this adapter."""
@@ -135,14 +131,16 @@ class Groups:
 
         Tenants are looked at in the order of their heads, so what is not reached costs nothing.
         """
+        heads = [(head, name) for head, name in self._heads[floods] if self.tenants[name].served <= limit]
+        if len(heads) == 1:
+            yield from self.tenants[heads[0][1]].order
+            return
         opened: list[tuple[int, str, Group, Iterator[Group]]] = []
-        for head, name in self._heads[floods]:
+        for head, name in heads:
             while opened and opened[0][0] < head:
                 yield self._next(opened)
-            if (tenant := self.tenants[name]).served <= limit:
-                groups = iter(tenant.order)
-                first = next(groups)
-                heappush(opened, (first.rank, name, first, groups))
+            groups = iter(self.tenants[name].order)
+            heappush(opened, (head, name, next(groups), groups))
         while opened:
             yield self._next(opened)
 
@@ -170,11 +168,10 @@ class Groups:
                 self._remove(group)
         elif group is None:
             self.news.add(digest)
-            self._add(digest, tenant, (jobs, float(due), 0.0, max(0, round((due - now) / 1000))))
-        elif (group.jobs, group.due) != (jobs, due):
+            self._add(digest, tenant, jobs, float(due), 0.0)
+        elif group.jobs != jobs or group.due != due:
             self.news.add(digest)
-            target = max(group.target, round((due - now) / 1000)) if due < group.due else group.target
-            self._change(group, (jobs, float(due), group.served, target))
+            self._change(group, jobs, float(due), group.turn)
 
     def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
         """So many of its jobs go to a worker."""
@@ -184,7 +181,7 @@ class Groups:
         if jobs >= group.jobs:
             self._remove(group)
         else:
-            self._change(group, (group.jobs - jobs, group.due, now, group.target))
+            self._change(group, group.jobs - jobs, group.due, now)
 
     def charge(self, tenant: str, tokens: float) -> None:
         self.level(tenant, self.served(tenant) + tokens)
@@ -193,8 +190,6 @@ class Groups:
         """So much was this tenant served."""
         if served == self._served.get(tenant):
             return
-        if self._undo is not None:
-            self._undo.append((tenant, "", None, self.served(tenant)))
         self._served[tenant] = served
         if tenant in self.tenants:
             self.tenants[tenant].served = served
@@ -205,13 +200,17 @@ class Groups:
         `flying` are the tenants with jobs at workers. Returns who was raised, and to what.
         """
         raised: dict[str, float] = {}
+        active, contended = {*self.tenants, *flying}, bool(self.floods)
+        if active <= self._active and contended == self._contended:
+            self._active = active
+            return raised
         if self._active:
             least = min(self.served(name) for name in self._active)
             raised = {name: least for name in self.tenants.keys() - self._active if self.served(name) < least}
-        if self.floods and not self._contended:
+        if contended and not self._contended:
             most = max(tenant.served for tenant in self.tenants.values())
             raised |= {name: most for name, tenant in self.tenants.items() if tenant.served < most}
-        self._active, self._contended = {*self.tenants, *flying}, bool(self.floods)
+        self._active, self._contended = active, contended
         for name, level in raised.items():
             self.level(name, level)
         return raised
@@ -220,32 +219,12 @@ class Groups:
         """Measure anew, where that makes a difference."""
         if scale == self.scale:
             return
-        groups = [(g.digest, g.tenant.name, (g.jobs, g.due, g.served, g.target)) for g in self]
+        groups = [(g.digest, g.tenant.name, g.jobs, g.due, g.turn) for g in self]
         self.tenants, self.floods, self._heads, self._by_digest = {}, {}, (SortedList(), SortedList()), {}
         self.jobs = self._number = 0
         self._measure(scale)
-        for digest, tenant, state in groups:
-            self._add(digest, tenant, state)
-
-    @contextmanager
-    def draft(self) -> Iterator[None]:
-        """Whatever happens in here is undone at the end."""
-        self._undo = []
-        try:
-            yield
-        finally:
-            changes, self._undo = self._undo, None
-            for tenant, digest, state, served in reversed(changes):
-                group = self.get(digest, tenant)
-                if not digest:
-                    self.level(tenant, served)
-                elif state is None:
-                    assert group is not None
-                    self._remove(group)
-                elif group is None:
-                    self._add(digest, tenant, state)
-                else:
-                    self._change(group, state)
+        for group in groups:
+            self._add(*group)
 
     # -- the index ------------------------------------------------------------------------------------------------------------------------
 
@@ -255,25 +234,20 @@ class Groups:
         self._most = len(self._narrow) - 1
         self._job_ms = scale.costs.job_ms(scale.work) / max(1, scale.workers)
 
-    def _rank(self, group: Group) -> int:
-        at = group.due
-        if group.served > 0:
-            target = 1000.0 * group.target
-            flood = group.jobs * self._job_ms - target
-            at = max(at, group.served + min(max(0.0, flood), target))
-        tie = zlib.crc32(group.digest.encode(), zlib.crc32(group.tenant.name.encode())) & (TICKS - 1)
-        return round(at) * TICKS + self._narrow[min(group.jobs, self._most)] + tie
+    def _rank(self, jobs: int, due: float, turn: float) -> int:
+        """All of it but what breaks ties."""
+        if turn > 0:
+            flood = jobs * self._job_ms - self.scale.flood_ms
+            if flood > 0:
+                due = max(due, turn + min(flood, self.scale.flood_ms))
+        return (round(due) * TICKS) + self._narrow[min(jobs, self._most)] & -TICKS
 
-    def _note(self, group: Group, state: _State | None) -> None:
-        if self._undo is not None:
-            self._undo.append((group.tenant.name, group.digest, state, 0.0))
-
-    def _add(self, digest: str, name: str, state: _State) -> None:
+    def _add(self, digest: str, name: str, jobs: int, due: float, turn: float) -> None:
         tenant = self.tenants.get(name)
         if tenant is None:
             tenant = self.tenants[name] = Tenant(name, self.served(name))
-        group = Group(digest, tenant, *state, 0)
-        self._note(group, None)
+        tie = zlib.crc32(digest.encode(), zlib.crc32(name.encode())) % TICKS
+        group = Group(digest, tenant, jobs, due, turn, self._rank(jobs, due, turn) + tie)
         known = self._by_digest.get(digest)
         if known is None:
             self._by_digest[digest] = group
@@ -282,13 +256,11 @@ class Groups:
         else:
             known[name] = group
         self._number += 1
-        self._count(tenant, group.jobs)
-        group.rank = self._rank(group)
+        self._count(tenant, jobs)
         tenant.order.add(group)
         self._file(tenant)
 
     def _remove(self, group: Group) -> None:
-        self._note(group, (group.jobs, group.due, group.served, group.target))
         tenant, known = group.tenant, self._by_digest[group.digest]
         if isinstance(known, Group):
             del self._by_digest[group.digest]
@@ -301,11 +273,10 @@ class Groups:
         self._count(tenant, -group.jobs)
         self._file(tenant)
 
-    def _change(self, group: Group, state: _State) -> None:
-        self._note(group, (group.jobs, group.due, group.served, group.target))
-        self._count(group.tenant, state[0] - group.jobs)
-        group.jobs, group.due, group.served, group.target = state
-        rank = self._rank(group)
+    def _change(self, group: Group, jobs: int, due: float, turn: float) -> None:
+        self._count(group.tenant, jobs - group.jobs)
+        group.jobs, group.due, group.turn = jobs, due, turn
+        rank = self._rank(jobs, due, turn) + group.rank % TICKS
         if rank != group.rank:
             order = group.tenant.order
             order.remove(group)  # by the rank it still has

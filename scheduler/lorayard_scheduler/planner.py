@@ -9,11 +9,16 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    factor e of what a job costs.
 3. *Joining.* Jobs of an adapter that a worker has in hand cost least there: they fill what its width has free and what others leave. They
    join, half a batch at least or all there are, before anything else, until something that waits comes within `reserve_ms` of its due
-   time: from then on only what ranks before it does, so that adapters in hand end and make room.
+   time: from then on only what ranks before it does, so that adapters in hand end and make room. Once something is overdue, which no
+   planner can help, switches are what makes all wait longer: then jobs join that are due up to `stay_ms` later than what waits.
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others.
 
-A batch is as large as the worker's width has use for and is meant to take no longer than `batch_ms`. A worker has jobs of at most two
-adapters at once: so it never idles, and the second is fetched and loaded while the first still runs.
+A batch is as large as pays on the worker and is meant to take no longer than `batch_ms`. A worker has jobs of at most two adapters at once:
+so it never idles, and the second is fetched and loaded while the first still runs. While nothing is nearly due it gets the second no sooner
+than `lead_ms` before it would run dry: what is not given away yet can go to whoever is free first.
+
+A plan ends where it would go on by a due time that is not known: that of what is left of a group, where others wait too. Who carries the
+plan out reads these groups again and asks for the next.
 
 One batch costs a look at the worker's own adapters and at the first few groups by rank: the logarithm of the number of groups, whatever the
 number of jobs.
@@ -23,14 +28,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import ChainMap, Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
-from lorayard_scheduler.costs import Costs, Temperature, Work
+from lorayard_scheduler.costs import TEMPERATURES, Costs, Temperature, Work
 from lorayard_scheduler.groups import TICKS, Group, Groups
 from lorayard_scheduler.roster import Roster, WorkerView
 
@@ -40,8 +45,10 @@ class Policy:
     """Times in milliseconds of the ledger's clock."""
 
     reserve_ms: float = 45_000.0
-    batch_ms: float = 6_000.0
+    batch_ms: float = 30_000.0
     patience_ms: float = 4_000.0
+    stay_ms: float = 60_000.0
+    lead_ms: float = 2_000.0
     flood_ms: float = 120_000.0
     slack_tokens: float = 20_000.0
     rows_per_width: float = 2.0  # jobs in a batch at most, as a multiple of the width beyond which the worker gains little
@@ -54,11 +61,9 @@ class Policy:
 class View:
     groups: Groups
     roster: Roster
-    work: Mapping[str, Work] = field(default_factory=dict)
-    """The mean job of an adapter, where it is not the pool's (`groups.scale.work`)."""
 
     def planned(self) -> None:
-        """The plan was carried out: only what changes from now on is news."""
+        """The plan was carried out and there is no more of it: only what changes from now on is news."""
         self.groups.news.clear()
         self.roster.news.clear()
 
@@ -72,6 +77,8 @@ class Dispatch:
     takes: tuple[tuple[str, int], ...]
     why: str
     rank: int = 0
+    more: bool = False
+    """Of the last: with these carried out and their groups read again, there is more to plan, also where nothing else changes."""
 
     @property
     def jobs(self) -> int:
@@ -90,215 +97,312 @@ class _Choice(NamedTuple):
     floods: bool
 
 
+class _Seat:
+    """A worker as this plan fills it."""
+
+    __slots__ = ("given", "hand", "load", "name", "prices", "worker")
+
+    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: _Prices) -> None:
+        self.worker, self.name, self.load, self.hand, self.prices = worker, worker.name, load, hand, prices
+        self.given = len(worker.held)
+
+
+class _Prices:
+    """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
+    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; a quarter of
+    that of a flood, so that whoever does not flood finds room, and has not far to go. `lead`: with how many jobs it needs no other yet."""
+
+    __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
+
+    def __init__(self, costs: Costs, work: Work, policy: Policy) -> None:
+        self.most = 2 * costs.width
+        hot = [costs.batch_ms(n, work, "hot") for n in range(1, self.most + 1)]
+        self.dearer: dict[Temperature, list[int]] = {}
+        for temperature in TEMPERATURES:
+            here = (costs.batch_ms(n, work, temperature) / ms for n, ms in enumerate(hot, 1))
+            self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
+        self.rows = rows(costs, work, policy)
+        self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
+        self.flood_rows = max(1, self.rows // 4) if costs.measured else self.rows
+
+
+def rows(costs: Costs, work: Work, policy: Policy) -> int:
+    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for."""
+    most = math.ceil(costs.knee * policy.rows_per_width)
+    if costs.measured:
+        most = min(costs.paying(work, most), int(policy.batch_ms / costs.job_ms(work)))
+    return max(1, most)
+
+
+_prices = lru_cache(maxsize=4096)(_Prices)
+
+
+class _Queue:
+    """The groups of tenants that do, or do not, flood, by rank, as far as this plan has looked at them."""
+
+    def __init__(self, more: Iterator[Group]) -> None:
+        self.first: list[Group] = []
+        self._more = more
+
+    def reach(self) -> bool:
+        """Have one group more in `first`, if there is one."""
+        group = next(self._more, None)
+        if group is None:
+            return False
+        self.first.append(group)
+        return True
+
+
 def plan(view: View, now: float, policy: Policy) -> list[Dispatch]:
-    """Dispatches for all the room that came with what changed since the view was last `planned`."""
+    """Dispatches for the room that came with what changed since the view was last `planned`."""
     if not view.groups.jobs or not (view.groups.news or view.roster.news):
         return []
-    with view.groups.draft():
-        return _Plan(view, now, policy).make()
+    return _Plan(view, now, policy).make()
 
 
 class _Plan:
-    """One plan in the making: queues shrink, tenants are charged, workers fill up."""
+    """One plan in the making: workers fill up, tenants are charged, and what is `left` of groups goes down."""
 
     def __init__(self, view: View, now: float, policy: Policy) -> None:
-        self.groups, self.roster, self.now, self.policy, self.view = view.groups, view.roster, now, policy, view
+        self.groups, self.roster, self.now, self.policy = view.groups, view.roster, now, policy
         self.limit = self.groups.limit(policy.slack_tokens)
-        self.loads = ChainMap({}, view.roster.loads)  # as they are with what is dispatched here, as are the others
-        self.hands = ChainMap({}, view.roster.hands)
-        self.given: Counter[str] = Counter()
-        self.rows: dict[Costs, int] = {}
+        self.waiting = len(self.groups)
+        self.left: dict[Group, int] = {}  # of groups of which something is dispatched
+        self.charged: dict[str, float] = {}  # tokens dispatched, by tenant
+        self.seats: dict[str, _Seat] = {}
+        self.known: dict[Costs, _Prices] = {}
         self.idle = view.roster.idle
-        first = next(self.groups.by_rank(False, self.limit), None)
-        self.calm = first is None or first.rank > TICKS * (now + policy.reserve_ms)  # nothing that waits is near its due time
+        self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
+        if not (names := self._candidates()):
+            return []
+        steady = self.queues[False]
+        left_ms = steady.first[0].rank / TICKS - self.now if steady.first or steady.reach() else math.inf
+        self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
+        self.late = left_ms < 0
+        self.ahead = _FIRST if self.calm else round(TICKS * self.policy.stay_ms) if self.late else 0  # of what joins
         dispatches: list[Dispatch] = []
-        others = self._others()
+        others: Iterator[str] | None = None
         choices: list[tuple[_Choice, int]] = []
-        for worker in self._candidates():
-            self._consider(worker, choices, 0)
-        while self.groups.jobs:
-            if not choices:
-                if (other := next(others, None)) is None:
+        for name in names:
+            self._consider(self._seat(name), choices, 0)
+        while self.waiting:
+            if choices:
+                choice, made = heapq.heappop(choices)
+                seat = self.seats[choice.worker]
+                if made < len(dispatches):  # what it chose may be gone by now
+                    again = self._choose(seat)
+                    if again != choice:
+                        if again is not None:
+                            heapq.heappush(choices, (again, len(dispatches)))
+                        continue
+                dispatch = self._dispatch(seat, choice)
+                if dispatch is None:
+                    dispatches[-1] = replace(dispatches[-1], more=True)
                     break
-                self._consider(other, choices, len(dispatches))
-                continue
-            choice, made = heapq.heappop(choices)
-            worker = self.roster.workers[choice.worker]
-            if made < len(dispatches):  # what it chose may be gone by now
-                again = self._choose(worker)
-                if again != choice:
-                    if again is not None:
-                        heapq.heappush(choices, (again, len(dispatches)))
-                    continue
-            dispatches.append(self._dispatch(worker, choice))
-            self._consider(worker, choices, len(dispatches))
-            if (other := next(others, None)) is not None:
-                self._consider(other, choices, len(dispatches))
+                dispatches.append(dispatch)
+                self._consider(seat, choices, len(dispatches))
+            if others is None:
+                others = self._others()
+            if (name := next(others, "")) != "":
+                self._consider(self._seat(name), choices, len(dispatches))
+            elif not choices:
+                break
         return dispatches
 
     # -- which worker ---------------------------------------------------------------------------------------------------------------------
 
-    def _consider(self, worker: WorkerView, choices: list[tuple[_Choice, int]], made: int) -> None:
-        if self.given[worker.name] + len(worker.held) < self.policy.batches and (choice := self._choose(worker)) is not None:
+    def _seat(self, name: str) -> _Seat:
+        seat = self.seats.get(name)
+        if seat is None:
+            worker = self.roster.workers[name]
+            seat = self.seats[name] = _Seat(worker, self.roster.loads[name], self.roster.hands[name], self._prices(worker.costs))
+        return seat
+
+    def _prices(self, costs: Costs) -> _Prices:
+        prices = self.known.get(costs)
+        if prices is None:
+            prices = self.known[costs] = _prices(costs, self.groups.scale.work, self.policy)
+        return prices
+
+    def _room(self, name: str) -> int:
+        """How many more jobs the worker has use for."""
+        seat = self.seats.get(name)
+        load = self.roster.loads[name] if seat is None else seat.load
+        return self._prices(self.roster.workers[name].costs).rows - load
+
+    def _consider(self, seat: _Seat, choices: list[tuple[_Choice, int]], made: int) -> None:
+        if seat.given < self.policy.batches and (choice := self._choose(seat)) is not None:
             heapq.heappush(choices, (choice, made))
 
-    def _candidates(self) -> list[WorkerView]:
+    def _candidates(self) -> list[str]:
         """Of what changed: workers, and those that have the adapter of a changed group in hand, the least loaded first. With a hand free:
         those where one of the first groups is warm, and a few more; the others come in turn, as these fill up."""
         roster, most = self.roster, self.policy.workers_most
-        names = dict.fromkeys(name for name in roster.news if name in roster.workers)
-        for digest in self.groups.news:
-            if digest in roster.on and self.groups.of(digest):
-                able = [(load, name) for name in roster.on[digest] if (load := self.loads[name]) < self._rows(roster.workers[name], digest)]
-                names.update((name, None) for _, name in heapq.nsmallest(most, able))
+        names = dict.fromkeys([name for name in roster.news if name in roster.workers])
+        loads, workers = roster.loads, roster.workers
+        for digest in roster.on.keys() & self.groups.news:
+            if self.groups.has(digest):
+                able = [(loads[name], name) for name in roster.on[digest] if loads[name] < self._prices(workers[name].costs).rows]
+                names.update((name, None) for _, name in (heapq.nsmallest(most, able) if len(able) > most else able))
         if roster.free:
-            for floods in (False, True):
-                for group in islice(self.groups.by_rank(floods, self.limit), most):
-                    names.update(islice(roster.warm.get(group.digest, {}).items(), most))
+            for queue in self.queues:
+                while len(queue.first) < most and queue.reach():
+                    pass
+                for group in queue.first[:most]:
+                    if warm := roster.warm.get(group.digest):
+                        names.update(islice(warm.items(), most))
             names.update((name, None) for _, name in islice(roster.free, most))
-        self.first = names
-        return [roster.workers[name] for name in sorted(names)]
+        self.candidates = names
+        return sorted(names)
 
-    def _others(self) -> Iterator[WorkerView]:
-        for _, name in list(self.roster.free)[self.policy.workers_most :]:
-            if name not in self.first:
-                yield self.roster.workers[name]
+    def _others(self) -> Iterator[str]:
+        for _, name in islice(self.roster.free, self.policy.workers_most, None):
+            if name not in self.candidates:
+                yield name
 
     # -- which group ----------------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, worker: WorkerView) -> _Choice | None:
+    def _choose(self, seat: _Seat) -> _Choice | None:
         """The group of least rank on this worker, of tenants that do not flood if any of them waits."""
-        hand = self.hands[worker.name]
-        if len(hand) >= self.roster.adapters_at_once and not any(self.groups.of(digest) for digest in hand):
+        if len(seat.hand) >= self.roster.adapters_at_once and not any(map(self.groups.has, seat.hand)):
             return None
-        choice, blocked = self._among(worker, floods=False)
+        choice, blocked = self._among(seat, floods=False)
         if choice is None and not blocked and self.groups.floods:
-            choice, _ = self._among(worker, floods=True)
+            choice, _ = self._among(seat, floods=True)
         return choice
 
-    def _among(self, worker: WorkerView, *, floods: bool) -> tuple[_Choice | None, bool]:
+    def _among(self, seat: _Seat, *, floods: bool) -> tuple[_Choice | None, bool]:
         """What it has in hand is looked at first; the others in the order of their ranks, which on a worker are never less: so the first
         that could not win ends it. True: one of them should come next, and an adapter in hand must make room for it."""
-        hand, load = self.hands[worker.name], self.loads[worker.name]
-        best, chosen, reason = self._joining(worker, floods)
+        worker, hand, dearer, widest, queue = seat.worker, seat.hand, seat.prices.dearer, seat.prices.most, self.queues[floods]
+        best, chosen, reason = self._joining(seat, floods)
         left, left_best = None, math.inf
-        for group in islice(self.groups.by_rank(floods, self.limit), self.policy.groups_most):
+        full = len(hand) >= self.roster.adapters_at_once or (self.calm and seat.load > seat.prices.lead)
+        contended, changed = bool(self.groups.floods), self.left
+        first, number = queue.first, 0
+        while number < self.policy.groups_most and (number < len(first) or queue.reach()):
+            group = first[number]
+            number += 1
             if group.rank >= best:
                 break
-            temperature = worker.temperature(group.digest)
-            rank = group.rank + self._dearer(worker, group, temperature)
-            if group.digest in hand or rank >= best:
+            digest = group.digest
+            jobs = changed.get(group, group.jobs)
+            if not jobs or digest in hand or (contended and self._over(group)):
                 continue
-            if self._in_good_hands(worker, group):
+            temperature = worker.temperature(digest)
+            rank = group.rank + dearer[temperature][jobs if jobs < widest else widest]
+            if rank >= best:
+                continue
+            if self.calm and digest in self.roster.on and self._in_good_hands(seat, group):
                 if rank < left_best:
                     left, left_best = group, rank
-            elif len(hand) >= self.roster.adapters_at_once:
+            elif full:
                 return None, True
             else:
                 best, chosen, reason = rank, group, _WARMTH[temperature]
         if chosen is not None:
-            return _Choice(int(load > 0), int(best), load, worker.name, chosen.digest, reason, floods), False
-        if left is not None and not load:
-            return _Choice(2, int(left_best), load, worker.name, left.digest, "spread to an idle worker", floods), False
+            return _Choice(int(seat.load > 0), int(best), seat.load, seat.name, chosen.digest, reason, floods), False
+        if left is not None and not seat.load:
+            return _Choice(2, int(left_best), 0, seat.name, left.digest, "spread to an idle worker", floods), False
         return None, False
 
-    def _joining(self, worker: WorkerView, floods: bool) -> tuple[float, Group | None, str]:
+    def _joining(self, seat: _Seat, floods: bool) -> tuple[float, Group | None, str]:
         """The best of the groups whose adapter the worker has in hand, and the rank it has there."""
         best, chosen, reason = math.inf, None, ""
-        first = _FIRST if self.calm else 0
-        for digest in self.hands[worker.name]:
-            groups, rows = self.groups.of(digest), self._rows(worker, digest, floods=floods)
-            room = rows - self.loads[worker.name]
-            if room <= 0 or (2 * room < rows and sum([group.jobs for group in groups]) > room):
+        rows = seat.prices.flood_rows if floods else seat.prices.rows
+        room = rows - seat.load
+        if room <= 0:
+            return best, chosen, reason
+        for digest in seat.hand or (seat.worker.hot if self.late else ()):
+            groups = self.groups.of(digest)
+            if 2 * room < rows and sum([self._jobs(group) for group in groups]) > room:
                 continue  # not by dribs and drabs: every batch has its price
             for group in groups:
-                rank = group.rank - self.groups.narrow(group.jobs) - first
-                if rank < best and group.tenant.floods == floods and group.tenant.served <= self.limit:
-                    best, chosen, reason = (
-                        rank,
-                        group,
-                        "joined what ran of its adapter" if first else "joined its adapter, nothing else being due sooner",
-                    )
+                jobs = self._jobs(group)
+                rank = group.rank - self.groups.narrow(jobs) - self.ahead
+                if jobs and rank < best and group.tenant.floods == floods and not self._over(group):
+                    best, chosen, reason = rank, group, _JOINED[not self.ahead]
         return best, chosen, reason
 
-    def _dearer(self, worker: WorkerView, group: Group, temperature: Temperature) -> int:
-        """How much later a group ranks on this worker because of what comes before its jobs there."""
-        if temperature == "hot":
-            return 0
-        jobs, work = min(group.jobs, 2 * worker.costs.width), self.view.work.get(group.digest, self.groups.scale.work)
-        return _dearer(worker.costs, work, jobs, temperature, self.policy.patience_ms)
+    def _jobs(self, group: Group) -> int:
+        """What is left of it."""
+        return self.left.get(group, group.jobs)
 
-    def _in_good_hands(self, worker: WorkerView, group: Group) -> bool:
+    def _over(self, group: Group) -> bool:
+        """Whether its tenant has had so much that others come first."""
+        tenant = group.tenant
+        return tenant.served + self.charged.get(tenant.name, 0.0) > self.limit
+
+    def _in_good_hands(self, seat: _Seat, group: Group) -> bool:
         """Whether another worker has had this adapter in hand before, has room to finish the group, and will."""
-        for name in self.roster.on.get(group.digest, ()) if self.calm else ():
-            room = self._rows(self.roster.workers[name], group.digest) - self.loads[name]
-            if name != worker.name and group.jobs <= room:
-                return True
-        return False
+        jobs = self._jobs(group)
+        return any(name != seat.name and jobs <= self._room(name) for name in self.roster.on[group.digest])
 
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
-    def _rows(self, worker: WorkerView, digest: str, *, floods: bool = False) -> int:
-        """The most jobs of a batch: what the width has use for, and no more than there is time for. A quarter of that of a flood, so that
-        whoever does not flood finds room, and has not far to go."""
-        work = self.view.work.get(digest)
-        rows = self.rows.get(worker.costs) if work is None else None
-        if rows is None:
-            rows = math.ceil(worker.costs.knee * self.policy.rows_per_width)
-            if worker.costs.measured:
-                rows = min(rows, int(self.policy.batch_ms / worker.costs.job_ms(work or self.groups.scale.work)))
-            rows = max(1, rows)
-            if work is None:
-                self.rows[worker.costs] = rows
-        return max(1, rows // 4) if floods and worker.costs.measured else rows
-
-    def _share(self, worker: WorkerView, digest: str, jobs: int) -> int:
+    def _share(self, seat: _Seat, digest: str, jobs: int) -> int:
         """Of so many jobs, what this worker should take when others have nothing else to do: an even part, where that ends sooner."""
-        spare = self.idle - len(self.groups) + 1
-        if self.loads[worker.name] or spare < 2 or jobs < 2:
+        spare = self.idle - self.waiting + 1
+        if seat.load or spare < 2 or jobs < 2:
             return jobs
-        work = self.view.work.get(digest, self.groups.scale.work)
-        cold = worker.temperature(digest)
+        costs, work, cold = seat.worker.costs, self.groups.scale.work, seat.worker.temperature(digest)
         workers = 1
         while workers < min(spare, jobs):
-            fewer = worker.costs.batch_ms(math.ceil(jobs / workers), work, cold)
-            if worker.costs.batch_ms(math.ceil(jobs / (workers + 1)), work, cold) > 0.9 * fewer:
+            fewer = costs.batch_ms(math.ceil(jobs / workers), work, cold)
+            if costs.batch_ms(math.ceil(jobs / (workers + 1)), work, cold) > 0.9 * fewer:
                 break
             workers += 1
         return math.ceil(jobs / workers)
 
-    def _dispatch(self, worker: WorkerView, choice: _Choice) -> Dispatch:
-        """Fill one batch: the eligible tenants with jobs for this adapter in turns, the least served first."""
-        digest, tokens = choice.digest, self.view.work.get(choice.digest, self.groups.scale.work).tokens
-        hand, load = self.hands[worker.name], self.loads[worker.name]
-        able = [g for g in self.groups.of(digest) if g.tenant.served <= self.limit and g.tenant.floods == choice.floods]
-        waiting = {g.tenant.name: g.jobs for g in able}
-        rows = self._rows(worker, digest, floods=choice.floods) - (load if digest in hand else 0)
-        rows = min(rows, self._share(worker, digest, sum(waiting.values())))
+    def _dispatch(self, seat: _Seat, choice: _Choice) -> Dispatch | None:
+        """Fill one batch: the eligible tenants with jobs for this adapter in turns, the least served first. None: a part of them went
+        already, and when the rest is due is not known, nor whether something else is due sooner."""
+        digest, tokens = choice.digest, self.groups.scale.work.tokens
+        able = [g for g in self.groups.of(digest) if g.tenant.floods == choice.floods and self._jobs(g) and not self._over(g)]
+        if self.left and self.waiting > 1 and any(group in self.left for group in able):
+            return None
+        waiting = {g.tenant.name: self._jobs(g) for g in able}
+        rows = seat.prices.flood_rows if choice.floods else seat.prices.rows
+        if digest in seat.hand:
+            rows -= seat.load
+        rows = min(rows, self._share(seat, digest, sum(waiting.values())))
         if len(waiting) == 1:
             takes = {t: min(rows, n) for t, n in waiting.items()}
         else:
-            takes = _in_turns(waiting, {t: self.groups.served(t) for t in waiting}, rows, tokens)
-        due = min(group.due for group in able)
-        for tenant, jobs in takes.items():
-            self.groups.take(digest, tenant, jobs, self.now)
-            self.groups.charge(tenant, jobs * tokens)
-        self.limit = self.groups.limit(self.policy.slack_tokens)
-        self.idle -= not load
-        self.loads[worker.name] = load + sum(takes.values())
-        self.given[worker.name] += 1
-        if digest not in hand:
-            self.hands[worker.name] = hand | {digest}
-        return Dispatch(worker.name, digest, tuple(sorted(takes.items())), self._why(choice, due), choice.rank)
+            takes = _in_turns(waiting, {g.tenant.name: g.tenant.served + self.charged.get(g.tenant.name, 0.0) for g in able}, rows, tokens)
+        for group in able:
+            if jobs := takes.get(group.tenant.name, 0):
+                self._take(group, jobs, jobs * tokens)
+        self.limit = self._limit()
+        self.idle -= not seat.load
+        seat.load += sum(takes.values())
+        seat.given += 1
+        seat.hand |= {digest}
+        return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])), choice.rank)
+
+    def _take(self, group: Group, jobs: int, tokens: float) -> None:
+        left = self.left[group] = self._jobs(group) - jobs
+        name = group.tenant.name
+        self.charged[name] = self.charged.get(name, 0.0) + tokens
+        if not left:
+            self.waiting -= 1
+            first = self.queues[group.tenant.floods].first
+            if group in first:
+                first.remove(group)
+
+    def _limit(self) -> float:
+        if not self.groups.floods:
+            return math.inf
+        served = (t.served + self.charged.get(t.name, 0.0) for t in self.groups.floods.values())
+        return min(served) + self.policy.slack_tokens
 
     def _why(self, choice: _Choice, due: float) -> str:
         """One sentence."""
         left = (due - self.now) / 1000
         when = f"due in {left:.1f} s" if left >= 0 else f"due {-left:.1f} s ago"
-        others = len(self.groups)
-        beside = f"{others} more groups waited" if others else "nothing else waited"
+        beside = f"{self.waiting} more groups waited" if self.waiting else "nothing else waited"
         return f"{choice.reason}; {when}; {beside}"
 
 
@@ -308,6 +412,7 @@ _WARMTH: Mapping[Temperature, str] = {
     "disk": "its turn, its adapter to be loaded",
     "remote": "its turn, its adapter to be fetched",
 }
+_JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
 _FIRST = TICKS << 45
 """More than any rank."""
 
@@ -327,9 +432,3 @@ def _in_turns(waiting: dict[str, int], served: dict[str, float], rows: int, toke
         else:
             heapq.heapreplace(heap, (level + tokens, tenant))
     return takes
-
-
-@lru_cache(maxsize=65_536)
-def _dearer(costs: Costs, work: Work, jobs: int, temperature: Temperature, patience_ms: float) -> int:
-    hot, here = costs.batch_ms(jobs, work, "hot"), costs.batch_ms(jobs, work, temperature)
-    return round(TICKS * patience_ms * math.log(here / hot))

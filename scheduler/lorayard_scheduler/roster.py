@@ -39,6 +39,9 @@ class WorkerView:
         return "disk" if self.on_disk is None or digest in self.on_disk else "remote"
 
 
+_COLD: tuple[Collection[str], Collection[str]] = ((), ())
+
+
 class Roster:
     """All workers. Put one again when anything of it has changed."""
 
@@ -52,39 +55,49 @@ class Roster:
         self.warm: dict[str, dict[str, None]] = {}  # digest -> workers where it is hot or loaded
         self.idle = 0
         self.news: set[str] = set()  # workers put, or gone, since the last plan
-        self._warm: dict[str, frozenset[str]] = {}
+        self._warm: dict[str, tuple[Collection[str], Collection[str]]] = {}
         for worker in workers:
             self.put(worker)
 
     def put(self, worker: WorkerView) -> None:
         name = worker.name
         if name in self.workers:
-            self._forget(name)
+            self._leave(name)
         self.news.add(name)
+        self.workers[name] = worker
         load, hand = sum([held.jobs for held in worker.held]), frozenset([held.digest for held in worker.held])
-        warm = frozenset(worker.hot).union(worker.loaded)
-        self.workers[name], self.loads[name], self.hands[name], self._warm[name] = worker, load, hand, warm
+        self.loads[name], self.hands[name] = load, hand
         if len(hand) < self.adapters_at_once:
             self.free.add((load, name))
         self.idle += not load
         for digest in hand:
             self.on.setdefault(digest, {})[name] = None
-        for digest in warm:
-            self.warm.setdefault(digest, {})[name] = None
+        self._warm_up(name, (worker.hot, worker.loaded))
 
     def drop(self, name: str) -> None:
         """It is gone."""
         if name in self.workers:
-            self._forget(name)
-            del self.workers[name]
+            self._leave(name)
+            self._warm_up(name, _COLD)
+            self._warm.pop(name, None)
+            del self.workers[name], self.loads[name], self.hands[name]
 
-    def _forget(self, name: str) -> None:
-        load, hand = self.loads.pop(name), self.hands.pop(name)
+    def _leave(self, name: str) -> None:
+        """The indexes by load and by what it has in hand."""
+        load, hand = self.loads[name], self.hands[name]
         if len(hand) < self.adapters_at_once:
             self.free.remove((load, name))
         self.idle -= not load
         _remove(self.on, hand, name)
-        _remove(self.warm, self._warm.pop(name), name)
+
+    def _warm_up(self, name: str, warm: tuple[Collection[str], Collection[str]]) -> None:
+        """Its adapters in memory, hot and loaded, which change less often than its batches."""
+        before = self._warm.get(name, _COLD)
+        if warm != before:
+            _remove(self.warm, {*before[0], *before[1]}, name)
+            for digest in dict.fromkeys([*warm[0], *warm[1]]):
+                self.warm.setdefault(digest, {})[name] = None
+            self._warm[name] = warm
 
 
 def _remove(index: dict[str, dict[str, None]], digests: Iterable[str], name: str) -> None:

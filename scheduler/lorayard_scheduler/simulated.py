@@ -28,9 +28,10 @@ class Lorayard:
         self.tenants = {name: i for i, name in enumerate(trace.tenant_names)}
         self.work = Work()
         self.groups = Groups(self._scale())
+        self.bound = [-1] * len(fleet.machines)  # switches of each, when it was last looked at what it has in memory
         self.views = [WorkerView(f"w{machine.index:04d}", machine.costs) for machine in fleet.machines]
         self.machines = {view.name: machine for view, machine in zip(self.views, fleet.machines, strict=True)}
-        self.roster = Roster()
+        self.roster = Roster(adapters_at_once=min(2, *(machine.spec.contexts for machine in fleet.machines)))
         for machine in fleet.machines:
             self._see(machine)
         self.view = View(self.groups, self.roster)
@@ -46,10 +47,13 @@ class Lorayard:
         names, view = self.fleet.trace.adapter_names, self.views[machine.index]
         if not machine.up:
             self.roster.drop(view.name)
+            self.bound[machine.index] = -1
             return
-        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, b.rank) for b in machine.batches])
-        view.hot = tuple([names[a] for a in machine.bound])
-        view.loaded = tuple([names[a] for a in machine.loaded])
+        view.held = tuple([Held("", names[b.adapter], b.left, b.rank) for b in machine.batches])
+        if self.bound[machine.index] != machine.switches:  # what is in memory changes with a switch only
+            self.bound[machine.index] = machine.switches
+            view.hot = tuple([names[a] for a in machine.bound])
+            view.loaded = tuple([names[a] for a in machine.loaded])
         if machine.fetched is not None:
             view.on_disk = frozenset([names[a] for a in machine.fetched])
         self.roster.put(view)
@@ -90,8 +94,12 @@ class Lorayard:
         self.touched.clear()
         self.plans += 1
         self.groups.settle([name for name, jobs in zip(self.fleet.trace.tenant_names, self.in_flight, strict=True) if jobs])
-        for dispatch in plan(self.view, self.fleet.now, self.policy):
-            self._carry_out(dispatch)
+        more = True
+        while more:
+            dispatches = plan(self.view, self.fleet.now, self.policy)
+            more = bool(dispatches) and dispatches[-1].more
+            for dispatch in dispatches:
+                self._carry_out(dispatch)
         self.view.planned()
 
     def _carry_out(self, dispatch: Dispatch) -> None:

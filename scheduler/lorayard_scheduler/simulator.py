@@ -2,8 +2,8 @@
 
 A worker's engine is modelled as `lorayard_workers.llama` works: batches are started in the order they came, as long as fewer than `width`
 sequences run and a context is free for the batch's adapter; contexts step in turn, so that a round of them is one token of every sequence;
-reading a prompt, binding and loading hold everything up; a prompt's shared part is read once for as long as its adapter stays bound.
-Whoever schedules, these are the rules. Times are milliseconds.
+reading a prompt and binding hold everything up; an adapter that is known to be wanted is read from the disk beside that, one at a time; a
+prompt's shared part is read once for as long as its adapter stays bound. Whoever schedules, these are the rules. Times are milliseconds.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class Machine:
         "index",
         "loaded",
         "loads",
-        "opened",
         "places",
         "prefill",
         "queue",
+        "reading",
+        "reads_until",
         "round_ms",
         "rounds",
         "running",
@@ -112,7 +113,9 @@ class Machine:
         self.fetching: list[tuple[float, int, Batch]] = []  # (when its adapter is here, batch's number, batch)
         self.bound: OrderedDict[int, int] = OrderedDict()  # adapter of a context -> sequences in it; the last one bound is last
         self.ends: list[tuple[float, int, int, Batch]] = []  # (round in which it ends, batch's number, place in it, batch)
-        self.active = self.opened = 0
+        self.reading: dict[int, float] = {}  # adapter -> when it will have been read
+        self.active = 0
+        self.reads_until = 0.0
         self.rounds = self.round_ms = self.at = self.busy_until = 0.0
         self.running = False
         self.wakes = INFINITY
@@ -134,9 +137,16 @@ class Machine:
             self.wakes = min(self.wakes, self.fetching[0][0])
             return
         self.queue.append(batch)
+        self.read_ahead(batch.adapter, now)
         if batch is self.queue[0] and self.active < self.places:
             self._move(now)
             self._admit(now)
+
+    def read_ahead(self, adapter: int, now: float) -> None:
+        """It will be wanted: have it read into memory, after what is being read already."""
+        if adapter not in self.bound and adapter not in self.loaded and adapter not in self.reading:
+            self.reads_until = max(now, self.reads_until) + self.costs.switch_ms["disk"] - self.costs.switch_ms["loaded"]
+            self.reading[adapter] = self.reads_until
 
     def recall(self, batch: Batch) -> list[int]:
         """The jobs of a batch that have not begun: it no longer has them."""
@@ -179,6 +189,7 @@ class Machine:
         queue, trace, bound = self.queue, self.trace, self.bound
         while self.fetching and self.fetching[0][0] <= now:
             queue.append(heapq.heappop(self.fetching)[2])
+            self.read_ahead(queue[-1].adapter, now)
         busy = max(self.busy_until, now)
         while queue and self.active < self.places:
             batch = queue[0]
@@ -187,7 +198,7 @@ class Machine:
             if adapter not in bound:
                 if not self._free_a_context():
                     break
-                busy += self._bind(adapter)
+                busy += self._bind(adapter, busy)
                 busy += shared * self.prefill
             bound.move_to_end(adapter)
             take = min(self.places - self.active, len(batch.jobs) - batch.started)
@@ -220,19 +231,20 @@ class Machine:
                 return True
         return False
 
-    def _bind(self, adapter: int) -> float:
+    def _bind(self, adapter: int, now: float) -> float:
         """Milliseconds until a context is bound to it."""
+        loaded, binding = self.loaded, self.costs.switch_ms["loaded"]
+        self.read_ahead(adapter, now)
         self.switches += 1
         self.bound[adapter] = 0
-        loaded = self.loaded
         if adapter in loaded:
             loaded.move_to_end(adapter)
-            return self.costs.switch_ms["loaded"]
+            return binding
         self.loads += 1
         loaded[adapter] = None
         if len(loaded) > self.spec.adapters_loaded:
             del loaded[next(other for other in loaded if other not in self.bound)]
-        return self.costs.switch_ms["disk"]
+        return binding + max(0.0, self.reading.pop(adapter) - now)
 
 
 class Scheduler(Protocol):

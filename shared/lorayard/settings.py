@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     # Scheduler
     leader_ttl_ms: int = Field(3_000, ge=500)
     reserve_s: float = Field(45.0, ge=0)  # jobs go before those that only keep adapters busy from so long before they are due
-    batch_s: float = Field(6.0, gt=0)  # what a batch is meant to take at most: it is not interrupted for anything
+    batch_s: float = Field(30.0, gt=0)  # what a batch is meant to take at most: it is not interrupted for anything
     batch_rows_per_width: float = Field(2.0, gt=0)  # jobs in a batch, as a multiple of the worker's decode width
 
     # Worker
