@@ -101,6 +101,8 @@ async def chat(request: Request) -> Response:
     service.bodies.append(body)
     kind = _draw(service)
     prompt, most = tokens_of(body) if body.get("messages") else (0, 0)
+    if body.get("model") in service.broken_models:
+        kind = "500"
     reply = (fault(service, kind) if kind else None) or bad_body(service, body) or over_limits(service, prompt + most)
     service.calls[kind or str(reply.status_code if reply else 200)] += 1
     row = [time.monotonic() - service.started, float(reply.status_code if reply else 200), float(prompt + most)]

@@ -33,6 +33,7 @@ class Service:
     expire_after: int = -1  # lines of a batch that are run before its window ends; -1: all
     usage: dict[str, Any] | str | None = None  # instead of what is right, or beside it
     raw: str = ""  # instead of an answer
+    broken_models: tuple[str, ...] = ()  # each call of such a one is answered with 500
     fail_lines: tuple[str, ...] = ()  # of a batch: those whose text contains one of these fail
     refuse_batch: bool = False
     errors_as_array: bool = False

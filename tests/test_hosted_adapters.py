@@ -210,7 +210,7 @@ def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
     desk.publications.ask(digest, "acme/tone", model="tone-lora")
     found = desk.settle(digest)
     assert found is not None
-    assert (found.state, found.code) == ("refused", "model_not_found")
+    assert (found.state, found.code) == ("refused", "hosted_model_missing")
     desk.publications.ask(digest, "acme/tone", model=BASE)
     found = desk.settle(digest)
     assert found is not None

@@ -191,6 +191,69 @@ def test_a_service_that_is_away_opens_the_circuit_and_is_probed(store: redis.Red
         assert max(bench.job(f"j{n}")["attempts"] for n in range(100)) == 1
 
 
+def test_an_adapter_that_breaks_the_service_keeps_no_other_waiting(store: redis.Redis, redis_url: str, service: Running) -> None:
+    """A hundred jobs of an adapter whose every call is a 500 stand first in line; the fifty behind them are another's."""
+    service.service.broken_models = ("ft:bad",)
+    with bench_of(store, redis_url, service, hosted_unlimited=True) as bench:
+        bad, good = "a" * 32, "b" * 32
+        for digest, model in ((bad, "ft:bad"), (good, BASE)):
+            bench.publications.tell(bench.publications.ask(digest, "acme/x", model=model), state="ready")
+        bench.put([f"bad{n}" for n in range(100)], digest=bad)
+        bench.put([f"good{n}" for n in range(50)], digest=good)
+        while bench.dispatch(digest=f"{bad}@groq"):
+            pass
+        until(lambda: not bench.control._runner._breaker.closed)  # type: ignore[attr-defined]
+        bench.dispatch(digest=f"{good}@groq")
+        until(lambda: bench.ledger.counts().get("succeeded") == 50, 10)
+        assert {bench.job(f"bad{n}")["status"] for n in range(100)} <= {"delayed", "claimed", "running"}
+        assert bench.control.info.doubted == [bad]
+
+
+@pytest.mark.parametrize(("fault", "code"), [("302", "hosted_redirect"), ("402", "hosted_payment")])
+def test_what_no_job_can_help_ends_one_and_holds_the_others(bench: Bench, service: Running, fault: str, code: str) -> None:
+    service.service.next_faults = [fault]
+    document = bench.run("j1")
+    assert (document["status"], document["error"]["code"]) == ("failed", code)
+    bench.put(["j2"])
+    bench.dispatch()
+    time.sleep(0.5)
+    assert bench.job("j2")["status"] == "claimed"
+    assert sum(service.service.calls.values()) == 1
+    assert 50_000 < bench.org.state(BASE).blocked_ms <= 60_000
+
+
+def test_the_wait_that_a_refusal_asks_for_is_kept(bench: Bench, service: Running) -> None:
+    """0.25 s, as the stand-in says in fractions; and not the next whole second."""
+    service.service.next_faults = ["429"]
+    bench.put(["j1", "j2"])
+    bench.dispatch(1)
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    bench.dispatch(1)
+    bench.ended("j2")
+    (refused, _, _), (after, status, _) = service.service.log
+    assert status == 200
+    assert 0.25 <= after - refused < 0.9
+
+
+def test_the_first_call_of_an_adapter_after_idleness_is_a_cold_start(store: redis.Redis, redis_url: str, service: Running) -> None:
+    service.service.service_s = 0.05
+    with bench_of(store, redis_url, service, hosted_idle_s=0.6) as bench:
+        digest = "a" * 32
+        bench.publications.tell(bench.publications.ask(digest, "acme/x", model=BASE), state="ready")
+
+        def called(job_id: str) -> tuple[str, bool, bool]:
+            bench.put([job_id], digest=digest)
+            bench.dispatch(digest=f"{digest}@groq")
+            document = bench.ended(job_id)
+            stages = document["latencies_ms"]
+            assert stages["total"] == pytest.approx(sum(v for k, v in stages.items() if k != "total"), abs=2)
+            return document["adapter_temperature"], stages["adapter_load"] > 30, stages.get("network", 0) > 30
+
+        assert [called("j1"), called("j2")] == [("cold", True, False), ("warm", False, True)]
+        time.sleep(0.7)
+        assert called("j3") == ("cold", True, False)
+
+
 def test_two_workers_share_one_organisation_s_limits(store: redis.Redis, redis_url: str, service: Running) -> None:
     service.service.rpm = 20
     settings = {"hosted_rpm": 20}

@@ -110,7 +110,7 @@ class ServiceClient:
         why = failure(reply.status_code, told, reply.headers)
         if reply.status_code == 404:
             raise NotFound(why.message, code=str(told.get("code") or "not_found"))
-        if why.how != "final" and reply.status_code not in (401, 422):
+        if (why.how != "final" or why.blocked) and reply.status_code not in (401, 422):
             raise Unavailable(f"the hosted service cannot do it now: {why.message}", code=why.code, retry_after=max(1.0, why.after_s))
         raise ServiceError(reply.status_code, why.message, why.code)
 

@@ -76,6 +76,7 @@ class HostedRunner:
         self._settled: list[Settled] = []
         self._heads: dict[str, int] = {}
         self._blocked_until = self._blocked_at = self._ask_again = 0.0
+        self._unanswered = False  # the last question about limits
         self._granted: deque[tuple[float, int]] = deque()
         self._hot: dict[str, float] = {}
         self._loaded: list[str] = []
@@ -181,7 +182,7 @@ class HostedRunner:
         while True:
             wait_s = await self._let_through()
             if wait_s > HOLD_S:
-                self._put_off_all(wait_s)
+                self._put_off_all(wait_s, "rate_limited", f"the service allows no call for {wait_s:.0f} s")
                 continue
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
@@ -194,19 +195,26 @@ class HostedRunner:
             now = time.monotonic()
             if (wait_s := max(self._breaker.wait_s(now), self._blocked_until - now, self._ask_again - now)) > 0:
                 return wait_s
-            free = self._at_once() - len(self._running)
-            if free <= 0:
+            if not self._breaker.closed:
+                chosen = [self._probe()]
+            elif (free := self._at_once() - len(self._running)) <= 0:
                 return 0.0
-            if self._singly > 0:
-                free, self._singly = 1, self._singly - 1
-            chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
+            else:
+                if self._singly > 0:
+                    free, self._singly = 1, self._singly - 1
+                chosen = [heapq.heappop(self._waiting) for _ in range(min(free, _ASK_MOST, len(self._waiting)))]
             if wait_s := await self._ask(chosen):
                 return wait_s
         return 0.0
 
+    def _probe(self) -> tuple[int, int, Call]:
+        """The most due of what is least suspected of failing by its own fault."""
+        row = min(self._waiting, key=lambda row: (self._breaker.suspicion(row[2].item.ref, row[2].digest), row[:2]))
+        self._waiting.remove(row)
+        heapq.heapify(self._waiting)
+        return row
+
     def _at_once(self) -> int:
-        if not self._breaker.closed:
-            return 1
         known = self._settings.hosted_unlimited or bool(self._known and self._known.numbers.get("rpm"))
         return self._concurrency.limit(known=known)
 
@@ -221,12 +229,15 @@ class HostedRunner:
                 return 0.0
             reserved = await self._reserve(wants)
         except (Unavailable, redis.RedisError) as error:
+            self._unanswered = True
             log.warning("limits cannot be asked for; calls wait", reason=str(error))
             self._push_back([row for row in rows if row[2].key in self._calls])
             return 1.0
         except LorayardError as error:
+            self._unanswered = True
             self._not_taken([row for row in rows if row[2].key in self._calls], error)
             return 0.0
+        self._unanswered = False
         begun: dict[str, list[str]] = {}
         for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
             call.want = want
@@ -309,18 +320,27 @@ class HostedRunner:
         error = {"message": message, "type": "server_error", "code": "budget_exhausted", "param": None}
         self._end(call, error=error, later=True, after_ms=_MONEY_AGAIN_MS)
 
-    def _put_off_all(self, wait_s: float) -> None:
-        error = {"message": f"the service allows no call for {wait_s:.0f} s", "type": "server_error", "code": "rate_limited", "param": None}
+    def _put_off_all(self, wait_s: float, code: str, message: str) -> None:
+        error = {"message": message, "type": "server_error", "code": code, "param": None}
         for _, _, call in self._waiting:
             self._end(call, error=error, later=True, after_ms=round(min(wait_s, 600) * 1000))
         self._waiting.clear()
+
+    def _make_way(self, now: float) -> None:
+        """Of an open breaker: where all that wait may be to blame themselves, most are put off, so that others come to be probed with."""
+        doubted = self._breaker.doubted(now)
+        if self._breaker.closed or len(self._waiting) < 2 or not all(call.digest in doubted for _, _, call in self._waiting):
+            return
+        probe = self._probe()
+        self._put_off_all(self._breaker.wait_s(now), "over_capacity", "most calls of its adapter fail at the service")
+        self._waiting.append(probe)
 
     # -- one call -----------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, call: Call) -> None:
         self._running[call.key] = call
         self._hot[call.digest] = call.started = time.monotonic()
-        self._breaker.calling()
+        self._breaker.calling(call.item.ref)
         call.task = self._loop.create_task(self._make(call))
 
     async def _make(self, call: Call) -> None:
@@ -331,25 +351,19 @@ class HostedRunner:
             else:
                 self._failed(call, result)
         except asyncio.CancelledError:
-            self._breaker.released()
+            self._breaker.released(call.item.ref)
             raise
         except Exception:  # the job would be held for ever
             log.exception("a call went wrong here", job=call.item.ref)
-            self._breaker.released()
-            error = {
-                "message": "an internal error; the worker's log has it",
-                "type": "server_error",
-                "code": "internal_error",
-                "param": None,
-            }
-            self._end(call, error=error, retryable=True)
+            self._breaker.released(call.item.ref)
+            self._end(call, error=LorayardError("an internal error; the worker's log has it").document(), retryable=True)
         finally:
             self._running.pop(call.key, None)
             self._wake.set()
 
     def _succeeded(self, call: Call, reply: Reply) -> None:
         self._concurrency.succeeded()
-        self._breaker.succeeded()
+        self._breaker.succeeded(call.item.ref, call.digest, time.monotonic())
         self._heads = limits_told(reply.headers) or self._heads
         prompt, tokens, nano = call.used(reply.body, self._price)
         if prompt:
@@ -372,12 +386,13 @@ class HostedRunner:
     def _failed(self, call: Call, failure: Failure) -> None:
         now = time.monotonic()
         self._counters[failure.code] += 1
-        if failure.overload or failure.blocked:
-            self._concurrency.overloaded(now)
         if failure.overload:
-            self._breaker.failed(now)
+            self._concurrency.overloaded(now)
+        if failure.trouble:
+            self._breaker.failed(call.item.ref, call.digest, now)
+            self._make_way(now)
         else:
-            self._breaker.succeeded()
+            self._breaker.succeeded(call.item.ref, call.digest, now)
         if not failure.unknown:
             self._settled.append(call.settled(0, 0))
         if failure.blocked:
@@ -444,8 +459,10 @@ class HostedRunner:
             counters = {name: float(n) for name, n in self._counters.items()}
             counters |= {"active": float(len(self._running)), "waiting": float(len(self._waiting))}
             counters |= {name: float(n) for name, n in (self._known.numbers if self._known else {}).items()}
+            counters |= {"breaker_open": float(not self._breaker.closed), "limits_unanswered": float(self._unanswered)}
             hot = [digest for digest, at in self._hot.items() if time.monotonic() - at < self._settings.hosted_idle_s]
-            self._emit(Progress(self._counters["answered"], hot, self._loaded, counters, self._room()))
+            doubted = sorted(self._breaker.doubted(time.monotonic()))
+            self._emit(Progress(self._counters["answered"], hot, self._loaded, counters, self._room(), doubted=doubted))
             await asyncio.sleep(BEAT_S)
 
     async def _look(self) -> None:
@@ -474,6 +491,8 @@ class HostedRunner:
             self._granted.popleft()
         if max(self._blocked_until, self._ask_again) - now > HOLD_S:
             return 0
+        if not self._breaker.closed:
+            return 8
         room = max(2 * self._at_once(), 8, 2 * sum(n for _, n in self._granted))
         rpm = self._known.numbers.get("rpm") if self._known else None
         if rpm:
