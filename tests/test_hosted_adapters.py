@@ -312,6 +312,40 @@ def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
     assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"
 
 
+ODD: list[dict[str, Any]] = [
+    {"temperature": 3},
+    {"top_p": 1.5},
+    {"stop": ["a", 1]},
+    {"stop": list("abcde")},
+    {"tools": [{"type": "function"}]},
+    {"tools": "none"},
+    {"response_format": {"type": "xml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"seed": 1.5},
+    {"user": 7},
+    {"parallel_tool_calls": "yes"},
+    {"service_tier": "gold"},
+    {"reasoning_effort": 3},
+    {"messages": [{"content": "nobody says it"}]},
+]
+
+
+@pytest.mark.parametrize("fields", ODD, ids=str)
+def test_what_the_service_would_refuse_for_its_form_is_refused_at_submit(api: Api, store: redis.Redis, fields: dict[str, Any]) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    body = job(route="groq")
+    body["request"] |= fields
+    (name,) = fields
+    reply = api.call("POST", "/v1/jobs", json=body)
+    assert error(reply) == (400, "invalid_request")
+    assert reply.json()["error"]["param"] == name
+
+
+def test_the_list_of_codes_can_be_asked_for(api: Api) -> None:
+    rows = api.call("GET", "/v1/hosted/errors").json()["data"]
+    assert {row["code"]: row["then"] for row in rows}["request_too_large"] == "failed"
+
+
 @pytest.mark.parametrize("most", [10**20, 1e300, -1, 0, 1.5, "9", True])
 def test_a_number_of_tokens_that_is_none_is_refused_at_submit(api: Api, store: redis.Redis, most: Any) -> None:
     Policies(store).set("acme", Policy(hosted=True))
