@@ -182,7 +182,7 @@ def test_a_service_that_is_away_opens_the_circuit_and_is_probed(store: redis.Red
         bench.put([f"j{n}" for n in range(100)])
         for _ in range(4):
             bench.dispatch()
-        until(lambda: not bench.control._runner._breaker.closed)  # type: ignore[attr-defined]
+        until(lambda: not bench.control._runner.gate.breaker.closed)  # type: ignore[attr-defined]
         tried = sum(service.service.calls.values())
         assert tried < 60, "the rest was not even tried"
         service.service.faults = {}
@@ -202,7 +202,7 @@ def test_an_adapter_that_breaks_the_service_keeps_no_other_waiting(store: redis.
         bench.put([f"good{n}" for n in range(50)], digest=good)
         while bench.dispatch(digest=f"{bad}@groq"):
             pass
-        until(lambda: not bench.control._runner._breaker.closed)  # type: ignore[attr-defined]
+        until(lambda: not bench.control._runner.gate.breaker.closed)  # type: ignore[attr-defined]
         bench.dispatch(digest=f"{good}@groq")
         until(lambda: bench.ledger.counts().get("succeeded") == 50, 10)
         assert {bench.job(f"bad{n}")["status"] for n in range(100)} <= {"delayed", "claimed", "running"}
@@ -313,14 +313,14 @@ def test_an_answer_that_is_none_is_put_off(bench: Bench, service: Running, raw: 
 
 
 def test_a_job_that_the_ledger_will_not_reserve_for_harms_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    reserve = bench.org.reserve
+    reserve = bench.org.reserve_in
 
-    def refusing(base: str, wants: Any) -> Any:
+    async def refusing(caller: Any, base: str, wants: Any) -> Any:
         if any(want.tokens > 5000 for want in wants):
             raise LorayardError("the ledger refuses it", code="ledger_error")
-        return reserve(base, wants)
+        return await reserve(caller, base, wants)
 
-    monkeypatch.setattr(bench.org, "reserve", refusing)
+    monkeypatch.setattr(bench.org, "reserve_in", refusing)
     bench.put(["bad"], max_tokens=6000)
     bench.put([f"j{n}" for n in range(5)])
     bench.work_off()
@@ -332,11 +332,11 @@ def test_a_job_that_the_ledger_will_not_reserve_for_harms_no_other(bench: Bench,
 def test_a_wait_without_bound_is_bounded_and_can_be_lifted(bench: Bench, store: redis.Redis, after: str) -> None:
     told = failure(429, {"message": f"Limit {'9' * 27}"}, {"retry-after": after})
     assert 0 <= told.after_s <= 86_400
-    bench.control._runner._background(bench.control._runner._telling, bench.org.block, BASE, 86_400_000, "a test")  # type: ignore[attr-defined]
+    bench.org.block(BASE, 86_400_000, "a test")
     until(lambda: bench.org.state(BASE).blocked_ms > 0)
-    until(lambda: bench.control._runner._room() == 0)  # type: ignore[attr-defined]
+    until(lambda: bench.control._runner.gate.room() == 0)  # type: ignore[attr-defined]
     store.delete(bench.org.prefix + "blocked:" + BASE)
-    until(lambda: bench.control._runner._room() > 0)  # type: ignore[attr-defined]
+    until(lambda: bench.control._runner.gate.room() > 0)  # type: ignore[attr-defined]
     assert answer(bench.run("j1"))
 
 

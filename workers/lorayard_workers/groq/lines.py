@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from lorayard.errors import Unavailable
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, EndStatus
 from lorayard.ledger.organisation import NANO
@@ -102,4 +103,4 @@ def errors_of(batch: dict[str, Any]) -> str:
 
 
 def error_line(message: str, code: str) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": "server_error", "code": code, "param": None}})
+    return msgspec.json.encode({"error": Unavailable(message, code=code).document()})
