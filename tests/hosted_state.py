@@ -49,6 +49,7 @@ class Service:
         self.tunings: dict[str, dict[str, Any]] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.window: deque[list[float]] = deque()  # [time, tokens] of calls let in
+        self.window_tokens = 0.0
         self.started = time.monotonic()
         self.day_requests = 0
         self.calls: Counter[str] = Counter()  # by status or fault
