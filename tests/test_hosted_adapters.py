@@ -24,6 +24,7 @@ from lorayard.adapters.peft import read_adapter
 from lorayard.adapters.store import ArtifactStore
 from lorayard.errors import AdapterRejected
 from lorayard.hosted import BASES
+from lorayard.jobs import lane_of
 from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard_workers.groq import adapters
@@ -284,6 +285,20 @@ def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: r
     assert not service.service.tunings
     with desk.client:
         pass
+
+
+def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api, rank=12)
+    assert api.call("PUT", "/v1/adapters/tone/publication", json={"to": "groq"}).status_code == 202
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        desk.provisioner.sweep()
+    refused = api.call("POST", "/v1/jobs", json=job(route="groq", adapter="tone"))
+    assert error(refused) == (400, "adapter_rank")
+    assert "rank 12" in refused.json()["error"]["message"]
+    assert "id" in api.post(job(route="auto", adapter="tone"))[0]
+    assert [lane_of(g.digest) for g in api.ledger.snapshot().groups] == [""]
 
 
 def test_lanes_keep_hosted_and_local_jobs_apart(api: Api, store: redis.Redis, service: Running) -> None:

@@ -224,6 +224,7 @@ def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: p
     desk.keeper._service._http.headers["authorization"] = "Bearer wrong"
     desk.keeper.sweep()
     assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
+    until(lambda: any(b"Invalid API Key" in one.note for one in desk.ledger.tend("x", limit=1, hold_ms=1)))  # the doctor reads it
     desk.keeper._service._http.headers["authorization"] = key
     desk.sweep_until("succeeded", ids=("a",))
 

@@ -203,6 +203,8 @@ def test_an_adapter_that_breaks_the_service_keeps_no_other_waiting(store: redis.
         while bench.dispatch(digest=f"{bad}@groq"):
             pass
         until(lambda: not bench.control._runner.gate.breaker.closed)  # type: ignore[attr-defined]
+        until(lambda: len(bench.control._runner.gate) <= 1)  # type: ignore[attr-defined]
+        assert bench.control._runner.gate.room() > 1, "there is room for others to be probed with"  # type: ignore[attr-defined]
         bench.dispatch(digest=f"{good}@groq")
         until(lambda: bench.ledger.counts().get("succeeded") == 50, 10)
         assert {bench.job(f"bad{n}")["status"] for n in range(100)} <= {"delayed", "claimed", "running"}

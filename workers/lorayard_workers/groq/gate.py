@@ -204,7 +204,7 @@ class Gate:
         tenant = split_ref(call.item.ref)[0]
         prompt, answer = prompt_tokens(call.body, self.estimate.tokens_per_byte), answer_tokens(call.body)
         nano = round(prompt * self._price[0] + answer * self._price[1])
-        return Want(call.model, prompt + answer, tenant, nano, self._who_may[tenant].caps)
+        return Want(call.model, prompt + answer, tenant, nano, self._who_may.get(tenant, NOTHING_LEAVES).caps)
 
     def _has_leave(self, call: Call) -> bool:
         return self._who_may.get(split_ref(call.item.ref)[0], NOTHING_LEAVES).hosted
