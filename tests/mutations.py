@@ -96,7 +96,7 @@ TIME = of(
     ("deadlines are not watched", "enqueue", "if sort.expiry ~= '0' then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end", ""),
     ("a job expires while it runs", "reap", "if begun == 1 then", "if false then"),
     ("the deadline of a running job is forgotten", "reap", "redis.call('ZADD', p .. 'deadlines', digits(c.at + 1000), ref)", ""),
-    ("what waits at a worker does not expire", "reap", "elseif job then", "elseif job and batchof(p, ref).id == '' then"),
+    ("what waits at a worker does not expire", "reap", "elseif job then", "elseif job and batch_of(p, ref).id == '' then"),
     ("an ended job's deadline stays", "clean", "redis.call('ZREM', c.p .. 'deadlines', job.ref)", ""),
     ("not_before is ignored", "sort_of", "tonumber(deadline), tonumber(not_before)", "tonumber(deadline), 0"),
     ("what is delayed wakes at once", "reap", "p .. 'delayed', '-inf', c.at_text", "p .. 'delayed', '-inf', '+inf'"),
@@ -136,7 +136,7 @@ ATTEMPTS = of(
     ("a result tells one attempt too few", "finish", ".. attempts + 1 .. back", ".. attempts .. back"),
     ("an ended job leaves its tries (the plain case)", "finish", "if tries[k] then redis.call('HDEL', p .. 'tries', ref) end", ""),
     ("a dead letter lives again with its old attempts", "store", "redis.call('HDEL', c.p .. 'tries', job.ref)", ""),
-    ("a dead letter has lost its request", "bury", "'\\n' .. headof(job) .. '\\n' .. job.request", "nil"),
+    ("a dead letter has lost its request", "bury", "'\\n' .. head_of(job) .. '\\n' .. job.request", "nil"),
     ("dead letters are not listed", "bury", "redis.call('ZADD', c.p .. 'dead:' .. job.tenant, c.at_text, job.id)", ""),
 )
 

@@ -252,10 +252,14 @@ def test_the_breaker_opens_probes_and_closes() -> None:
     one.calling("q")
     one.released("q")
     assert one.wait_s(13.2) == 0, "a cancelled probe tells nothing"
+    for waits in (5, 10, 30, 30):
+        one.calling("q")
+        one.failed("q", "a", 20.0)
+        assert one.wait_s(20.0) == waits
     one.calling("q")
-    one.succeeded("q", "a", 13.3)
+    one.succeeded("q", "a", 60.0)
     assert one.closed
-    assert one.wait_s(13.3) == 0
+    assert one.wait_s(60.0) == 0
 
 
 def test_one_job_or_one_adapter_opens_no_breaker_for_the_others() -> None:
