@@ -38,6 +38,7 @@ SUITES = {
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
     "limits": ("tests/test_hosted_limits.py",),
     "hosted": ("tests/test_hosted_worker.py",),
+    "gate": ("tests/test_hosted_gate.py",),
     "provisioning": ("tests/test_hosted_adapters.py", "tests/test_hosted_kills.py"),
     "batches": ("tests/test_hosted_batches.py", "tests/test_hosted_kills.py"),
     "plans": ("tests/test_hosted_planner.py",),

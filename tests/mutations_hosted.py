@@ -44,7 +44,7 @@ GATE = of(
     ("one bad question holds all others", "_not_taken", "self._singly = len(rows)", "pass"),
     ("a block that was lifted still holds", "look", "told if now - self._blocked_at > _FRESH_S else max(", "max(told, "),
     ("what is blocked for long is kept", "room", "if max(self._blocked_until, self._ask_again) - now > HOLD_S:", "if False:"),
-    suite="hosted",
+    suite="gate",
     file="lorayard_workers/groq/gate.py",
 )
 

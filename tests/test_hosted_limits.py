@@ -328,6 +328,7 @@ def test_where_a_refusal_says_when_and_which_limit() -> None:
     assert told.after_s == pytest.approx(2185.056)
     assert told.how == "later"
     assert failure(429, {"message": message}, {"retry-after": "1.75"}).after_s == 1.75
+    assert failure(503, {}, {"retry-after": "1e300"}).after_s == 86_400
     assert failure(413, {"message": message.replace("try", "")}, {}).how == "final"
     assert failure(404, {"message": "no model"}, {}).missing
 
