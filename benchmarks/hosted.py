@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,53 +272,97 @@ def _is_right(job_id: str, document: dict[str, Any] | None) -> bool:
 # -- what it costs -------------------------------------------------------------------------------------------------------------------------
 
 
+IN_FLIGHT = {1: 40, 8: 240, 50: 800}
+"""Calls at a time, and calls in a turn."""
+
+
 def overhead(quick: bool) -> Metrics:
-    """One call at a time, in turns through the runner (gate, limits in the ledger, answer read) and by a bare httpx client."""
-    rounds = 30 if quick else 300
+    """So many calls at a time through the runner (gate, limits in the ledger, answer read), in turns with a bare httpx client that holds as
+    many and speaks the same HTTP version; the median of what a call takes here and there."""
     with _service() as service, tempfile.TemporaryDirectory(prefix="lorayard-bench-") as folder:
         settings = Settings(
             state_dir=Path(folder), hosted_model=BASE, hosted_url=f"{service.root}/openai/v1", hosted_key=KEY, hosted_rpm=1_000_000
         )
         with embedded.running(settings) as url, connect(url) as store:
             Policies(store).set("acme", Policy(hosted=True))
-            heard: queue.SimpleQueue[tuple[Event, float]] = queue.SimpleQueue()
-            runner = HostedRunner(settings, organisation(settings, store), Policies(store), lambda: ["base"], lambda _: None)
-            runner.start(lambda event: heard.put((event, time.perf_counter())))
-            _next(heard, Ready)
-            ours, bare = asyncio.run(_in_turns(rounds, runner, heard, settings))
-            runner.close()
-    return {
-        "overhead_ms_p50": statistics.median(ours) - statistics.median(bare),
-        "call_ms_p50": statistics.median(ours),
-        "bare_ms_p50": statistics.median(bare),
-    }
+            ours = Ours(HostedRunner(settings, organisation(settings, store), Policies(store), lambda: ["base"], lambda _: None))
+            found: Metrics = {}
+            for n, calls in IN_FLIGHT.items():
+                here, there = _in_turns(ours, settings, n, calls // 4 if quick else calls)
+                found[f"overhead_ms_p50_at_{n}"] = statistics.median(here) - statistics.median(there)
+                found |= {f"call_ms_p50_at_{n}": statistics.median(here), f"bare_ms_p50_at_{n}": statistics.median(there)}
+            ours.runner.close()
+    return found | {"overhead_ms_p50": found["overhead_ms_p50_at_8"]}
 
 
-async def _in_turns(
-    rounds: int, runner: HostedRunner, heard: queue.SimpleQueue[tuple[Event, float]], settings: Settings
-) -> tuple[Sequence[float], Sequence[float]]:
-    ours, bare = [], []
-    request = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}
-    raw = msgspec.Raw(msgspec.json.encode(request))
-    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as client:
-        for n in range(rounds):
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 16}
+
+
+class Ours:
+    """Calls through the runner: whenever one ends, the next is handed in."""
+
+    def __init__(self, runner: HostedRunner) -> None:
+        self.runner = runner
+        self._raw = msgspec.Raw(msgspec.json.encode(ASKED))
+        self._numbers = itertools.count()
+        self._begun: dict[str, float] = {}
+        self._took: list[float] = []
+        self._left = 0
+        self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        runner.start(self._hear)
+        self._said.get(timeout=30)
+
+    def take(self, n: int, calls: int) -> list[float]:
+        """Milliseconds of each."""
+        self._took, self._left = [], calls - n
+        for _ in range(n):
+            self._next()
+        self._said.get(timeout=120)
+        return self._took
+
+    def _next(self) -> None:
+        number = next(self._numbers)
+        self._begun[f"acme/j{number}"] = time.perf_counter()
+        self.runner.submit(Work(f"b{number}", None, [WorkItem(f"acme/j{number}", "/v1/chat/completions", self._raw)], "groq"))
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self._said.put("ready")
+        elif isinstance(event, Outcome):
+            self._took.append((time.perf_counter() - self._begun.pop(event.ref)) * 1000)
+            if self._left > 0:
+                self._left -= 1
+                self._next()
+            elif not self._begun:
+                self._said.put("over")
+
+
+def _in_turns(ours: Ours, settings: Settings, n: int, calls: int) -> tuple[list[float], list[float]]:
+    here: list[float] = []
+    there: list[float] = []
+    with asyncio.Runner() as loop:
+        client = httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}, http2=True, limits=httpx.Limits(max_connections=n))
+        for turn in range(6):
+            mine, bare = ours.take(n, calls), loop.run(_bare(client, settings, n, calls))
+            if turn:  # the first opens connections, and finds out how many calls at once are well
+                here += mine
+                there += bare
+        loop.run(client.aclose())
+    return here, there
+
+
+async def _bare(client: httpx.AsyncClient, settings: Settings, n: int, calls: int) -> list[float]:
+    took: list[float] = []
+
+    async def one_after_another() -> None:
+        while len(took) + n <= calls:
             begun = time.perf_counter()
-            runner.submit(Work(f"b{n}", None, [WorkItem(f"acme/j{n}", "/v1/chat/completions", raw)], "groq"))
-            ended = await asyncio.to_thread(_next, heard, Outcome)
-            ours.append((ended - begun) * 1000)
-            begun = time.perf_counter()
-            reply = await client.post(f"{settings.hosted_url}/chat/completions", json=request | {"model": BASE})
+            reply = await client.post(f"{settings.hosted_url}/chat/completions", json=ASKED | {"model": BASE})
             reply.json()
-            bare.append((time.perf_counter() - begun) * 1000)
-    return ours[5:], bare[5:]
+            took.append((time.perf_counter() - begun) * 1000)
 
-
-def _next(heard: queue.SimpleQueue[tuple[Event, float]], kind: type) -> float:
-    """When the next of that kind was told."""
-    while True:
-        event, at = heard.get(timeout=30)
-        if isinstance(event, kind):
-            return at
+    await asyncio.gather(*(one_after_another() for _ in range(n)))
+    return took
 
 
 def rss(quick: bool) -> Metrics:

@@ -35,8 +35,8 @@ MINUTE = 60.0
 
 def used(service: Service) -> tuple[int, float]:
     while service.window and service.window[0][0] < time.monotonic() - MINUTE:
-        service.window.popleft()
-    return len(service.window), sum(entry[1] for entry in service.window)
+        service.window_tokens -= service.window.popleft()[1]
+    return len(service.window), service.window_tokens
 
 
 def limited(service: Service, scope: str, limit: int, have: float, want: int, again_s: float) -> JSONResponse:
@@ -101,6 +101,8 @@ async def chat(request: Request) -> Response:
     service.bodies.append(body)
     kind = _draw(service)
     prompt, most = tokens_of(body) if body.get("messages") else (0, 0)
+    if body.get("model") in service.broken_models:
+        kind = "500"
     reply = (fault(service, kind) if kind else None) or bad_body(service, body) or over_limits(service, prompt + most)
     service.calls[kind or str(reply.status_code if reply else 200)] += 1
     row = [time.monotonic() - service.started, float(reply.status_code if reply else 200), float(prompt + most)]
@@ -109,6 +111,7 @@ async def chat(request: Request) -> Response:
         return reply
     entry = [time.monotonic(), float(prompt + most)]
     service.window.append(entry)
+    service.window_tokens += entry[1]
     service.day_requests += 1
     service.under_way += 1
     service.most_under_way = max(service.most_under_way, service.under_way)
@@ -117,6 +120,9 @@ async def chat(request: Request) -> Response:
     finally:
         service.under_way -= 1
     answer = completion(service, body)
+    used(service)
+    if service.window and entry[0] >= service.window[0][0]:
+        service.window_tokens += answer["usage"]["total_tokens"] - entry[1]
     entry[1] = row[2] = answer["usage"]["total_tokens"]
     if kind in ("reset", "truncated", "garbage"):
         return Fault(kind, json.dumps(answer).encode())
@@ -225,7 +231,7 @@ class Running:
 @contextlib.contextmanager
 def serving(**options: Any) -> Iterator[Running]:
     service = Service(**options)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener = _listener(0)
     server = uvicorn.Server(_config(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -239,15 +245,28 @@ def serving(**options: Any) -> Iterator[Running]:
         listener.close()
 
 
+def _listener(port: int) -> socket.socket:
+    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only for sockets that name their protocol
+    return listener
+
+
 def _config(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
-        make_app(service), log_level="critical", access_log=False, ws="none", lifespan="off", timeout_graceful_shutdown=1, backlog=2048
+        make_app(service),
+        log_level="critical",
+        access_log=False,
+        ws="none",
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=75,  # as a service's front does, rather than uvicorn's 5 s
+        backlog=2048,
     )
 
 
 def main() -> None:
     service = Service(**json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
-    listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=2048)
+    listener = _listener(int(sys.argv[1]))
     uvicorn.Server(_config(service)).run(sockets=[listener])
 
 

@@ -33,6 +33,7 @@ class Service:
     expire_after: int = -1  # lines of a batch that are run before its window ends; -1: all
     usage: dict[str, Any] | str | None = None  # instead of what is right, or beside it
     raw: str = ""  # instead of an answer
+    broken_models: tuple[str, ...] = ()  # each call of such a one is answered with 500
     fail_lines: tuple[str, ...] = ()  # of a batch: those whose text contains one of these fail
     refuse_batch: bool = False
     errors_as_array: bool = False
@@ -48,6 +49,7 @@ class Service:
         self.tunings: dict[str, dict[str, Any]] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.window: deque[list[float]] = deque()  # [time, tokens] of calls let in
+        self.window_tokens = 0.0
         self.started = time.monotonic()
         self.day_requests = 0
         self.calls: Counter[str] = Counter()  # by status or fault

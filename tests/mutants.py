@@ -26,6 +26,7 @@ from typing import NamedTuple
 import redis
 from ledger_support import serving
 from mutations import MUTANTS, Mutant
+from mutations_hosted import HOSTED_MUTANTS
 
 from lorayard.ledger.connection import connect
 
@@ -37,10 +38,17 @@ SUITES = {
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
     "limits": ("tests/test_hosted_limits.py",),
     "hosted": ("tests/test_hosted_worker.py",),
+    "gate": ("tests/test_hosted_gate.py",),
     "provisioning": ("tests/test_hosted_adapters.py", "tests/test_hosted_kills.py"),
     "batches": ("tests/test_hosted_batches.py", "tests/test_hosted_kills.py"),
+    "plans": ("tests/test_hosted_planner.py",),
+    "loop": ("tests/test_ledger_loop.py",),
+    "commands": ("tests/test_hosted_fleet.py",),
+    "doctor": ("tests/test_doctor.py",),
 }
 """What may notice a mutant of that kind; each file is run by itself until its first failure."""
+
+ALL = [*MUTANTS, *HOSTED_MUTANTS]
 
 
 class Caught(NamedTuple):
@@ -202,7 +210,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--first", action="store_true", help="stop at the first file of tests that notices")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if not options.only or options.only in m.name or options.only in m.kind]
+    chosen = [m for m in ALL if not options.only or options.only in m.name or options.only in m.kind]
 
     def tell(outcome: Outcome) -> None:
         shown = [f"{Path(path).stem}: {hit.test} {hit.seconds} s" for path, hit in outcome.by.items() if hit]

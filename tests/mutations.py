@@ -1,4 +1,4 @@
-"""The list of what is broken on purpose: `mutants.py` runs the tests on each."""
+"""The list of what is broken on purpose: `mutants.py` runs the tests on each. What is hosted work's is in `mutations_hosted.py`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class Mutant(NamedTuple):
     file: str = LEDGER
 
 
-def _of(kind: str, *rows: tuple[str, str, str, str], suite: str = "ledger", file: str = LEDGER) -> list[Mutant]:
+def of(kind: str, *rows: tuple[str, str, str, str], suite: str = "ledger", file: str = LEDGER) -> list[Mutant]:
+    """Mutants of one file, as (name, within, old, new)."""
     return [Mutant(kind, *row, suite, file) for row in rows]
 
 
-FENCING = _of(
+FENCING = of(
     "fencing",
     ("every fence is current", "current", "return redis.call('HGET', p .. 'batch:' .. bid, 'f') == fence", "return true"),
     ("finish asks for the batch, not for its fence", "finish", "local valid = batch.fence == fence", "local valid = batch.id ~= ''"),
@@ -43,7 +44,7 @@ FENCING = _of(
     ("a job named twice in one call ends twice", "finish", " or done[ref] or not", " or not"),
 )
 
-LEASES = _of(
+LEASES = of(
     "leases",
     ("no lease ever runs out", "reap", "p .. 'leases', '-inf', c.at_text", "p .. 'leases', '-inf', '-inf'"),
     ("every lease has run out", "reap", "p .. 'leases', '-inf', c.at_text", "p .. 'leases', '-inf', '+inf'"),
@@ -72,7 +73,7 @@ LEASES = _of(
     ),
 )
 
-IDEMPOTENCY = _of(
+IDEMPOTENCY = of(
     "idempotency",
     ("the key is not stored", "enqueue", "redis.call('SET', p .. 'idem:' .. sort.tenant .. ':' .. idem, id .. '\\t' .. sort.hash)", ""),
     ("the body is not compared", "enqueue", "answer = body == sort.hash and 'e' .. first or 'c'", "answer = 'e' .. first"),
@@ -90,7 +91,7 @@ IDEMPOTENCY = _of(
     ("a repeated claim claims more", "claim", "if before.id ~= '' then", "if false then"),
 )
 
-TIME = _of(
+TIME = of(
     "time",
     ("deadlines are not watched", "enqueue", "if sort.expiry ~= '0' then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end", ""),
     ("a job expires while it runs", "reap", "if begun == 1 then", "if false then"),
@@ -107,7 +108,7 @@ TIME = _of(
     ("a result stays for ever (the others)", "store", "value .. (rest or ''), 'EX', ttl)", "value .. (rest or ''))"),
 )
 
-ATTEMPTS = _of(
+ATTEMPTS = of(
     "attempts",
     ("starting does not count", "start", "redis.call('SADD', p .. 'begun:' .. bid, ...)", ""),
     ("a lost worker costs two attempts", "requeue", "attempts = attempts + begun", "attempts = attempts + 2 * begun"),
@@ -139,7 +140,7 @@ ATTEMPTS = _of(
     ("dead letters are not listed", "bury", "redis.call('ZADD', c.p .. 'dead:' .. job.tenant, c.at_text, job.id)", ""),
 )
 
-WITHDRAWAL = _of(
+WITHDRAWAL = of(
     "cancel, delete, retry",
     ("a cancelled job's late result is stored", "withdraw", "redis.call('SREM', c.p .. 'members:' .. batch.id, job.ref)", ""),
     ("a cancelled job stays queued", "withdraw", "if leave_queue(c, job) or redis.call", "if redis.call"),
@@ -168,7 +169,7 @@ WITHDRAWAL = _of(
     ("listings of living jobs are forgotten", "forget", "if redis.call('EXISTS', p .. 'job:'", "if 0 * redis.call('EXISTS', p .. 'job:'"),
 )
 
-SCHEDULING = _of(
+SCHEDULING = of(
     "scheduling",
     (
         "a scheduler that was replaced claims",
@@ -207,7 +208,7 @@ SCHEDULING = _of(
     ("a newcomer's lift takes from who has more", "lift", "if served < tonumber(args[2]) then", "if true then"),
 )
 
-MEMORY = _of(
+MEMORY = of(
     "memory and messages",
     ("jobs are taken in until memory runs out", "enqueue", "elseif bytes < #payload + OVERHEAD then", "elseif false then"),
     (
@@ -223,7 +224,7 @@ MEMORY = _of(
     suite="messages",
 )
 
-PYTHON = _of(
+PYTHON = of(
     "ledger.py",
     ("a batch is computed in no order", "_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
     ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
@@ -232,7 +233,7 @@ PYTHON = _of(
     file="lorayard/ledger/ledger.py",
 )
 
-CONTROL = _of(
+CONTROL = of(
     "the worker's control process",
     (
         "leases are not renewed",
@@ -297,7 +298,7 @@ CONTROL = _of(
     file="lorayard_workers/control.py",
 )
 
-SUBMITTED = _of(
+SUBMITTED = of(
     "submitted",
     ("a submitted batch keeps its lease", "submit", "redis.call('ZREM', p .. 'leases', bid)", ""),
     ("a submitted batch stays its worker's", "submit", "redis.call('SREM', p .. 'outstanding:' .. batch.worker, bid)", ""),
@@ -312,79 +313,6 @@ SUBMITTED = _of(
     ("a submitted job is found nowhere", "all_batches", "do names[#names + 1] = bid end", "do end"),
 )
 
-LIMITS = _of(
-    "limits",
-    ("a minute is as short as the service's", "read_minute", "(at - MINUTE_MS - margin)", "(at - MINUTE_MS + 5000)"),
-    (
-        "requests are not counted",
-        "reserve",
-        "took_requests, took_tokens = took_requests + 1, took_tokens + want",
-        "took_tokens = took_tokens + want",
-    ),
-    ("tokens of a minute are no limit", "reserve", "(known.tpm and tokens + took_tokens + want > known.tpm)", "false"),
-    ("settling frees nothing", "settle", "redis.call('HINCRBY', p .. 'used:' .. model, 't', digits(more))", ""),
-    ("money is not counted before the call", "reserve", "spend(p, day, month, tenant, nano)", ""),
-    ("the organisation's own cap is no cap", "spend", "redis.call('HINCRBY', p .. 'spent:' .. name, '*', digits(nano))", ""),
-    ("a repeated call counts again", "once", "if known then", "if false then"),
-    ("a shorter block ends a longer one", "block", "if redis.call('PTTL', key) < ms then", "do"),
-    ("a block holds nobody", "reserve", "if blocked > 0 then", "if false then"),
-    ("the day is full again at once", "read_day", "passed * limit / DAY_MS", "limit"),
-    suite="limits",
-    file="lorayard/ledger/limits.lua",
-)
-
-HOSTED = [
-    *_of(
-        "hosted calls",
-        ("a refusal holds only the one", "_failed", "if failure.blocked:\n            self._block(failure)", "if False:\n            pass"),
-        ("data leaves without leave", "_may_leave", "if self._has_leave(call):", "if True:"),
-        ("a cancelled call goes on", "_cancel", "call.task.cancel()", "pass"),
-        ("no whole answer costs an attempt", "_failed", 'patience=PATIENCE if failure.how == "patience" else 0', "patience=0"),
-        ("no whole answer never costs an attempt", "_failed", 'later=failure.how == "later"', 'later=failure.how in ("later", "patience")'),
-        ("the limit that was told is not learned", "_block", "if failure.limit:", "if False:"),
-        ("a breaker that nobody asks", "_let_through", "max(self._breaker.wait_s(now), ", "max("),
-        suite="hosted",
-        file="lorayard_workers/groq/runner.py",
-    ),
-    *_of(
-        "provisioning",
-        (
-            "what is there is not adopted",
-            "_provide",
-            "tuning = fit[0] if fit else self._register(seen, name)",
-            "tuning = self._register(seen, name)",
-        ),
-        ("a file that is there is not adopted", "_file", "if whole:", "if False:"),
-        ("a file cut short is adopted", "_file", 'if row.get("bytes") in (None, len(data))', ""),
-        (
-            "a rejected file stays there",
-            "_register",
-            "self._service.delete_file(file_id)\n            if error.status == 403:",
-            "if error.status == 403:",
-        ),
-        ("copies stay", "_discard", 'self._service.delete_tuning(str(row["id"]))', "pass"),
-        suite="provisioning",
-        file="lorayard_workers/groq/adapters.py",
-    ),
-    *_of(
-        "hosted batches",
-        ("what an earlier keeper made is not looked for", "_step", "if not note.batch_id and note.tried:", "if False:"),
-        (
-            "the intent is not written",
-            "_create",
-            "note = msgspec.structs.replace(note, tried=True, tenants=tenants, date",
-            "note = msgspec.structs.replace(note, tenants=tenants, date",
-        ),
-        ("files stay there", "_clean_up", "for file_id in [note.file_id, *made]:", "for file_id in []:"),
-        ("who has no time is submitted all the same", "handover", "or job.due - taken.taken < needed_ms", ""),
-        ("lines that were not run are lost", "_read_back", "lost.append(ref)", "pass"),
-        ("the full price is charged", "_prices", "DISCOUNT * usd_in, DISCOUNT * usd_out", "usd_in, usd_out"),
-        ("a batch whose jobs are all cancelled goes on", "_poll", "self._service.cancel_batch(note.batch_id)", "pass"),
-        suite="batches",
-        file="lorayard_workers/groq/batches.py",
-    ),
-]
-
 MUTANTS = [
     *FENCING,
     *LEASES,
@@ -397,6 +325,4 @@ MUTANTS = [
     *PYTHON,
     *CONTROL,
     *SUBMITTED,
-    *LIMITS,
-    *HOSTED,
 ]

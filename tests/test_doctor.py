@@ -20,6 +20,8 @@ from lorayard.doctor import Check, examine
 from lorayard.hosted import organisation
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.organisation import NANO, Want
+from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import HOSTED, WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 
@@ -247,3 +249,42 @@ def test_hosted_workers_adapters_and_limits_are_looked_at(store: redis.Redis, re
     tells(checks, "hosted limits", "warning", "rate_limited")
     store.zadd("ly:{d}:submitted", {"b": 1})
     tells(examine(settings), "hosted batches", "warning", "five minutes")
+
+
+def test_what_holds_hosted_work_back_is_said(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    prices: dict[str, Any] = {"hosted_model": "m", "hosted_org": "x", "hosted_prices": {"m": (1.0, 1.0)}}
+    settings = settings_of(redis_url, tmp_path, **prices)
+    ledger = open_ledger(store, settings)
+    told: list[tuple[str, dict[str, float], list[str]]] = [
+        ("g", {"breaker_open": 1.0}, []),
+        ("h", {"limits_unanswered": 1.0}, []),
+        ("i", {}, ["d" * 32]),
+    ]
+    for name, counters, doubted in told:
+        info = WorkerInfo(
+            name=name, pool="d", kind=HOSTED, incarnation="i", host="h", pid=1, ready=True, counters=counters, doubted=doubted
+        )
+        WorkerRegistry(store).beat(info)
+    texts = {check.text for check in examine(settings) if check.name == "hosted calls"}
+    assert {text.split(" failed at")[0] for text in texts} >= {"most of the last calls of g"}
+    assert any(text.startswith("calls of dddddddddddd fail") for text in texts)
+    tells(examine(settings), "hosted limits", "wrong", "h gets no answer", "see its log")
+    assert not [check for check in examine(settings) if check.name in ("hosted money", "hosted batches")]
+
+    policies, org = Policies(store), organisation(settings, store)
+    policies.set("t", Policy(hosted=True, daily_usd=1.0))
+    org.reserve("m", [Want("m", 1, "t", NANO)])
+    tells(examine(settings), "hosted money", "warning", "t's money of the day is spent", "tenants set t --daily-usd")
+    poor = settings_of(redis_url, tmp_path, **prices, hosted_monthly_usd=1.0)
+    tells(examine(poor), "hosted money", "warning", "organisation's money of the month", "LORAYARD_HOSTED_MONTHLY_USD")
+
+    ledger.enqueue([entry("a")._replace(digest="base@batch")], max_queued=9)
+    epoch = ledger.lead("test", 60_000)
+    ledger.claim(epoch=epoch, worker="g", most=9, batch="b", digest="base@batch", delivery_ms=9999, why="", takes=[("t", 2)])
+    taken = ledger.take("b", "g", "i", 9999)
+    assert taken is not None
+    ledger.submit("b", taken.fence, b"{}")
+    tells(examine(settings), "hosted batches", "ok", "1 jobs in 1 batches")
+    assert ledger.tend("x", limit=1, hold_ms=1000)
+    ledger.note("b", "x", b'{"why": "the service refuses the key"}', 1000)
+    tells(examine(settings), "hosted batches", "warning", "1 get no further: the service refuses the key")

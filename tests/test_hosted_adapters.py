@@ -24,6 +24,7 @@ from lorayard.adapters.peft import read_adapter
 from lorayard.adapters.store import ArtifactStore
 from lorayard.errors import AdapterRejected
 from lorayard.hosted import BASES
+from lorayard.jobs import lane_of
 from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard_workers.groq import adapters
@@ -210,7 +211,7 @@ def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
     desk.publications.ask(digest, "acme/tone", model="tone-lora")
     found = desk.settle(digest)
     assert found is not None
-    assert (found.state, found.code) == ("refused", "model_not_found")
+    assert (found.state, found.code) == ("refused", "hosted_model_missing")
     desk.publications.ask(digest, "acme/tone", model=BASE)
     found = desk.settle(digest)
     assert found is not None
@@ -286,6 +287,20 @@ def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: r
         pass
 
 
+def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api, rank=12)
+    assert api.call("PUT", "/v1/adapters/tone/publication", json={"to": "groq"}).status_code == 202
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        desk.provisioner.sweep()
+    refused = api.call("POST", "/v1/jobs", json=job(route="groq", adapter="tone"))
+    assert error(refused) == (400, "adapter_rank")
+    assert "rank 12" in refused.json()["error"]["message"]
+    assert "id" in api.post(job(route="auto", adapter="tone"))[0]
+    assert [lane_of(g.digest) for g in api.ledger.snapshot().groups] == [""]
+
+
 def test_lanes_keep_hosted_and_local_jobs_apart(api: Api, store: redis.Redis, service: Running) -> None:
     Policies(store).set("acme", Policy(hosted=True))
     week = 7 * 86400
@@ -310,6 +325,40 @@ def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
     assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "budget_exhausted")
     assert "id" in api.post(job(route="auto"))[0]
     assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"
+
+
+ODD: list[dict[str, Any]] = [
+    {"temperature": 3},
+    {"top_p": 1.5},
+    {"stop": ["a", 1]},
+    {"stop": list("abcde")},
+    {"tools": [{"type": "function"}]},
+    {"tools": "none"},
+    {"response_format": {"type": "xml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"seed": 1.5},
+    {"user": 7},
+    {"parallel_tool_calls": "yes"},
+    {"service_tier": "gold"},
+    {"reasoning_effort": 3},
+    {"messages": [{"content": "nobody says it"}]},
+]
+
+
+@pytest.mark.parametrize("fields", ODD, ids=str)
+def test_what_the_service_would_refuse_for_its_form_is_refused_at_submit(api: Api, store: redis.Redis, fields: dict[str, Any]) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    body = job(route="groq")
+    body["request"] |= fields
+    (name,) = fields
+    reply = api.call("POST", "/v1/jobs", json=body)
+    assert error(reply) == (400, "invalid_request")
+    assert reply.json()["error"]["param"] == name
+
+
+def test_the_list_of_codes_can_be_asked_for(api: Api) -> None:
+    rows = api.call("GET", "/v1/hosted/errors").json()["data"]
+    assert {row["code"]: row["then"] for row in rows}["request_too_large"] == "failed"
 
 
 @pytest.mark.parametrize("most", [10**20, 1e300, -1, 0, 1.5, "9", True])

@@ -104,6 +104,29 @@ def test_jobs_with_time_go_through_one_batch_at_half_the_price(desk: Desk, servi
     assert not any("acme" in name or "zeta" in name for name in service.service.paid), "the service is told no tenant"
 
 
+def test_what_was_left_out_of_a_line_is_said(desk: Desk) -> None:
+    desk.put("a", frequency_penalty=0)
+    desk.put("b")
+    desk.claim()
+    one, other = desk.sweep_until("succeeded", "succeeded", ids=("a", "b"))
+    assert one["notes"] == ["frequency_penalty left out: it is what the service does anyway"]
+    assert "notes" not in other
+    assert one["latencies_ms"]["remote_queue"] == 3
+
+
+def test_a_line_that_is_in_no_file_uses_an_attempt(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that the service calls complete and that has no line for a job is not run for ever."""
+    content = desk.keeper._service.content
+    monkeypatch.setattr(desk.keeper._service, "content", lambda file_id: content(file_id) and b"")
+    desk.put("a")
+    for _ in range(3):
+        until(lambda: desk.ledger.reap().woken or desk.ledger.counts()["queued"], 5)
+        desk.claim()
+        until(desk.settled, 10, every_s=0.02)
+    (document,) = desk.sweep_until("failed", ids=("a",))
+    assert document["error"]["code"] == "hosted_batch_line"
+
+
 def test_a_line_that_fails_harms_no_other(desk: Desk, service: Running) -> None:
     service.service.fail_lines = ("acme b",)
     desk.put("a", "b", "c")
@@ -201,6 +224,7 @@ def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: p
     desk.keeper._service._http.headers["authorization"] = "Bearer wrong"
     desk.keeper.sweep()
     assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
+    until(lambda: any(b"Invalid API Key" in one.note for one in desk.ledger.tend("x", limit=1, hold_ms=1)))  # the doctor reads it
     desk.keeper._service._http.headers["authorization"] = key
     desk.sweep_until("succeeded", ids=("a",))
 

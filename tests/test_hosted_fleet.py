@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, service: Running) -> Iterato
         one.close()
 
 
-def command(fleet: FleetProcess, *arguments: str, code: int = 0) -> str:
+def command(fleet: FleetProcess, *arguments: str, code: int = 0, timeout_s: float = 120) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "lorayard", *arguments], env=fleet.environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lorayard", *arguments],
+        env=fleet.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -109,6 +115,21 @@ def submit_refused(fleet: FleetProcess, job: dict[str, Any]) -> str:
     with fleet.client() as client:
         (row,) = client.submit([job])
     return str(row["error"]["message"])
+
+
+@pytest.mark.fleet
+def test_an_adapter_published_three_times_at_once_is_there_once_and_nobody_waits_in_vain(
+    fleet: FleetProcess, service: Running, tmp_path: Path
+) -> None:
+    command(fleet, "tenants", "set", "default", "--hosted")
+    command(fleet, "adapters", "add", "trio", str(write_adapter(tmp_path, tiny_adapter(seed=5))))
+    with ThreadPoolExecutor(3) as pool:
+        told = list(pool.map(lambda _: command(fleet, "adapters", "publish", "trio", "--to", "groq", timeout_s=60), range(3)))
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"trio: ready as ft:{BASE}:")
+    assert (len(service.service.files), len(service.service.tunings)) == (1, 1)
+    command(fleet, "adapters", "unpublish", "trio")
+    until(lambda: not service.service.tunings and not service.service.files)
 
 
 @pytest.mark.fleet

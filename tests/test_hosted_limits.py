@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorayard.errors import LorayardError, Unavailable
+from lorayard.hosted_codes import CODES
 from lorayard.ledger.organisation import LIBRARY, MARGIN_MS, Caps, Grant, Organisation, Rates, Refused, Settled, Want
 from lorayard_workers.groq.answers import complete, failure, limits_told, read_error, seconds
 from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
@@ -225,25 +227,72 @@ def test_concurrency_doubles_until_the_first_trouble_and_is_small_while_limits_a
     assert one.limit(known=False) >= 99, "and yet it grows"
 
 
-def test_the_breaker_opens_probes_and_closes() -> None:
+def broken(*adapters: str) -> Breaker:
+    """Open at 10.0: as many jobs of these adapters as it looks at have failed."""
     one = Breaker()
-    for _ in range(Breaker.WINDOW):
+    for n in range(Breaker.WINDOW):
         assert one.wait_s(0) == 0
-        one.calling()
-        one.failed(10.0)
+        one.calling(f"j{n}")
+        one.failed(f"j{n}", adapters[n % len(adapters)], 10.0)
     assert not one.closed
+    return one
+
+
+def test_the_breaker_opens_probes_and_closes() -> None:
+    one = broken("a")
     assert one.wait_s(10.5) == pytest.approx(0.5)
-    one.failed(10.6)  # one that was under way
+    one.failed("before", "a", 10.6)  # one that was under way
     assert one.wait_s(11.0) == 0
-    one.calling()
+    one.calling("p")
     assert one.wait_s(11.0) > 0, "one probe at a time"
-    one.failed(11.1)
+    one.failed("before too", "a", 11.05)
+    assert one.wait_s(11.05) > 0, "another's end is not the probe's"
+    one.failed("p", "a", 11.1)
     assert one.wait_s(11.2) == pytest.approx(1.9), "longer each time"
-    assert one.wait_s(13.2) == 0
-    one.calling()
-    one.succeeded()
+    one.calling("q")
+    one.released("q")
+    assert one.wait_s(13.2) == 0, "a cancelled probe tells nothing"
+    for waits in (5, 10, 30, 30):
+        one.calling("q")
+        one.failed("q", "a", 20.0)
+        assert one.wait_s(20.0) == waits
+    one.calling("q")
+    one.succeeded("q", "a", 60.0)
     assert one.closed
-    assert one.wait_s(13.3) == 0
+    assert one.wait_s(60.0) == 0
+
+
+def test_one_job_or_one_adapter_opens_no_breaker_for_the_others() -> None:
+    one = Breaker()
+    for n in range(200):
+        one.failed("poison", "a", n)
+        assert one.closed, "a job counts once"
+    for n in range(200):
+        (one.failed if n % 5 else one.succeeded)(f"j{n}", "bad" if n % 5 else f"good{n % 3}", n)
+        assert one.closed, "an adapter counts as much as any other"
+
+
+def test_probes_are_made_with_what_has_not_failed() -> None:
+    one = broken("a", "b")
+    jobs = [("j1", "a"), ("j2", "a"), ("j3", "b"), ("j4", "c")]
+    tried = []
+    for now in range(1000, 1400, 100):
+        job = min(jobs, key=lambda job: (one.suspicion(*job), job))
+        tried.append(job)
+        one.calling(job[0])
+        one.failed(*job, now)
+    assert tried == [("j4", "c"), ("j1", "a"), ("j3", "b"), ("j4", "c")]
+    assert min(jobs, key=lambda job: (one.suspicion(*job), job)) == ("j2", "a"), "and of an adapter the job that has not"
+    assert one.doubted(1400) == {"a", "b", "c"}
+    one.succeeded("j4", "c", 1400)
+    assert one.doubted(1401) == {"a", "b"}
+    for n in range(100):
+        one.failed(f"k{n}", "a", 1401)
+    assert one.closed, "what fails by its own fault does not count"
+    for n in range(100):
+        one.failed(f"l{n}", "c", 1401)
+    assert not one.closed
+    assert one.doubted(1500) == {"c"}, "doubts end"
 
 
 def test_the_estimate_is_rather_more_than_less() -> None:
@@ -279,6 +328,51 @@ def test_where_a_refusal_says_when_and_which_limit() -> None:
     assert told.after_s == pytest.approx(2185.056)
     assert told.how == "later"
     assert failure(429, {"message": message}, {"retry-after": "1.75"}).after_s == 1.75
+    assert failure(503, {}, {"retry-after": "1e300"}).after_s == 86_400
     assert failure(413, {"message": message.replace("try", "")}, {}).how == "final"
-    assert failure(400, {"code": "blocked_api_access"}, {}).blocked
     assert failure(404, {"message": "no model"}, {}).missing
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "code", "how"),
+    [
+        (302, {}, "hosted_redirect", "final"),
+        (400, {"code": "json_validate_failed"}, "json_validate_failed", "final"),
+        (400, {"type": "invalid_request_error"}, "hosted_rejected", "final"),
+        (400, {"code": 400, "type": "BadRequestError"}, "hosted_rejected", "final"),
+        (400, {"code": "blocked_api_access"}, "hosted_blocked", "later"),
+        (401, {"code": "invalid_api_key"}, "hosted_key", "later"),
+        (402, {}, "hosted_payment", "final"),
+        (403, {"code": "permission_denied"}, "hosted_forbidden", "final"),
+        (404, {}, "model_not_found", "patience"),
+        (408, {}, "hosted_error", "patience"),
+        (409, {}, "hosted_error", "patience"),
+        (413, {"code": "rate_limit_exceeded", "type": "tokens"}, "request_too_large", "final"),
+        (418, {}, "hosted_rejected", "final"),
+        (422, {}, "hosted_rejected", "attempt"),
+        (424, {"code": "failed dependency"}, "hosted_rejected", "final"),
+        (429, {"code": "rate_limit_exceeded"}, "rate_limited", "later"),
+        (498, {"code": "capacity_exceeded"}, "over_capacity", "later"),
+        (499, {}, "hosted_error", "patience"),
+        (500, {"type": "internal_server_error"}, "hosted_error", "patience"),
+        (503, {}, "over_capacity", "later"),
+        (599, {}, "hosted_error", "patience"),
+    ],
+)
+def test_every_status_has_its_code_and_its_end(status: int, error: dict[str, object], code: str, how: str) -> None:
+    told = failure(status, error, {"location": "https://login.example/"})
+    assert (told.code, told.how) == (code, how)
+    assert told.code in CODES or told.code == error["code"]
+    if status in (302, 401, 402):
+        assert told.blocked
+        assert {302: "LORAYARD_HOSTED_URL", 401: "refuses the key", 402: "wants payment"}[status] in told.message
+        assert ("login.example" in told.message) == (status == 302)
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "groq.md"
+
+
+def test_the_documentation_has_every_code() -> None:
+    lines = [f"| `{code}` | {', '.join(one.where)} | {one.means} | {one.then} |" for code, one in CODES.items()]
+    text = DOCS.read_text()
+    assert "\n".join(lines) in text, "docs/groq.md wants these lines:\n" + "\n".join(lines)

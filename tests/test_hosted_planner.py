@@ -47,6 +47,13 @@ def test_what_the_service_does_not_have_waits() -> None:
     assert len(plan(group("other@groq"))) == 1, "it never will: the worker tells its jobs so"
 
 
+def test_adapters_whose_calls_fail_go_last() -> None:
+    worker = HostedWorker("g", TAKE, 0, 0, frozenset({"base", "d"}), doubted=frozenset({"d"}))
+    bad, good = group("d@groq", jobs=99, due=NOW), group("base@groq", jobs=20)
+    assert [(d.digest, d.takes[0][1]) for d in plan(bad, good, workers=(worker,))] == [("base@groq", 20), ("d@groq", TAKE - 20)]
+    assert len(plan(bad, workers=(worker,))) == 1, "but they go"
+
+
 def test_auto_leaves_as_far_as_home_would_be_late() -> None:
     mine = group("d@auto", jobs=100, due=NOW + 10_000)
     home = AtHome(workers=1, rate=5.0, in_flight=10)

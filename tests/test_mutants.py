@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mutants import hunt, mutate, source_of
-from mutations import MUTANTS
+from mutants import ALL, hunt, mutate, source_of
 
 FEW = (
     "all batches have one fence",
@@ -17,14 +16,14 @@ FEW = (
 
 
 def test_every_place_is_there_once_and_is_changed() -> None:
-    assert len({(mutant.kind, mutant.name) for mutant in MUTANTS}) == len(MUTANTS)
-    for mutant in MUTANTS:
+    assert len({(mutant.kind, mutant.name) for mutant in ALL}) == len(ALL)
+    for mutant in ALL:
         text = source_of(mutant).read_text()
         assert mutate(text, mutant) != text
     with pytest.raises(LookupError):
-        mutate("local function now()\nend\n", MUTANTS[0])
+        mutate("local function now()\nend\n", ALL[0])
 
 
 def test_what_is_broken_is_noticed() -> None:
-    outcomes = hunt([mutant for mutant in MUTANTS if mutant.name in FEW], print, files=["tests/test_ledger.py"])
+    outcomes = hunt([mutant for mutant in ALL if mutant.name in FEW], print, files=["tests/test_ledger.py"])
     assert {outcome.mutant.name for outcome in outcomes if any(outcome.by.values())} == {*FEW}

@@ -40,13 +40,14 @@ class GroupView:
 
 @dataclass(frozen=True)
 class HostedWorker:
-    """`room`: jobs it would like to have; `held`: jobs it has; `serves`: digests the service has."""
+    """`room`: jobs it would like to have; `held`: jobs it has; `serves`: digests the service has; `doubted`: those whose calls fail."""
 
     name: str
     room: int
     held: int
     outstanding: int
     serves: frozenset[str]
+    doubted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class _State:
             yield Dispatch(worker.name, group.digest, ((group.tenant, take),), self._why(group, many))
 
     def _next(self, worker: HostedWorker, room: int) -> GroupView | None:
-        """The most due of the least served tenants' groups."""
+        """The most due of the least served tenants' groups, those it doubts last."""
         open_groups = [
             g
             for key, g in self.groups.items()
@@ -156,6 +157,7 @@ class _State:
         ]
         if not open_groups:
             return None
+        open_groups = [g for g in open_groups if adapter_of(g.digest) not in worker.doubted] or open_groups
         floor = min(self.served[g.tenant] for g in open_groups)
         eligible = [g for g in open_groups if self.served[g.tenant] <= floor + self.policy.slack_tokens]
         return min(eligible, key=lambda g: (g.due, self.served[g.tenant], g.digest, g.tenant))

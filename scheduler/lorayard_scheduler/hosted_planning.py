@@ -88,7 +88,7 @@ class HostedPlanning:
         self._look({g.tenant for g in groups if lane_of(g.digest) == "auto"})
         return plan_hosted(
             groups,
-            [HostedWorker(w.name, w.room, held[w.name], batches[w.name], frozenset(w.loaded)) for w in hosted],
+            [HostedWorker(w.name, w.room, held[w.name], batches[w.name], frozenset(w.loaded), frozenset(w.doubted)) for w in hosted],
             {g.tenant: backlog.groups.served(g.tenant) for g in groups},
             AtHome(len(at_home), self._rate.rate, in_flight),
             backlog.now,

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import redis
@@ -19,11 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorayard import embedded
-from lorayard.adapters.hosting import Publications
 from lorayard.celery_app import make_app
 from lorayard.errors import LorayardError
-from lorayard.hosted import organisation
-from lorayard.jobs import lane_of
+from lorayard.hosted_doctor import Level, hosted_findings
 from lorayard.ledger import keys
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect, is_sentinel, shown
@@ -31,7 +29,6 @@ from lorayard.ledger.ledger import MAX_MEMORY, Ledger
 from lorayard.ledger.registry import ALIVE_MS, WorkerRegistry
 from lorayard.settings import Settings
 
-Level = Literal["ok", "warning", "wrong"]
 _COLOURS = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 _MIB = 1024 * 1024
 _BROKER_S = 5
@@ -324,29 +321,8 @@ def _leases(p: _Patient, now: int) -> Iterator[Check]:
 
 
 def _hosted(p: _Patient) -> Iterator[Check]:
-    """Nothing where no job has to do with a hosted service."""
-    prefix, model = keys.prefix(p.settings.pool), p.settings.hosted_model
-    groups: Any = p.client.smembers(prefix + "groups")
-    waits = any(lane_of(group.decode().partition(":")[0]) in ("groq", "batch") for group in groups)
-    if not model:
-        if waits:
-            yield Check(
-                "hosted", "wrong", "jobs wait for a hosted worker, and LORAYARD_HOSTED_MODEL is not set here: set it for all processes"
-            )
-        return
-    seconds, micros = p.client.time()
-    now = int(seconds) * 1000 + int(micros) // 1000
-    alive = [w.name for w in WorkerRegistry(p.client).alive(p.settings.pool, now) if w.hosted]
-    text = f"{len(alive)} hosted workers ready for {model}" if alive else "none is ready: start one with 'lorayard worker groq'"
-    yield Check("hosted", "ok" if alive else "wrong" if waits else "warning", text)
-    state = organisation(p.settings, p.client).state(model)
-    if state.blocked_ms:
-        yield Check("hosted limits", "warning", f"the service refuses calls for another {state.blocked_ms / 1000:.0f} s ({state.why})")
-    for one in Publications(p.client, p.settings.hosted_org, model).all().values():
-        if one.error:
-            yield Check("hosted adapter", "warning", f"{', '.join(one.titles) or one.digest[:12]} is {one.state}: {one.error}")
-    if overdue := p.client.zcount(prefix + "submitted", "-inf", now - 300_000):
-        yield Check("hosted batches", "warning", f"nobody has looked after {overdue} for five minutes: is a hosted worker running?")
+    for finding in hosted_findings(p.settings, p.client):
+        yield Check(*finding)
 
 
 def _broker(p: _Patient) -> Iterator[Check]:

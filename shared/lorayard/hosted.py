@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -97,18 +98,48 @@ def _check(body: dict[str, Any], groq: bool) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if name in body and not (_is_number(body[name]) and 1 <= body[name] <= MOST_TOKENS and body[name] == int(body[name])):
             raise BadRequest(f"{name}: must be a whole number from 1 to {MOST_TOKENS}", param=name)
-    if not _is_number(body.get("temperature", 0)) or not 0 <= body.get("temperature", 0) <= 2:
-        raise BadRequest("temperature: must be from 0 to 2", param="temperature")
-    stop = body.get("stop", [])
-    if not isinstance(stop, str | list) or (isinstance(stop, list) and len(stop) > _MAX_STOPS):
-        raise BadRequest(f"stop: give up to {_MAX_STOPS} strings", param="stop")
-    tools = body.get("tools", [])
-    if not isinstance(tools, list) or len(tools) > _MAX_TOOLS:
-        raise BadRequest(f"tools: give a list of up to {_MAX_TOOLS}", param="tools")
+    for name, (low, high) in _RANGES.items():
+        if name in body and not (_is_number(body[name]) and low <= body[name] <= high):
+            raise BadRequest(f"{name}: must be from {low} to {high}", param=name)
+    for name, (fits, words) in _SHAPES.items():
+        if name in body and not fits(body[name]):
+            raise BadRequest(f"{name}: {words}", param=name)
     if groq and body.get("service_tier", "auto") not in _TIERS:
         raise BadRequest(f"service_tier: use {', '.join(_TIERS)}", param="service_tier")
     if "reasoning_format" in body and "include_reasoning" in body:
         raise BadRequest("include_reasoning: cannot be given with reasoning_format", param="include_reasoning")
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _are_tools(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_TOOLS and all(_is_named(tool, "function") for tool in value)
+
+
+def _is_format(value: object) -> bool:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind in ("text", "json_object") or (kind == "json_schema" and _is_named(value, kind))
+
+
+def _is_named(value: Any, kind: str) -> bool:
+    """`{"type": KIND, KIND: {"name": ...}}`"""
+    inner = value.get(kind) if isinstance(value, dict) and value.get("type") == kind else None
+    return isinstance(inner, dict) and isinstance(inner.get("name"), str)
+
+
+# A job that would be refused there for its form alone is refused at submit.
+_RANGES = {"temperature": (0, 2), "top_p": (0, 1), "frequency_penalty": (-2, 2), "presence_penalty": (-2, 2)}
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "stop": (lambda v: isinstance(v, str) or (_are_strings(v) and len(v) <= _MAX_STOPS), f"give up to {_MAX_STOPS} strings"),
+    "tools": (_are_tools, f'give a list of up to {_MAX_TOOLS} of {{"type": "function", "function": {{"name": ...}}}}'),
+    "response_format": (_is_format, 'its type must be text, json_object, or json_schema with {"json_schema": {"name": ...}}'),
+    "seed": (lambda v: isinstance(v, int) and not isinstance(v, bool), "must be a whole number"),
+    "user": (lambda v: isinstance(v, str), "must be a string"),
+    "parallel_tool_calls": (lambda v: isinstance(v, bool), "must be true or false"),
+    "reasoning_effort": (lambda v: isinstance(v, str), "must be a string"),
+}
 
 
 def _is_number(value: object) -> bool:

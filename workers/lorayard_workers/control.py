@@ -331,6 +331,7 @@ class Control:
         for event in events:
             if isinstance(event, Progress):
                 self.info.hot, self.info.loaded, self.info.counters, self.info.room = event.hot, event.loaded, event.counters, event.room
+                self.info.doubted = event.doubted
                 self._tell_costs(event.costs)
             elif isinstance(event, Ready):
                 self._on_ready(event)

@@ -85,8 +85,8 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """Sign of life while there is work: at most a few a second. `hot` and `loaded` are adapter digests, most recent first. `room`: how many
-    jobs a hosted backend would like to have, in all. `costs`: `prefill_tokens_per_s`, `step_ms` by width (as text), and `switch_ms` by an
-    adapter's temperature, as far as they are known."""
+    jobs a hosted backend would like to have, in all, of `doubted` adapters only when there are no others. `costs`: `prefill_tokens_per_s`,
+    `step_ms` by width (as text), and `switch_ms` by an adapter's temperature, as far as they are known."""
 
     steps: int
     hot: list[str]
@@ -94,6 +94,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     counters: dict[str, float]
     room: int = 0
     costs: dict[str, Any] = {}
+    doubted: list[str] = []
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

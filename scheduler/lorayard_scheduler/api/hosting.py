@@ -11,6 +11,7 @@ from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.errors import BadRequest, Forbidden, NotFound
 from lorayard.hosted import organisation
+from lorayard.hosted_codes import CODES
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies
@@ -83,6 +84,12 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
         costs = {adapter: nano / NANO for (tenant, adapter), nano in org.costs(state.month).items() if tenant == who.tenant}
         policy = msgspec.to_builtins(policies.get(who.tenant)) | {"hosted": policies.get(who.tenant).hosted}
         return Json({"object": "hosted", "policy": policy, "spent_usd": spent, "month_usd_by_adapter": costs, "data": mine})
+
+    @router.get("/hosted/errors")
+    def errors(_: Auth) -> Json:
+        """Every error code that has to do with hosted services, with what becomes of the job."""
+        rows = [{"code": code, "where": one.where, "means": one.means, "then": one.then} for code, one in CODES.items()]
+        return Json({"object": "list", "data": rows})
 
     return router
 

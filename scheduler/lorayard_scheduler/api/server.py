@@ -25,7 +25,7 @@ def serve(settings: Settings, ledger: Ledger, celery: Celery) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before anything else is started so that a busy port is told at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio sets no TCP_NODELAY
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

@@ -115,6 +115,12 @@ def is_sentinel(client: redis.Redis) -> bool:
     return isinstance(client.connection_pool, SentinelConnectionPool)
 
 
+def is_plain(client: redis.Redis) -> bool:
+    """Whether a call is one command and its reply, readable as soon as the socket is: no TLS, no replicas to wait for."""
+    kind = client.connection_pool.connection_class
+    return not isinstance(client, _Confirmed) and issubclass(kind, _Primary) and not issubclass(kind, SSLConnection)
+
+
 def _directly(url: str, options: dict[str, Any]) -> redis.Redis:
     if not url.startswith(("redis://", "rediss://")):
         raise ValueError("it begins with none of redis://, rediss://, sentinel://")
@@ -133,6 +139,11 @@ class _Primary(Connection):
 
     Where an address is moved to the new primary, as DNS names of managed services are, connecting anew leads there.
     """
+
+    def fileno(self) -> int:
+        """Of its socket, for whoever waits for a reply in an event loop."""
+        sock: Any = self._sock
+        return int(sock.fileno())
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -12,6 +12,7 @@ import redis
 from lorayard.errors import LorayardError
 from lorayard.ledger import keys
 from lorayard.ledger.ledger import unavailable
+from lorayard.ledger.loop import LoopCaller
 
 LIBRARY = files("lorayard.ledger").joinpath("limits.lua").read_text()
 NANO = 1_000_000_000
@@ -144,20 +145,27 @@ class Organisation:
                     raise
                 self.client.function_load(self._library, replace=True)
                 return self.client.fcall(function, 1, self.prefix, *args)
-        except redis.ResponseError as error:
-            if isinstance(error, _PASSING) or str(error).startswith(_PASSES):
-                raise unavailable(error) from error
-            raise LorayardError(f"the ledger refuses {function}: {error}", code="ledger_error") from error
         except redis.RedisError as error:
-            raise unavailable(error) from error
+            raise _told(function, error) from error
 
     # -- limits -------------------------------------------------------------------------------------------------------------------------
 
     def reserve(self, base: str, wants: Sequence[Want]) -> Reserved:
         """Count the first of these calls, as many as there is room for now. `base` is the model that the service limits by."""
-        args = [value for w in wants for value in (w.model, w.tokens, w.tenant, w.nano, *w.caps)]
-        reply = self._call("lyl_reserve", secrets.token_hex(8), base, MARGIN_MS, *self._rates, *self._caps, *args)
-        return Reserved([_answer(row) for row in reply[3:]], int(reply[1]), reply[2].decode())
+        return _reserved(self._call("lyl_reserve", *self._question(base, wants)))
+
+    async def reserve_in(self, caller: LoopCaller, base: str, wants: Sequence[Want]) -> Reserved:
+        """The same in the event loop of `caller`."""
+        try:
+            return _reserved(await caller.fcall("lyl_reserve", 1, self.prefix, *self._question(base, wants)))
+        except redis.RedisError as error:
+            if "Function not found" in str(error):
+                return await caller.in_thread(lambda: self.reserve(base, wants))  # which loads it
+            raise _told("lyl_reserve", error) from error
+
+    def _question(self, base: str, wants: Sequence[Want]) -> list[Any]:
+        rows = [value for w in wants for value in (w.model, w.tokens, w.tenant, w.nano, *w.caps)]
+        return [secrets.token_hex(8), base, MARGIN_MS, *self._rates, *self._caps, *rows]
 
     def settle(self, base: str, ended: Sequence[Settled]) -> None:
         """Put right what was reserved for calls that have ended, and write down what they cost."""
@@ -220,6 +228,18 @@ class Organisation:
         except redis.RedisError as error:
             raise unavailable(error) from error
         return {field.decode(): value for field, value in raw.items()}
+
+
+def _told(function: str, error: redis.RedisError) -> LorayardError:
+    """`Unavailable` where another time may go better."""
+    passing = isinstance(error, _PASSING) or str(error).startswith(_PASSES)
+    if passing or not isinstance(error, redis.ResponseError):
+        return unavailable(error)
+    return LorayardError(f"the ledger refuses {function}: {error}", code="ledger_error")
+
+
+def _reserved(reply: list[Any]) -> Reserved:
+    return Reserved([_answer(row) for row in reply[3:]], int(reply[1]), reply[2].decode())
 
 
 def _answer(row: list[Any]) -> Grant | Refused:

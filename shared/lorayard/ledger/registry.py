@@ -55,6 +55,7 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     counters: dict[str, float] = {}
     ended: int = 0  # jobs whose ends it has stored since it was started
     room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
+    doubted: list[str] = []  # of a hosted worker: adapters whose calls fail, so that it would rather have others
     costs: dict[str, Any] = {}
     seen_ms: int = 0
 

@@ -161,7 +161,7 @@ class Provisioner:
         if seen.model not in models:
             raise AdapterRejected(
                 f"{self._settings.hosted_url} has no model {seen.model!r}; it has {', '.join(models[:10]) or 'none'}",
-                code="model_not_found",
+                code="hosted_model_missing",
             )
         self._publications.tell(seen, state="ready", error="", code="")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from lorayard.hosted import MOST_TOKENS
+from lorayard.hosted_codes import own_code
 
 How = Literal["final", "attempt", "patience", "later"]
 """What becomes of the job: failed for good · tried again, an attempt used · put off at no cost the first times · put off at no cost."""
@@ -21,6 +22,7 @@ _AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
 _LIMIT = re.compile(r"\((RPM|RPD|TPM|TPD|ITPM|OTPM)\): Limit ([1-9][0-9]{0,11})\b", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 _LIMITED_S = 2.0  # where a refusal says neither
+_BLOCKED_S = 60.0  # until it is tried again where somebody has to put something right
 _KEPT = 16_384  # characters of a failed generation
 _MOST_WAIT_S = 86_400.0
 _MOST_S = 1e6
@@ -29,8 +31,9 @@ _MOST_S = 1e6
 class Failure(NamedTuple):
     """`after_s`: the service asked for so much time. `limit`: (rpm, tpm, rpd or tpd, its value), where a refusal told.
 
-    `overload`: the service has too much to do, or is away; `missing`: it does not know the model; `blocked`: no call of the organisation
-    would do better now; `unknown`: the call may have been computed, and charged.
+    `code`: one of `lorayard.hosted_codes`, or the service's own. `overload`: the service has too much to do; `trouble`: it is not well, or
+    not well set up, whatever was asked of it; `missing`: it does not know the model; `blocked`: no call of the organisation would do better
+    now; `unknown`: the call may have been computed, and charged.
     """
 
     code: str
@@ -39,6 +42,7 @@ class Failure(NamedTuple):
     after_s: float = 0.0
     limit: tuple[str, int] | None = None
     overload: bool = False
+    trouble: bool = False
     missing: bool = False
     blocked: bool = False
     unknown: bool = False
@@ -124,24 +128,41 @@ def read_error(content: bytes) -> dict[str, Any]:
 def failure(status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> Failure:
     """What an HTTP status other than success means."""
     message = str(error.get("message") or f"HTTP {status}")[:2000]
-    code = str(error.get("code") or error.get("type") or f"http_{status}")
     after = _after(message, headers)
     if status == 429:
         told = _LIMIT.search(message)
         limit = (told[1].lower(), int(told[2])) if told and told[1] in ("RPM", "RPD", "TPM", "TPD") else None
-        return Failure("rate_limited", message, "later", _LIMITED_S if after is None else after, limit, blocked=True)
+        return Failure("rate_limited", message, "later", _LIMITED_S if after is None else after, limit, overload=True, blocked=True)
     if status in (498, 503):
-        return Failure("over_capacity", message, "later", after or 0.0, overload=True)
+        return Failure("over_capacity", message, "later", after or 0.0, overload=True, trouble=True)
     if status in (408, 409, 425, 499) or status >= 500:
-        return Failure(code, message, "patience", after or 0.0, overload=status != 409)
-    if status == 401 or code == "blocked_api_access":
-        return Failure(code, message, "later", 60.0, overload=True, blocked=True)
+        return Failure("hosted_error", message, "patience", after or 0.0, overload=status == 408, trouble=status != 409)
     if status == 404:
         return Failure("model_not_found", message, "patience", missing=True)
-    if status == 422:
-        return Failure(code, message, "attempt")
+    return _closed(status, message, error, headers) or _refused(status, message, error)
+
+
+def _closed(status: int, message: str, error: Mapping[str, Any], headers: Mapping[str, str]) -> Failure | None:
+    """What concerns the account or the address, and all calls alike."""
+    if status == 401:
+        return Failure("hosted_key", f"the service refuses the key: {message}", "later", _BLOCKED_S, trouble=True, blocked=True)
+    if error.get("code") == "blocked_api_access":
+        return Failure("hosted_blocked", message, "later", _BLOCKED_S, trouble=True, blocked=True)
+    if status == 402:
+        told = f"the service wants payment: {message}; send the job again when its account has money"
+        return Failure("hosted_payment", told, "final", _BLOCKED_S, trouble=True, blocked=True)
+    if 300 <= status < 400:
+        where = headers.get("location", "")[:200] or "elsewhere"
+        told = f"the service redirects (HTTP {status}) to {where}, where nothing is sent: correct LORAYARD_HOSTED_URL"
+        return Failure("hosted_redirect", told, "final", _BLOCKED_S, trouble=True, blocked=True)
+    return None
+
+
+def _refused(status: int, message: str, error: Mapping[str, Any]) -> Failure:
+    """What the job asks for. Some 422s are a model's doing, and come right another time."""
+    code = {403: "hosted_forbidden", 413: "request_too_large"}.get(status) or own_code(error.get("code"))
     kept = str(error.get("failed_generation") or "")[:_KEPT]
-    return Failure(code, message, "final", failed_generation=kept)
+    return Failure(code, message, "attempt" if status == 422 else "final", failed_generation=kept)
 
 
 def _after(message: str, headers: Mapping[str, str]) -> float | None:
@@ -154,7 +175,7 @@ def _after(message: str, headers: Mapping[str, str]) -> float | None:
 
 def broken(code: str, message: str) -> Failure:
     """No whole answer came: a connection lost, a time-out, half a body."""
-    return Failure(code, message, "patience", overload=True, unknown=True)
+    return Failure(code, message, "patience", overload=code == "timeout", trouble=True, unknown=True)
 
 
 def document(failure: Failure) -> dict[str, Any]:

@@ -6,7 +6,7 @@ wrote and, where that may be less than what he did, at what is there. So a crash
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 import secrets
 from collections import Counter
@@ -21,12 +21,12 @@ from lorayard.hosted import answer_tokens, hosted_body, price, prompt_tokens
 from lorayard.jobs import ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, EndStatus, Ledger, Submitted, Taken, TakenJob
-from lorayard.ledger.organisation import NANO, Held, Organisation
+from lorayard.ledger.organisation import Held, Organisation
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
-from lorayard_workers.groq.answers import Failure, complete, document, failure, tidy
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
+from lorayard_workers.groq.lines import cost_of, end_of, error_line, errors_of, line_of, name_of, rows_of, window
 from lorayard_workers.retries import backoff_ms
 
 log = structlog.get_logger("lorayard.hosted")
@@ -45,12 +45,14 @@ PURPOSE = "batch"
 _CHUNK = 500
 _AT_ONCE = 32  # batches in a sweep
 _OVER = ("completed", "expired", "cancelled", "failed")
+_CODES = {"failed": "hosted_batch_refused", "completed": "hosted_batch_line"}  # of lines that are in no file
 _MONEY_AGAIN_MS = 600_000
 
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is known of a batch at the service. `tried`: something may have been created there; `alone`: there is no second one.
-    `tenants`: of its lines, by number. `held`: money set aside at `date`, nano-dollars by tenant."""
+    `tenants`: of its lines, by number. `held`: money set aside at `date`, nano-dollars by tenant. `why`: what it waits
+    for, other than the service's own time."""
 
     tried: bool = False
     file_id: str = ""
@@ -61,6 +63,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     held: dict[str, int] = {}
     misses: int = 0
     cancelled: bool = False
+    why: str = ""
 
 
 class BatchKeeper:
@@ -134,9 +137,10 @@ class BatchKeeper:
     def _wait(self, submitted: Submitted, why: str) -> None:
         """It is looked at again when our hold on it ends; what could not even be begun for long goes back to its queue."""
         log.warning("batch at the service waits", batch=submitted.batch, reason=why)
+        note = self._written.get(submitted.batch) or msgspec.json.decode(submitted.note, type=Note)
+        self._look_again(submitted.batch, msgspec.structs.replace(note, why=why[:500]), HOLD_S)  # the doctor reads it
         age_s = int(self._ledger.client.time()[0]) - submitted.submitted / 1000
-        begun = msgspec.json.decode(submitted.note, type=Note).tried
-        if age_s > (self._settings.hosted_batch_window_s + OVERDUE_S if begun else STUCK_S):
+        if age_s > (self._settings.hosted_batch_window_s + OVERDUE_S if note.tried else STUCK_S):
             self._put_off(submitted, "hosted_batch_stuck", why)
 
     def _look_again(self, batch: str, note: Note, seconds: float) -> bool:
@@ -144,7 +148,7 @@ class BatchKeeper:
         return self._ledger.note(batch, self._token, msgspec.json.encode(note), round(seconds * 1000))
 
     def _step(self, submitted: Submitted) -> None:
-        note = msgspec.json.decode(submitted.note, type=Note)
+        note = msgspec.structs.replace(msgspec.json.decode(submitted.note, type=Note), why="")
         if not note.batch_id and note.tried:
             note = self._adopt(submitted.batch, note)
         if note.batch_id:
@@ -180,7 +184,7 @@ class BatchKeeper:
         tenants = sorted({split_ref(job.ref)[0] for job in jobs})
         bodies = list(self._bodies(submitted, jobs))
         held = self._hold(submitted, bodies)
-        lines = [_line(ref, body, model, tenants) for ref, body in bodies if _digest(ref) in held.held]
+        lines = [line_of(ref, body, model, tenants) for ref, body in bodies if name_of(ref) in held.held]
         if not lines:
             self._look_again(submitted.batch, note, 0)
             return
@@ -195,7 +199,7 @@ class BatchKeeper:
         note = msgspec.structs.replace(note, file_id=file_id)
         if not self._look_again(submitted.batch, note, HOLD_S):
             return
-        made = self._service.start_batch(file_id, _window(self._settings.hosted_batch_window_s), {"lorayard": submitted.batch})
+        made = self._service.start_batch(file_id, window(self._settings.hosted_batch_window_s), {"lorayard": submitted.batch})
         note = msgspec.structs.replace(note, batch_id=str(made["id"]))
         self._look_again(submitted.batch, note, self._settings.hosted_batch_poll_s)
         log.info("batch at the service", batch=submitted.batch, hosted=note.batch_id, jobs=len(lines))
@@ -207,7 +211,7 @@ class BatchKeeper:
             tenant = split_ref(job.ref)[0]
             if not policies.get(tenant, NOTHING_LEAVES).hosted:
                 message = f"tenant {tenant} no longer allows its data to leave for a hosted service"
-                self._finish(submitted, [End(job.ref, "failed", _error(message, "hosted_not_allowed"))])
+                self._finish(submitted, [End(job.ref, "failed", error_line(message, "hosted_not_allowed"))])
                 continue
             try:
                 endpoint = job.meta.get("endpoint", ENDPOINT)
@@ -222,10 +226,10 @@ class BatchKeeper:
         for ref, body in bodies:
             tenant = split_ref(ref)[0]
             nano = math.ceil(prompt_tokens(body) * prices[0] + answer_tokens(body) * prices[1])
-            wants.append((_digest(ref), tenant, nano, policies.get(tenant, NOTHING_LEAVES).caps))
+            wants.append((name_of(ref), tenant, nano, policies.get(tenant, NOTHING_LEAVES).caps))
         held = self._org.hold(f"hold:{submitted.batch}", wants)
-        outcome = _error("the money for hosted calls is spent", "budget_exhausted")
-        poor = [ref for ref, _ in bodies if _digest(ref) in held.poor]
+        outcome = error_line("the money for hosted calls is spent", "budget_exhausted")
+        poor = [ref for ref, _ in bodies if name_of(ref) in held.poor]
         self._finish(submitted, [End(ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS) for ref in poor])
         return held
 
@@ -272,22 +276,23 @@ class BatchKeeper:
             content = self._content(str(batch[name])) if batch.get(name) else b""
             if content is None and submitted.refs:
                 return self._missed(submitted, note)
-            rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in _rows(content or b"")}
+            rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in rows_of(content or b"")}
         prices = self._prices
         self._charge(submitted, note, rows.values(), prices)
-        model = self._model_or_nothing(submitted)
+        model, notes = self._model_or_nothing(submitted), self._notes(submitted)
         ends, lost = [], []
         for ref in submitted.refs:
-            row = rows.get(_digest(ref))
+            row = rows.get(name_of(ref))
             if row is None:
                 lost.append(ref)
             else:
-                ends.append(_end_of(ref, row, _cost(row, prices), model))
+                ends.append(end_of(ref, row, cost_of(row, prices), model, notes.get(ref, [])))
         self._finish(submitted, ends)
         if lost:
-            why = _errors(batch) or f"the batch {batch.get('status')} before this line was run"
-            outcome = _error(why, f"hosted_batch_{batch.get('status')}")
-            status: EndStatus = "retry" if batch.get("status") == "failed" else "later"
+            why = errors_of(batch) or f"the batch {batch.get('status')} before this line was run"
+            code = _CODES.get(str(batch.get("status")), "hosted_batch_unfinished")
+            outcome = error_line(why, code)
+            status: EndStatus = "later" if code == "hosted_batch_unfinished" else "retry"
             self._finish(submitted, [End(ref, status, outcome, delay_ms=backoff_ms(status, 0)) for ref in lost])
         return True
 
@@ -305,7 +310,7 @@ class BatchKeeper:
             return False
         owed = [(tenant, adapter_of(submitted.digest), nano, nano) for tenant, nano in sorted(note.held.items())]
         self._org.charge(f"batch:{submitted.batch}", note.date, owed)
-        outcome = _error("the service has lost the results of the batch", "hosted_batch_results_lost")
+        outcome = error_line("the service has lost the results of the batch", "hosted_batch_results_lost")
         self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
         return True
 
@@ -315,13 +320,21 @@ class BatchKeeper:
         except LorayardError:
             return ""
 
+    def _notes(self, submitted: Submitted) -> dict[str, list[str]]:
+        """What was changed in the jobs' requests, by ref."""
+        notes = {}
+        for job in self._ledger.contents(submitted.batch, self._token):
+            with contextlib.suppress(BadRequest):
+                notes[job.ref] = hosted_body(msgspec.json.decode(job.request), self._settings)[1]
+        return notes
+
     def _charge(self, submitted: Submitted, note: Note, rows: Iterable[dict[str, Any]], prices: tuple[float, float]) -> None:
         """Every line that was run is paid for, whatever has become of its job meanwhile; what was held for the others is free again."""
         by: Counter[str] = Counter()
         for row in rows:
             number = str(row.get("custom_id")).rpartition("-")[2]
             if number.isdecimal() and int(number) < len(note.tenants):
-                by[note.tenants[int(number)]] += _cost(row, prices)
+                by[note.tenants[int(number)]] += cost_of(row, prices)
         owed = [
             (tenant, adapter_of(submitted.digest), by[tenant], note.held.get(tenant, 0)) for tenant in sorted(by.keys() | note.held.keys())
         ]
@@ -333,15 +346,15 @@ class BatchKeeper:
             self._ledger.finish(submitted.batch, submitted.fence, ends[start : start + _CHUNK])
 
     def _put_off(self, submitted: Submitted, code: str, message: str) -> None:
-        outcome = _error(message, code)
+        outcome = error_line(message, code)
         self._finish(submitted, [End(ref, "later", outcome, delay_ms=backoff_ms("later", 0)) for ref in submitted.refs])
 
     def _fail(self, submitted: Submitted, error: LorayardError) -> None:
         """The service refuses the batch as a whole: each job has used an attempt, and comes again while it has more; none where its adapter
         is not there."""
         log.warning("a batch cannot be run", batch=submitted.batch, reason=error.message)
-        outcome = _error(error.message, error.code)
         again = isinstance(error, ServiceError | NotFound)
+        outcome = error_line(error.message, "hosted_batch_refused" if again else error.code)
         ends = [End(ref, "retry" if again else "failed", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs]
         self._finish(submitted, ends)
         known = self._written.get(submitted.batch) or msgspec.json.decode(submitted.note, type=Note)
@@ -359,92 +372,3 @@ class BatchKeeper:
             for row in self._service.files(f"lorayard-{batch}.jsonl"):
                 self._service.delete_file(str(row["id"]))
         self._ledger.settle(batch, self._token)
-
-
-def _window(seconds: int) -> str:
-    """As the service writes it: 24h, or days."""
-    hours = seconds // 3600
-    return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
-
-
-def _line(ref: str, body: dict[str, Any], model: str, tenants: list[str]) -> bytes:
-    """The same bytes for the same job, so that a file that is there already can be known."""
-    name = f"{_digest(ref)}-{tenants.index(split_ref(ref)[0])}"
-    return (
-        msgspec.json.encode({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}) + b"\n"
-    )
-
-
-def _digest(ref: str) -> str:
-    """A line's name: the job's own may be another tenant's too, and the service need not know tenants."""
-    return hashlib.blake2b(ref.encode(), digest_size=10).hexdigest()
-
-
-def _rows(content: bytes) -> Iterator[dict[str, Any]]:
-    """The lines that can be read; the others count as not run."""
-    for line in content.splitlines():
-        try:
-            row = msgspec.json.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
-            continue
-        if isinstance(row, dict):
-            response = row.get("response")
-            if isinstance(response, dict):
-                body = response.get("body")
-                refused = {"error": body.get("error")} if isinstance(body, dict) else {}
-                row["response"] = {**response, "body": tidy(body) or refused}
-            yield row
-
-
-def _body(row: dict[str, Any]) -> dict[str, Any]:
-    response = row.get("response")
-    body = response.get("body") if isinstance(response, dict) else None
-    return body if isinstance(body, dict) else {}
-
-
-def _cost(row: dict[str, Any], prices: tuple[float, float]) -> int:
-    usage = _body(row).get("usage")
-    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
-    return round(counts[0] * prices[0] + counts[1] * prices[1])
-
-
-def _end_of(ref: str, row: dict[str, Any], nano: int, model: str) -> End:
-    body, response = _body(row), row.get("response")
-    status = response.get("status_code") if isinstance(response, dict) else None
-    if complete(body) and status in (None, 200):
-        usage = body.get("usage") or {}
-        timings = {name: 1000 * float(usage.get(told) or 0) for name, told in (("prefill", "prompt_time"), ("decode", "completion_time"))}
-        answer = {key: value for key, value in body.items() if key not in ("id", "model")}
-        outcome = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
-        return End(ref, "succeeded", msgspec.json.encode(outcome), tokens=int(usage.get("total_tokens") or 0))
-    why = _why(row, body, status)
-    more = {"failed_generation": why.failed_generation} if why.failed_generation else {}
-    outcome = {"response": None, "error": document(why), **more}
-    how = {"final": "failed", "attempt": "retry"}.get(why.how, "later")
-    delay_ms = 0 if how == "failed" else backoff_ms(how, 0)
-    return End(
-        ref, "failed" if how == "failed" else "retry" if how == "retry" else "later", msgspec.json.encode(outcome), delay_ms=delay_ms
-    )
-
-
-def _why(row: dict[str, Any], body: dict[str, Any], status: Any) -> Failure:
-    error = body.get("error") or row.get("error")
-    error = error if isinstance(error, dict) else {}
-    if isinstance(status, int) and status >= 400:
-        return failure(status, error, {})
-    code = str(error.get("code") or "bad_line")
-    how = "later" if code in ("batch_expired", "batch_cancelled") else "attempt"
-    return Failure(
-        code, str(error.get("message") or "the service's line for this job could not be read"), "later" if how == "later" else "attempt"
-    )
-
-
-def _errors(batch: dict[str, Any]) -> str:
-    """What a failed batch says: a list, or an object with one."""
-    errors = batch.get("errors")
-    rows = errors.get("data") if isinstance(errors, dict) else errors
-    return "; ".join(str(row.get("message")) for row in rows[:3] if isinstance(row, dict)) if isinstance(rows, list) else ""
-
-
-def _error(message: str, code: str) -> bytes:
-    return msgspec.json.encode({"error": {"message": message, "type": "server_error", "code": code, "param": None}})

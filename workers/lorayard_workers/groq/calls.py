@@ -13,7 +13,7 @@ from lorayard_workers.runner import WorkItem
 
 
 class Call:
-    """`digest` and `model` are the adapter's here and at the service. Times are monotonic seconds."""
+    """`digest` and `model` are the adapter's here and at the service. `over`: ended, or cancelled. Times are monotonic seconds."""
 
     __slots__ = (
         "batch",
@@ -25,6 +25,7 @@ class Call:
         "lane",
         "model",
         "notes",
+        "over",
         "received",
         "size",
         "started",
@@ -36,7 +37,7 @@ class Call:
         self.batch, self.item, self.model, self.digest, self.lane = batch, item, model, digest, lane
         self.received = time.monotonic()
         self.started = 0.0
-        self.cancelled = False
+        self.cancelled = self.over = False
         self.body: dict[str, Any] = {}
         self.notes: list[str] = []
         self.size = 0  # bytes of the prompt

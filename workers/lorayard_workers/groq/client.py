@@ -18,6 +18,8 @@ from lorayard_workers.groq.answers import Failure, broken, failure, read_answer,
 CONNECT_S = 10.0
 UPLOAD_S = 600.0
 _PAGES = 1000
+_CONNECTIONS = 8  # in a pool
+_STREAMS = 100  # of HTTP/2, all of which one connection carries
 
 
 def _checked_url(settings: Settings) -> str:
@@ -43,32 +45,64 @@ class Reply:
         self.body, self.headers, self.seconds = body, headers, seconds
 
 
+class _Pool:
+    """Some of the connections."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.calls = 0
+
+
 class ChatClient:
-    """Chat completions over pooled connections, HTTP/2 where the service has it. Use it in one event loop; `close` it there."""
+    """Chat completions over pooled connections, HTTP/2 where the service has it. Use it in one event loop; `close` it there.
+
+    For every call a pool of httpx looks at each of its connections, so there are many small pools: with 50 calls at once in one pool, that
+    took most of the time.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        calls = settings.hosted_calls
         self._url = _checked_url(settings) + "/chat/completions"
-        self._http = httpx.AsyncClient(
-            headers=_headers(settings) | {"Content-Type": "application/json"},
-            http2=importlib.util.find_spec("h2") is not None,
-            limits=httpx.Limits(max_connections=calls, max_keepalive_connections=calls, keepalive_expiry=60),
-            timeout=httpx.Timeout(settings.hosted_timeout_s, connect=CONNECT_S, pool=None),
-        )
+        self._headers = _headers(settings) | {"Content-Type": "application/json"}
+        self._timeout = httpx.Timeout(settings.hosted_timeout_s, connect=CONNECT_S, pool=None)
+        self._tls = httpx.create_ssl_context()
+        self._pools: list[_Pool] = []
+        self._together = _CONNECTIONS
 
     async def close(self) -> None:
-        await self._http.aclose()
+        for pool in self._pools:
+            await pool.http.aclose()
+
+    def _pool(self) -> _Pool:
+        """The first with room: those behind it come to rest when there is less to do."""
+        for pool in self._pools:
+            if pool.calls < self._together:
+                return pool
+        limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS, keepalive_expiry=60)
+        http2 = importlib.util.find_spec("h2") is not None
+        http = httpx.AsyncClient(headers=self._headers, http2=http2, limits=limits, timeout=self._timeout, verify=self._tls)
+        self._pools.append(_Pool(http))
+        return self._pools[-1]
 
     async def chat(self, body: bytes) -> Reply | Failure:
         """One call, never repeated here: who repeats must have asked the limits again."""
+        pool = self._pool()
+        pool.calls += 1
         try:
-            reply = await self._http.post(self._url, content=body)
+            return await self._call(pool.http, body)
+        finally:
+            pool.calls -= 1
+
+    async def _call(self, http: httpx.AsyncClient, body: bytes) -> Reply | Failure:
+        try:
+            reply = await http.post(self._url, content=body)
         except httpx.TimeoutException as error:
             return broken("timeout", f"the hosted service did not answer in time ({type(error).__name__})")
         except httpx.TransportError as error:
             return broken("connection_lost", f"the connection to the hosted service was lost ({error or type(error).__name__})")
         except httpx.HTTPError as error:
             return broken("bad_answer", f"the hosted service's answer could not be read ({type(error).__name__})")
+        if reply.http_version == "HTTP/2":
+            self._together = _STREAMS
         if not reply.is_success:
             return failure(reply.status_code, read_error(reply.content), reply.headers)
         answer = read_answer(reply.content)
@@ -110,7 +144,7 @@ class ServiceClient:
         why = failure(reply.status_code, told, reply.headers)
         if reply.status_code == 404:
             raise NotFound(why.message, code=str(told.get("code") or "not_found"))
-        if why.how != "final" and reply.status_code not in (401, 422):
+        if (why.how != "final" or why.blocked) and reply.status_code not in (401, 422):
             raise Unavailable(f"the hosted service cannot do it now: {why.message}", code=why.code, retry_after=max(1.0, why.after_s))
         raise ServiceError(reply.status_code, why.message, why.code)
 

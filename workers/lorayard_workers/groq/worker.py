@@ -88,6 +88,8 @@ def _check_key(settings: Settings, service: ServiceClient) -> None:
         if error.status in (401, 403):
             raise SetupError(f"{settings.hosted_url} refuses the key ({error.message}): correct LORAYARD_HOSTED_KEY") from None
     except LorayardError as error:  # it may come; until then jobs are put off
+        if error.code == "hosted_redirect":
+            raise SetupError(error.message) from None
         log.warning("the hosted service does not answer yet", reason=error.message)
 
 

@@ -1,0 +1,243 @@
+"""What of hosted work is broken on purpose: as `mutations.py`."""
+
+from __future__ import annotations
+
+from mutations import of
+
+LIMITS = of(
+    "limits",
+    ("a minute is as short as the service's", "read_minute", "(at - MINUTE_MS - margin)", "(at - MINUTE_MS + 5000)"),
+    (
+        "requests are not counted",
+        "reserve",
+        "took_requests, took_tokens = took_requests + 1, took_tokens + want",
+        "took_tokens = took_tokens + want",
+    ),
+    ("tokens of a minute are no limit", "reserve", "(known.tpm and tokens + took_tokens + want > known.tpm)", "false"),
+    ("settling frees nothing", "settle", "redis.call('HINCRBY', p .. 'used:' .. model, 't', digits(more))", ""),
+    ("money is not counted before the call", "reserve", "spend(p, day, month, tenant, nano)", ""),
+    ("the organisation's own cap is no cap", "spend", "redis.call('HINCRBY', p .. 'spent:' .. name, '*', digits(nano))", ""),
+    ("a repeated call counts again", "once", "if known then", "if false then"),
+    ("a shorter block ends a longer one", "block", "if redis.call('PTTL', key) < ms then", "do"),
+    ("a block holds nobody", "reserve", "if blocked > 0 then", "if false then"),
+    ("numbers have no bound", "bounded", "math.floor(math.min(number, most))", "math.floor(number)"),
+    ("the day is full again at once", "read_day", "passed * limit / DAY_MS", "limit"),
+    suite="limits",
+    file="lorayard/ledger/limits.lua",
+)
+
+GATE = of(
+    "the gate",
+    ("a refusal holds only the one", "failed", "if failure.blocked:", "if False:"),
+    ("data leaves without leave", "_may_leave", "if self._has_leave(call):", "if True:"),
+    ("leave given a moment ago does not count", "_ask", "if not all(self._has_leave(call) for _, _, call in rows):", "if False:"),
+    (
+        "money added a moment ago does not count",
+        "_reserve",
+        'if any(isinstance(answer, Refused) and answer.why != "tokens" for answer in reserved.answers):',
+        "if False:",
+    ),
+    ("the limit that was told is not learned", "_block", "if failure.limit:", "if False:"),
+    ("a breaker that nobody asks", "_let_through", "max(self.breaker.wait_s(now), ", "max("),
+    ("probes are made with the same again", "_probe", "(self.breaker.suspicion(row[2].item.ref, row[2].digest), row[:2])", "row[:2]"),
+    ("what fails keeps the room", "_make_way", "or len(self._waiting) < 2 or", "or True or"),
+    ("one bad question holds all others", "_not_taken", "self._singly = len(rows)", "pass"),
+    ("a block that was lifted still holds", "look", "told if now - self._blocked_at > _FRESH_S else max(", "max(told, "),
+    ("what is blocked for long is kept", "room", "if max(self._blocked_until, self._ask_again) - now > HOLD_S:", "if False:"),
+    suite="gate",
+    file="lorayard_workers/groq/gate.py",
+)
+
+CALLS = [
+    *of(
+        "hosted calls",
+        ("a cancelled call goes on", "_cancel", "call.task.cancel()", "pass"),
+        ("no whole answer costs an attempt", "_failed", 'patience=PATIENCE if failure.how == "patience" else 0', "patience=0"),
+        ("no whole answer never costs an attempt", "_failed", 'later=failure.how == "later"', 'later=failure.how in ("later", "patience")'),
+        ("what a refusal asks for is not waited", "_failed", "after_ms=round(failure.after_s * 1000)", "after_ms=0"),
+        ("what was generated is not kept", "_failed", "if failure.failed_generation else {}", "if False else {}"),
+        ("what was left out is not said", "_succeeded", "if call.notes else {}", "if False else {}"),
+        ("what a call took is not settled", "_succeeded", "self._settled.append(call.settled(tokens, nano))", "pass"),
+        ("headers are not learned from", "_look", "if heads:", "if False:"),
+        suite="hosted",
+        file="lorayard_workers/groq/runner.py",
+    ),
+    *of(
+        "hosted calls",
+        ("a cold start is not told apart", "is_cold", "idle_ms is None or idle_ms > idle_s * 1000", "False"),
+        ("every call is a cold start", "is_cold", "idle_ms is None or idle_ms > idle_s * 1000", "True"),
+        suite="hosted",
+        file="lorayard_workers/groq/calls.py",
+    ),
+    *of(
+        "hosted answers",
+        ("counts of tokens are taken as they come", "tidy", "0 <= value <= MOST_TOKENS", "True"),
+        ("times are taken as they come", "tidy", "0 <= value <= _MOST_S", "True"),
+        ("a usage that is none breaks the answer", "tidy", "usage.items() if isinstance(usage, dict) else ()", "usage.items()"),
+        (
+            "what is nested too deep breaks the call",
+            "read_answer",
+            "except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):",
+            "except (msgspec.MsgspecError, UnicodeDecodeError):",
+        ),
+        suite="hosted",
+        file="lorayard_workers/groq/answers.py",
+    ),
+    *of(
+        "hosted answers",
+        ("fractions of a wait are lost", "seconds", "return number if", "return int(number) if"),
+        ("a wait has no bound", "_after", "min(after, _MOST_WAIT_S)", "after"),
+        ("a wait in the message is not read", "_after", "if after is None and (again := _AGAIN.search(message)):", "if False:"),
+        ("a request that is too large is tried again", "_refused", '"attempt" if status == 422', '"attempt" if status in (413, 422)'),
+        ("who must pay calls on", "_closed", '"final", _BLOCKED_S, trouble=True, blocked=True)\n    if 300', '"final")\n    if 300'),
+        ("a type of error is taken for its code", "_refused", 'own_code(error.get("code"))', 'str(error.get("code") or error.get("type"))'),
+        suite="limits",
+        file="lorayard_workers/groq/answers.py",
+    ),
+    *of(
+        "one worker's limits",
+        ("a job counts as often as it fails", "_note", "self._last[job] = ", 'self._last[f"{job} {len(self._last)}"] = '),
+        ("an adapter counts by its calls", "failed", "min(overall, sum(shares.values()) / len(shares))", "overall"),
+        ("any end is the probe's", "failed", "if job == self._probe:", "if True:"),
+        ("nobody is doubted", "", "if other != adapter}", "if False}"),
+        ("doubts never end", "doubted", "if until > now)", ")"),
+        ("a breaker opens for as long each time", "_open", "self._opened += 1", "self._opened = 1"),
+        ("trouble lowers nothing", "overloaded", "self._limit * _DECREASE", "self._limit"),
+        ("every call of a moment lowers", "overloaded", "if now - self._lowered < _DECREASE_EVERY_S:", "if False:"),
+        ("unknown limits want no caution", "limit", "self._limit if known else", "self._limit if True else"),
+        suite="limits",
+        file="lorayard_workers/groq/limiter.py",
+    ),
+    *of(
+        "one worker's limits",
+        (
+            "what the ledger will never take is asked for ever",
+            "_told",
+            "if passing or not isinstance(error, redis.ResponseError):",
+            "if True:",
+        ),
+        suite="limits",
+        file="lorayard/ledger/organisation.py",
+    ),
+    *of(
+        "one worker's limits",
+        ("a late reply is the next one's", "fcall", "self.close()\n                raise", "raise"),
+        suite="loop",
+        file="lorayard/ledger/loop.py",
+    ),
+    *of(
+        "hosted plans",
+        ("what is doubted goes first", "_next", "not in worker.doubted]", "in worker.doubted]"),
+        ("home is late by its own jobs only", "overdue_at_home", "if g.due <= group.due and", "if False and"),
+        ("what is on its way is sent", "_is_known", "and digest not in self.pending", ""),
+        suite="plans",
+        file="lorayard_scheduler/hosted_planner.py",
+    ),
+]
+
+ADAPTERS = [
+    *of(
+        "provisioning",
+        (
+            "what is there is not adopted",
+            "_provide",
+            "tuning = fit[0] if fit else self._register(seen, name)",
+            "tuning = self._register(seen, name)",
+        ),
+        ("a file that is there is not adopted", "_file", "if whole:", "if False:"),
+        ("a file cut short is adopted", "_file", 'if row.get("bytes") in (None, len(data))', ""),
+        (
+            "a rejected file stays there",
+            "_register",
+            "self._service.delete_file(file_id)\n            if error.status == 403:",
+            "if error.status == 403:",
+        ),
+        ("copies stay", "_discard", 'self._service.delete_tuning(str(row["id"]))', "pass"),
+        ("what is ready is never looked at again", "_is_due", "self._publications.now() - seen.checked_ms > CHECK_S * 1000", "False"),
+        suite="provisioning",
+        file="lorayard_workers/groq/adapters.py",
+    ),
+    *of(
+        "provisioning",
+        ("any rank is packed", "pack", "or ranks[0] not in RANKS", ""),
+        ("any base is packed", "pack", "if name not in base_names:", "if False:"),
+        ("scales are not worked in", "_half", "if not math.isclose(module.scale, scale, rel_tol=1e-9):", "if False:"),
+        suite="provisioning",
+        file="lorayard/adapters/packaging.py",
+    ),
+    *of(
+        "hosted at submit",
+        ("any number of tokens may be asked for", "_check", "1 <= body[name] <= MOST_TOKENS", "1 <= body[name]"),
+        (
+            "any field goes there",
+            "hosted_body",
+            'elif name in fields or name in ("max_tokens", "max_completion_tokens"):',
+            "elif True:",
+        ),
+        ("a field of the wrong form goes there", "_check", "if name in body and not fits(body[name]):", "if False:"),
+        suite="provisioning",
+        file="lorayard/hosted.py",
+    ),
+    *of(
+        "hosted at submit",
+        ("an adapter that was refused is routed there", "_is_there", 'if found.state == "refused":', "if False:"),
+        ("spent money is not told", "_may_leave", "if self._spent:", "if False:"),
+        suite="provisioning",
+        file="lorayard_scheduler/routing.py",
+    ),
+    *of(
+        "hosted at submit",
+        ("who asked first waits in vain", "_settled", 'document["asked_ms"] >= asked_ms', 'document["asked_ms"] == asked_ms'),
+        suite="commands",
+        file="lorayard/hosted_cli.py",
+    ),
+    *of(
+        "hosted at submit",
+        ("an open breaker is not told", "_held_back", 'if worker.counters.get("breaker_open"):', "if False:"),
+        ("spent money of the organisation is not told", "_money", 'if which := org.over(model, "*", ANY):', "if which := None:"),
+        ("why a batch waits is not told", "_batches", "if why:", "if False:"),
+        suite="doctor",
+        file="lorayard/hosted_doctor.py",
+    ),
+]
+
+BATCHES = [
+    *of(
+        "hosted batches",
+        ("what an earlier keeper made is not looked for", "_step", "if not note.batch_id and note.tried:", "if False:"),
+        (
+            "the intent is not written",
+            "_create",
+            "note = msgspec.structs.replace(note, tried=True, tenants=tenants, date",
+            "note = msgspec.structs.replace(note, tenants=tenants, date",
+        ),
+        ("files stay there", "_clean_up", "for file_id in [note.file_id, *made]:", "for file_id in []:"),
+        ("who has no time is submitted all the same", "handover", "or job.due - taken.taken < needed_ms", ""),
+        ("lines that were not run are lost", "_read_back", "lost.append(ref)", "pass"),
+        ("the full price is charged", "_prices", "DISCOUNT * usd_in, DISCOUNT * usd_out", "usd_in, usd_out"),
+        ("a batch whose jobs are all cancelled goes on", "_poll", "self._service.cancel_batch(note.batch_id)", "pass"),
+        ("a batch asks for no money", "_hold", "policies.get(tenant, NOTHING_LEAVES).caps", "NOTHING_LEAVES.caps"),
+        ("one that is not understood ends the sweep", "sweep", "except Exception:  # harms no other batch", "except KeyError:"),
+        ("results that are late count as lost", "_read_back", "if content is None and submitted.refs:", "if False:"),
+        ("money that was held stays held", "_clean_up", "self._charge(submitted, note, (), self._prices)", "pass"),
+        ("a second batch goes on", "_be_alone", 'self._service.cancel_batch(str(row["id"]))', "pass"),
+        ("what was left out of a line is not said", "_read_back", "notes.get(ref, [])", "[]"),
+        ("why a batch waits is not written", "_wait", "why=why[:500]", 'why=""'),
+        suite="batches",
+        file="lorayard_workers/groq/batches.py",
+    ),
+    *of(
+        "hosted batches",
+        (
+            "a line that was not run in time uses an attempt",
+            "_why",
+            '"hosted_batch_unfinished", message, "later"',
+            '"x", message, "attempt"',
+        ),
+        ("usage of lines is taken as it comes", "rows_of", "tidy(body) or refused", "body"),
+        suite="batches",
+        file="lorayard_workers/groq/lines.py",
+    ),
+]
+
+HOSTED_MUTANTS = [*LIMITS, *GATE, *CALLS, *ADAPTERS, *BATCHES]

@@ -1,0 +1,130 @@
+"""Calls of the ledger from an event loop: the same answers and errors as from a thread, and no reply is ever taken for another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+import redis
+
+from lorayard.ledger.connection import connect
+from lorayard.ledger.loop import LoopCaller
+from lorayard.ledger.organisation import Grant, Organisation, Rates, Want
+
+T = TypeVar("T")
+LIBRARY = """#!lua name=echo
+redis.register_function('echo', function(keys, args) redis.call('SET', keys[1], args[1]) return args[1] end)
+"""
+WANT = Want("m", 100, "acme", 500)
+
+
+@pytest.fixture
+def client(redis_url: str, store: redis.Redis) -> Iterator[redis.Redis]:
+    """With a patience of its own: the caller's connections come from its pool."""
+    store.function_load(LIBRARY, replace=True)
+    with connect(redis_url, timeout_s=0.5) as one:
+        yield one
+    store.function_delete("echo")
+
+
+def within(client: redis.Redis, what: Callable[[LoopCaller], Awaitable[T]]) -> T:
+    async def run() -> T:
+        with ThreadPoolExecutor(1) as executor:
+            caller = LoopCaller(client, executor)
+            try:
+                return await what(caller)
+            finally:
+                caller.close()
+
+    return asyncio.run(run())
+
+
+def test_many_calls_at_once_each_have_their_own_reply_over_one_connection(client: redis.Redis) -> None:
+    async def ask(caller: LoopCaller) -> list[Any]:
+        return await asyncio.gather(*(caller.fcall("echo", 1, "k", n) for n in range(100)))
+
+    before = client.info("clients")["connected_clients"]
+    assert within(client, ask) == [str(n).encode() for n in range(100)]
+    assert client.info("clients")["connected_clients"] <= before + 1
+
+
+def test_an_error_of_the_function_leaves_the_connection_as_it_was(client: redis.Redis, store: redis.Redis) -> None:
+    store.rpush("list", 1)
+
+    async def ask(caller: LoopCaller) -> Any:
+        with pytest.raises(redis.ResponseError, match="Function not found"):
+            await caller.fcall("no_such", 1, "k")
+        connection = caller._connection
+        assert await caller.fcall("echo", 1, "k", "x") == b"x"
+        assert caller._connection is connection
+
+    within(client, ask)
+
+
+def test_a_connection_that_was_cut_is_told_and_replaced(client: redis.Redis, store: redis.Redis) -> None:
+    async def ask(caller: LoopCaller) -> Any:
+        await caller.fcall("echo", 1, "k", "x")
+        store.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(redis.ConnectionError):
+            await caller.fcall("echo", 1, "k", "y")
+        return await caller.fcall("echo", 1, "k", "z")
+
+    assert within(client, ask) == b"z"
+
+
+def test_a_reply_that_comes_too_late_is_nobody_s(client: redis.Redis, store: redis.Redis) -> None:
+    async def ask(caller: LoopCaller) -> Any:
+        await caller.fcall("echo", 1, "k", "x")
+        store.client_pause(800, all=True)
+        with pytest.raises(redis.TimeoutError):
+            await caller.fcall("echo", 1, "k", "late")
+        await asyncio.sleep(0.5)
+        waiting = asyncio.create_task(caller.fcall("echo", 1, "k", "given up"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        return [await caller.fcall("echo", 1, "k", n) for n in range(3)]
+
+    assert within(client, ask) == [b"0", b"1", b"2"]
+
+
+def test_the_loop_goes_on_while_a_reply_is_awaited(client: redis.Redis, store: redis.Redis) -> None:
+    async def ask(caller: LoopCaller) -> int:
+        await caller.fcall("echo", 1, "k", "x")
+        store.client_pause(300, all=True)
+        waiting = asyncio.create_task(caller.fcall("echo", 1, "k", "y"))
+        turns = 0
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        return turns
+
+    assert within(client, ask) > 10
+
+
+def test_where_a_reply_is_more_than_one_it_is_asked_for_in_a_thread(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard.ledger.loop.is_plain", lambda _: False)
+
+    async def ask(caller: LoopCaller) -> Any:
+        assert await caller.fcall("echo", 1, "k", "x") == b"x"
+        return caller._connection
+
+    assert within(client, ask) is None
+
+
+def test_limits_are_asked_for_as_from_a_thread(client: redis.Redis, store: redis.Redis) -> None:
+    org = Organisation(client, "x", rates=Rates(rpm=3))
+
+    async def ask(caller: LoopCaller) -> Any:
+        first = await org.reserve_in(caller, "b", [WANT])  # the server has the library by this
+        return [*first.answers, *(await org.reserve_in(caller, "b", [WANT] * 5)).answers]
+
+    if store.function_list("lorayard_limits"):
+        store.function_delete("lorayard_limits")
+    answers = within(client, ask)
+    assert [type(answer) for answer in answers] == [Grant] * 3
+    assert org.reserve("b", [WANT]).why == "rpm"

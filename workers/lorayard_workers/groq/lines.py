@@ -1,0 +1,106 @@
+"""A batch's file, line by line: what is sent, and what the lines that come back mean. Pure; lenient in what it reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from lorayard.errors import Unavailable
+from lorayard.ledger.keys import split_ref
+from lorayard.ledger.ledger import End, EndStatus
+from lorayard.ledger.organisation import NANO
+from lorayard_workers.groq.answers import Failure, complete, document, failure, tidy
+from lorayard_workers.retries import backoff_ms
+
+_TIMES = (("remote_queue", "queue_time"), ("prefill", "prompt_time"), ("decode", "completion_time"))
+
+
+def window(seconds: int) -> str:
+    """As the service writes it: 24h, or days."""
+    hours = seconds // 3600
+    return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
+
+
+def line_of(ref: str, body: dict[str, Any], model: str, tenants: list[str]) -> bytes:
+    """The same bytes for the same job, so that a file that is there already can be known."""
+    name = f"{name_of(ref)}-{tenants.index(split_ref(ref)[0])}"
+    line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}
+    return msgspec.json.encode(line) + b"\n"
+
+
+def name_of(ref: str) -> str:
+    """A line's name: the job's own may be another tenant's too, and the service need not know tenants."""
+    return hashlib.blake2b(ref.encode(), digest_size=10).hexdigest()
+
+
+def rows_of(content: bytes) -> Iterator[dict[str, Any]]:
+    """The lines that can be read; the others count as not run."""
+    for line in content.splitlines():
+        try:
+            row = msgspec.json.decode(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+            continue
+        if isinstance(row, dict):
+            response = row.get("response")
+            if isinstance(response, dict):
+                body = response.get("body")
+                refused = {"error": body.get("error")} if isinstance(body, dict) else {}
+                row["response"] = {**response, "body": tidy(body) or refused}
+            yield row
+
+
+def _body(row: dict[str, Any]) -> dict[str, Any]:
+    response = row.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    return body if isinstance(body, dict) else {}
+
+
+def cost_of(row: dict[str, Any], prices: tuple[float, float]) -> int:
+    usage = _body(row).get("usage")
+    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
+    return round(counts[0] * prices[0] + counts[1] * prices[1])
+
+
+def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str]) -> End:
+    """What becomes of a job. `notes`: what was changed in its request."""
+    body, response = _body(row), row.get("response")
+    status = response.get("status_code") if isinstance(response, dict) else None
+    if complete(body) and not (isinstance(status, int) and status >= 300):
+        usage = body.get("usage") or {}
+        timings = {name: 1000 * float(usage.get(told) or 0) for name, told in _TIMES}
+        answer = {key: value for key, value in body.items() if key not in ("id", "model")}
+        done: dict[str, Any] = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
+        done |= {"notes": notes} if notes else {}
+        return End(ref, "succeeded", msgspec.json.encode(done), tokens=int(usage.get("total_tokens") or 0))
+    why = _why(row, body, status)
+    more = {"failed_generation": why.failed_generation} if why.failed_generation else {}
+    outcome = msgspec.json.encode({"response": None, "error": document(why), **more})
+    if why.how == "final":
+        return End(ref, "failed", outcome)
+    how: EndStatus = "retry" if why.how == "attempt" else "later"
+    return End(ref, how, outcome, delay_ms=backoff_ms(how, 0))
+
+
+def _why(row: dict[str, Any], body: dict[str, Any], status: Any) -> Failure:
+    error = body.get("error") or row.get("error")
+    error = error if isinstance(error, dict) else {}
+    if isinstance(status, int) and status >= 400:
+        return failure(status, error, {})
+    message = str(error.get("message") or "the service's line for this job could not be read")[:2000]
+    if error.get("code") in ("batch_expired", "batch_cancelled"):
+        return Failure("hosted_batch_unfinished", message, "later")
+    return Failure("hosted_batch_line", message, "attempt")
+
+
+def errors_of(batch: dict[str, Any]) -> str:
+    """What a failed batch says: a list, or an object with one."""
+    errors = batch.get("errors")
+    rows = errors.get("data") if isinstance(errors, dict) else errors
+    return "; ".join(str(row.get("message")) for row in rows[:3] if isinstance(row, dict)) if isinstance(rows, list) else ""
+
+
+def error_line(message: str, code: str) -> bytes:
+    return msgspec.json.encode({"error": Unavailable(message, code=code).document()})
