@@ -40,6 +40,8 @@ class Batch:
     submitted: int = 0
     note: str = ""
     keeper: str = ""
+    begun: set[str] = field(default_factory=set)
+    """Jobs that were started here and not taken out of it since, ended ones included."""
 
 
 class Result(NamedTuple):
@@ -262,6 +264,16 @@ class Model:
             job.status, job.batch, job.place = Status.CLAIMED, new, job.due
         return "ok", len(jobs)
 
+    def recall(self, *, epoch: int, batch: str) -> int:
+        """What has not begun is as if it had never been claimed, and its worker hears of it."""
+        back = [job for job in self.members(batch).values() if job.status is Status.CLAIMED] if epoch == self.epoch else []
+        for job in back:
+            self.stops[batch].add(job.ref)
+            self._let_go(job)
+        self.totals["recalled"] += len(back)
+        self._close_empty()
+        return len(back)
+
     def reap(self, *, limit: int, grace_ms: int) -> Reaped:
         """With a grace, leases go on for as long where nobody has reaped, and so perhaps nobody could renew, for a while."""
         if grace_ms:
@@ -324,6 +336,7 @@ class Model:
             elif job.status is Status.CLAIMED:
                 job.status = Status.RUNNING
                 job.attempts += 1
+                self.batches[batch].begun.add(ref)
         return stop
 
     def renew(self, pairs: Iterable[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[tuple[str, str]]]:
@@ -448,6 +461,8 @@ class Model:
         self._store(job, status, 0, None)
 
     def _stop(self, job: Job) -> None:
+        if job.batch:
+            job.batch.begun.discard(job.ref)
         if job.batch and not job.batch.submitted:
             self.stops[job.batch.name].add(job.ref)
 

@@ -208,8 +208,26 @@ SCHEDULING = of(
     ("a newcomer's lift takes from who has more", "lift", "if served < tonumber(args[2]) then", "if true then"),
 )
 
+RECALL = of(
+    "recall",
+    ("what has begun is recalled", "recall", "begun[i] == 0 and read_job", "read_job"),
+    ("a scheduler that was replaced recalls", "recall", "if redis.call('HGET', p .. 'leader', 'epoch') ~= args[1] then return 0 end", ""),
+    ("recalled jobs go behind their due time", "recall", "push(c, job)", "push(c, job, digits(job.due + 1000))"),
+    ("recalled jobs are still their batch's", "recall", "redis.call('SREM', p .. 'members:' .. bid, ...)", ""),
+    ("a batch that was recalled whole stays open", "recall", "close_if_empty(c, bid)", ""),
+    ("nobody is told that recalled jobs are queued", "recall", "commit(c)", ""),
+    ("a worker that missed the word goes on with what was recalled", "recall", "redis.call('SADD', p .. 'stop:' .. bid, ...)", ""),
+    ("what has begun looks as if it could be recalled", "in_flight", "math.min(left, b[6] - begun)", "left"),
+)
+
 MEMORY = of(
     "memory and messages",
+    (
+        "a worker hears of a recall when it renews",
+        "recall",
+        "redis.call('PUBLISH', p .. 'to:' .. worker, 'stop ' .. bid .. ' ' .. table.concat(back, ' '))",
+        "",
+    ),
     ("jobs are taken in until memory runs out", "enqueue", "elseif bytes < #payload + OVERHEAD then", "elseif false then"),
     (
         "a worker hears of a cancel only when it renews",
@@ -269,12 +287,12 @@ CONTROL = of(
         "except Exception as error:",
         "except ZeroDivisionError as error:",
     ),
-    ("a cancelled job goes on", "_stop", "self._drop(held, [ref])", "pass"),
+    ("a cancelled job goes on", "_stop", "self._drop(held, mine)", "pass"),
     (
         "a cancel stops a namesake in another batch",
         "_stop",
         "held = self._held.get(batch)",
-        "held = next((h for h in self._held.values() if ref in h.jobs), None)",
+        "held = next((h for h in self._held.values() if set(refs) & h.jobs.keys()), None)",
     ),
     (
         "an earlier process's batches are left to lapse",
@@ -321,6 +339,7 @@ MUTANTS = [
     *ATTEMPTS,
     *WITHDRAWAL,
     *SCHEDULING,
+    *RECALL,
     *MEMORY,
     *PYTHON,
     *CONTROL,

@@ -46,11 +46,12 @@ def carry_out(ledger: Ledger, backlog: Backlog) -> list[tuple[str, str, int]]:
     """Plan, claim, note; (worker, digest, jobs) of each batch."""
     epoch, batches = ledger.lead("test", 60_000), []
     for n, d in enumerate(plan(backlog.view, backlog.now, POLICY)):
+        batch = f"b{backlog.now}-{n}"
         answer, jobs = ledger.claim(
-            epoch=epoch, worker=d.worker, most=9, batch=f"b{backlog.now}-{n}", digest=d.digest, delivery_ms=60_000, why=d.why, takes=d.takes
+            epoch=epoch, worker=d.worker, most=9, batch=batch, digest=d.digest, delivery_ms=60_000, why=d.why, takes=d.takes
         )
         assert (answer, jobs) == ("ok", d.jobs)
-        backlog.dispatched(d.digest, d.takes)
+        backlog.dispatched(batch, d.digest, d.takes)
         batches.append((d.worker, d.digest, jobs))
     backlog.view.planned()
     return batches

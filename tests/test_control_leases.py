@@ -308,6 +308,36 @@ def test_a_cancelled_job_is_stopped_and_its_namesake_in_another_batch_is_not(one
     assert [*one.control._held] == ["b2"]
 
 
+def test_what_is_recalled_is_dropped_at_once_and_comes_again_in_another_batch(bench: Callable[..., Bench]) -> None:
+    one = bench(heartbeat_ms=600_000)  # so that only the ledger's word can tell
+    one.start()
+    a, b, c = one.put("a", "b", "c")
+    running, on_deck = one.dispatch(2), one.dispatch(1)
+    one.begin(running, a)
+    assert [one.ledger.recall(epoch=one.epoch, batch=batch) for batch in (running, on_deck)] == [1, 1]
+    until(lambda: one.runner.cancelled == [b, c], 10)
+    assert [*one.control._held] == [running]
+    again = one.dispatch()
+    one.begin(again, b, c)
+    for batch, ref in ((running, a), (again, b), (again, c)):
+        one.runner.emit(Outcome(batch, ref, response=ANSWER))
+    for ref in (a, b, c):
+        one.until(ref, "succeeded", attempts=1)
+
+
+def test_what_begins_as_it_is_recalled_is_stopped(one: Bench) -> None:
+    (a,) = one.put("a")
+    batch = one.dispatch()
+    assert one.ledger.recall(epoch=one.epoch, batch=batch) == 1
+    one.runner.emit(Started(batch, [a]))
+    one.runner.emit(Outcome(batch, a, response=ANSWER))
+    until(lambda: one.job(a)["status"] == "queued" and not one.control._held, 10)
+    assert one.job(a)["attempts"] == 0
+    again = one.dispatch()
+    one.runner.emit(Outcome(again, a, response=ANSWER))
+    one.until(a, "succeeded", attempts=1)
+
+
 def test_what_an_earlier_process_had_is_queued_at_the_start(bench: Callable[..., Bench]) -> None:
     one = bench()
     (a,) = one.put("a")

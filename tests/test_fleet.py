@@ -6,6 +6,8 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -121,6 +123,18 @@ def test_fewer_switches_than_first_come_first_served(served: list[dict[str, Any]
     in_turn = switches(document["adapter_digest"] for document in served)
     made = switches_made(served)
     assert made < in_turn / 3, f"{made} switches, {in_turn} in the order of arrival"
+
+
+def test_what_ran_can_be_replayed(fleet: FleetProcess, served: list[dict[str, Any]]) -> None:
+    command = [sys.executable, "-m", "lorayard", "replay", "--json", "--policy", "fcfs"]
+    done = subprocess.run(command, env=fleet.environment, capture_output=True, text=True, check=True)
+    ran, simulated, fcfs = json.loads(done.stdout)["results"]
+    assert [row["name"] for row in (ran, simulated, fcfs)] == ["as it ran", "simulated", "first come first served"]
+    assert simulated["jobs"] == fcfs["jobs"] == ran["jobs"] >= len(served)
+    assert simulated["switches"] < fcfs["switches"]
+    totals = sorted(document["latencies_ms"]["total"] / 1000 for document in served)
+    assert totals[0] <= ran["total_s"]["p50"] <= totals[-1]
+    assert all(row["total_s"]["p95"] > row["wait_s"]["p95"] > 0 for row in (ran, simulated, fcfs))
 
 
 def test_answers_equal_those_of_the_adapter_alone(fleet: FleetProcess, served: list[dict[str, Any]], demo_gguf: Path) -> None:

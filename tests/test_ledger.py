@@ -347,6 +347,33 @@ def test_give_back_and_a_new_process_of_the_same_name_cost_no_attempt(yard: Yard
     assert yard.counts_are_exact()
 
 
+def test_what_has_not_begun_is_recalled_and_waits_as_if_it_had_never_been_claimed(yard: Yard) -> None:
+    for job_id, changes in (("third", {"wait_ms": 9000}), ("second", {"wait_ms": 3000}), ("first", {"deadline_ms": 2000})):
+        yard.put(job_id, **changes)
+    yard.advance(100)
+    on_its_way, at_worker = yard.claim(1), yard.claim(2, most=9)
+    grant = yard.ledger.take(at_worker, "w1", "i", 5000)
+    assert grant is not None
+    assert yard.ledger.start(at_worker, grant.fence, ["acme/third"]) == []
+    assert {f.batch: (f.left, f.waiting) for f in yard.ledger.snapshot().in_flight} == {on_its_way: (1, 1), at_worker: (2, 1)}
+    yard.put("urgent", wait_ms=10)
+    assert yard.ledger.recall(epoch=yard.epoch - 1, batch=at_worker) == 0, "another leads"
+    assert [yard.ledger.recall(epoch=yard.epoch, batch=b) for b in (on_its_way, at_worker, at_worker, on_its_way, "b9")] == [1, 1, 0, 0, 0]
+    # Whoever had it is refused, and none of it is lost, or has used an attempt.
+    assert yard.ledger.take(on_its_way, "w1", "i", 5000) is None
+    assert yard.ledger.start(at_worker, grant.fence, ["acme/second"]) == ["acme/second"]
+    assert yard.ledger.finish(at_worker, grant.fence, [End("acme/second", "succeeded", OUTCOME)]) == ["stale"]
+    assert yard.ledger.renew([(at_worker, grant.fence)], 5000) == ([], [(at_worker, "acme/second")])
+    again = yard.ledger.take(yard.claim(most=9), "w1", "i", 5000)
+    assert again is not None
+    order = [("acme/urgent", 0, 0), ("acme/first", 0, 0), ("acme/second", 0, 0)]
+    assert [(job.ref, job.attempts, job.laters) for job in again.jobs] == order
+    assert yard.ledger.finish(at_worker, grant.fence, [End("acme/third", "succeeded", OUTCOME)]) == ["stored"]
+    assert yard.ledger.counts()["recalled"] == 2
+    assert yard.counts_are_exact()
+    assert audit(yard.ledger) == []
+
+
 def test_two_schedulers_one_leads_and_a_stale_epoch_claims_nothing(yard: Yard) -> None:
     assert yard.ledger.lead("s2", 10_000) == 0
     yard.advance(10_001)

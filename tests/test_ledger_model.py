@@ -210,6 +210,12 @@ class LedgerMachine(RuleBasedStateMachine):
         who = {"epoch": self.epochs[scheduler], "worker": worker, "most": most}
         self.both("claim", **who, batch=batch, digest=digest, delivery_ms=DELIVERY, why="due", takes=list(takes.items()))
 
+    @precondition(lambda self: self.model.batches)
+    @rule(scheduler=st.sampled_from([*SCHEDULERS, "s1"]), batch=pick(lambda m: [f"b{n + 1}" for n in range(m.batches)][-4:]))
+    def recall(self, scheduler: str, batch: str) -> None:
+        """By what the scheduler believes; mostly of a batch that there is."""
+        self.both("recall", epoch=self.epochs[scheduler], batch=batch)
+
     @rule(what=st.sampled_from(["pool", "adapter:d1", "tenant:acme", "group:base:zeta"]), end=st.booleans())
     def pause(self, what: str, end: bool) -> None:
         self.both("resume" if end else "pause", what)
@@ -417,10 +423,13 @@ class LedgerMachine(RuleBasedStateMachine):
         ready = {name: jobs for name, jobs in self.model.groups().items() if not self.model.is_halted(*name)}
         assert {name: shown for name, shown in groups.items() if shown[0]} == {name: (len(j), j[0].place) for name, j in ready.items()}
         flights = {
-            f.batch: (f.worker, f.digest, " ".join(f"{t} {n}" for t, n in f.by.items()), f.claimed, f.taken, f.left) for f in view.in_flight
+            f.batch: (f.worker, f.digest, " ".join(f"{t} {n}" for t, n in f.by.items()), f.claimed, f.taken, f.left, f.waiting)
+            for f in view.in_flight
         }
         mine = [b for b in self.model.batches.values() if not b.submitted]
-        assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken, len(self.model.members(b.name))) for b in mine}
+        left = {b.name: len(self.model.members(b.name)) for b in mine}
+        waiting = {b.name: min(left[b.name], b.size - len(b.begun)) for b in mine}
+        assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken, left[b.name], waiting[b.name]) for b in mine}
         assert view.served == +self.model.served
         named = [(digest, tenant) for digest in DIGESTS for tenant in TENANTS]
         some = {(g.digest, g.tenant): g.jobs for g in self.ledger.read_groups(named).groups}

@@ -316,7 +316,7 @@ def test_jobs_are_refused_before_memory_runs_out_and_ends_are_stored_even_then(y
 
 
 def test_a_worker_hears_at_once_of_its_batch_and_of_cancelled_jobs(yard: Yard) -> None:
-    heard: list[tuple[str, str, str]] = []
+    heard: list[tuple[str, str, list[str]]] = []
     until = threading.Event()
 
     def listen() -> None:
@@ -332,13 +332,23 @@ def test_a_worker_hears_at_once_of_its_batch_and_of_cancelled_jobs(yard: Yard) -
         batch = yard.run(worker="w7").batch
         yard.ledger.cancel("acme", ["a"])
         yard.ledger.delete("acme", ["b"])
-        while len(heard) < 3:
+        yard.put("c", "d")
+        recalled = yard.run(worker="w7", start=False).batch
+        assert yard.ledger.recall(epoch=yard.epoch, batch=recalled) == 2
+        while len(heard) < 5:
             assert time.monotonic() < give_up
             time.sleep(0.001)
     finally:
         until.set()
         listening.join()
-    assert heard == [("take", batch, ""), ("stop", batch, "acme/a"), ("stop", batch, "acme/b")]
+    heard[-1][2].sort()
+    assert heard == [
+        ("take", batch, []),
+        ("stop", batch, ["acme/a"]),
+        ("stop", batch, ["acme/b"]),
+        ("take", recalled, []),
+        ("stop", recalled, ["acme/c", "acme/d"]),
+    ]
 
 
 # -- audit -------------------------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class Admission:
                 param="messages" if "messages" in spec.request else "prompt",
             )
         digest = manifest.digest if manifest else BASE_DIGEST
-        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata, spec.route)
+        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata, spec.route, spec.deadline_s, spec.not_before_s)
         if (size := len(request) + len(meta)) > settings.max_job_bytes:
             raise TooLarge(
                 f"the job has {size} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES: shorten request or metadata",

@@ -23,8 +23,8 @@ _LOCAL: tuple[Lane, ...] = ("", "auto")
 class Backlog:
     """Rebuilt from the ledger at start and after any gap; in between, events name the groups to read again.
 
-    What it knows beyond the ledger is only which groups had a turn already; losing that with the process changes the order of service once,
-    nothing else.
+    What it knows beyond the ledger is only which groups had a turn already, and when the batches it dispatched are due: losing that with
+    the process changes the order of service once, and these batches are not recalled; nothing else.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy) -> None:
@@ -34,6 +34,7 @@ class Backlog:
         self._costs: dict[str, Costs] = {}
         self._infos: dict[str, WorkerInfo] = {}
         self._held: dict[str, tuple[Held, ...]] = {}
+        self._dues: dict[str, float] = {}  # of batches that were dispatched from here
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
         self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
@@ -98,8 +99,13 @@ class Backlog:
         held: dict[str, list[Held]] = defaultdict(list)
         self._flying = Counter()
         for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
-            held[flight.worker].append(Held(flight.batch, flight.digest, flight.left))
+            due = self._dues.get(flight.batch, 0.0)
+            waiting = flight.waiting if due else 0
+            held[flight.worker].append(Held(flight.batch, flight.digest, flight.left, waiting=waiting, due=due))
             self._flying.update(flight.by)
+        if len(self._dues) > 2 * len(flights) + 100:
+            current = {flight.batch for flight in flights}
+            self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
         for name in {*held, *self._held}:
             now = tuple(held.get(name, ()))
             if now != self._held.get(name, ()):
@@ -152,8 +158,11 @@ class Backlog:
         self.groups.news.add(digest)
         self.stale = True
 
-    def dispatched(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
+    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]]) -> None:
         """A batch was claimed: the groups it came from, which have had a turn, are read again."""
+        groups = [group for tenant, _ in takes if (group := self.groups.get(digest, tenant))]
+        if groups:
+            self._dues[batch] = min(group.due for group in groups)
         for tenant, jobs in takes:
             self._dirty.add((digest, tenant))
             self.groups.take(digest, tenant, jobs, self.now)

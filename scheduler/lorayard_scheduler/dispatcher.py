@@ -24,6 +24,7 @@ from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.hosted_planner import OUTSTANDING
 from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Dispatch, Policy, plan
+from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.reconciler import Reconciler
 
 log = structlog.get_logger()
@@ -114,6 +115,7 @@ class Dispatcher:
             self._read_workers()
         if self._backlog.stale or self._backlog.waits:
             self._backlog.refresh()
+            self._recall()
             dispatches = plan(self._backlog.view, self._backlog.now, self._policy)
             if not dispatches or not dispatches[-1].more:
                 self._backlog.view.planned()
@@ -131,6 +133,15 @@ class Dispatcher:
             self._backlog.stale = True
             log.info("workers", alive=[w.name for w in alive])
         self._workers = alive
+
+    def _recall(self) -> None:
+        """What waits at workers makes room for what is urgent, so that the plan that follows can send that there."""
+        for recall in recalls(self._backlog.view, self._backlog.now, self._policy):
+            jobs = sum(self._ledger.recall(epoch=self._epoch, batch=batch) for batch in recall.batches)
+            log.info("recalled", worker=recall.worker, jobs=jobs, adapter=recall.digest[:12], why=recall.why)
+            self._event, events = self._ledger.events(self._event, 0)
+            self._backlog.hear(events)
+            self._backlog.refresh()
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
@@ -150,7 +161,7 @@ class Dispatcher:
         if answer != "ok":
             self._backlog.missed(dispatch.digest, dispatch.takes)
             return
-        self._backlog.dispatched(dispatch.digest, dispatch.takes)
+        self._backlog.dispatched(batch, dispatch.digest, dispatch.takes)
         self._messages.put((batch, dispatch.worker, time.monotonic()))
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
 

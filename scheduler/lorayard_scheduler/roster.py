@@ -12,12 +12,15 @@ from lorayard_scheduler.costs import Costs, Temperature
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A batch that a worker has been given, with so many jobs that have not ended; `rank` is what its group had then."""
+    """A batch that a worker has been given, with so many jobs that have not ended; `rank` is what its group had then.
+    `waiting` of them have not begun and could be recalled; the most due was due at `due`, ms."""
 
     batch: str
     digest: str
     jobs: int
     rank: int = 0
+    waiting: int = 0
+    due: float = 0.0
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class Roster:
         self.free: SortedList = SortedList()  # (load, name) of those that can take another adapter
         self.on: dict[str, dict[str, None]] = {}  # digest -> workers that have jobs of it
         self.warm: dict[str, dict[str, None]] = {}  # digest -> workers where it is hot or loaded
+        self.decks: dict[str, float] = {}  # workers with jobs that could be recalled: the latest due time of their batches
         self.idle = 0
         self.news: set[str] = set()  # workers put, or gone, since the last plan
         self._warm: dict[str, tuple[Collection[str], Collection[str]]] = {}
@@ -70,6 +74,9 @@ class Roster:
         if len(hand) < self.adapters_at_once:
             self.free.add((load, name))
         self.idle += not load
+        dues = [held.due for held in worker.held if held.waiting]
+        if dues:
+            self.decks[name] = max(dues)
         for digest in hand:
             self.on.setdefault(digest, {})[name] = None
         self._warm_up(name, (worker.hot, worker.loaded))
@@ -88,6 +95,7 @@ class Roster:
         if len(hand) < self.adapters_at_once:
             self.free.remove((load, name))
         self.idle -= not load
+        self.decks.pop(name, None)
         _remove(self.on, hand, name)
 
     def _warm_up(self, name: str, warm: tuple[Collection[str], Collection[str]]) -> None:

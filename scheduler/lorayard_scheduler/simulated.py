@@ -8,16 +8,18 @@ from collections.abc import Iterable
 from lorayard_scheduler.costs import Work
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Dispatch, Policy, View, plan
+from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulator import Batch, Fleet, Machine
 
 
 class Lorayard:
-    """`plan` on a mirror that is always up to date."""
+    """`plan` on a mirror that is always up to date. `recalls`: batches that have not begun come back for what is urgent."""
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, *, recalls: bool = True) -> None:
         self.policy = policy or Policy()
-        self.plans = 0
+        self.may_recall = recalls
+        self.plans = self.recalled = 0
 
     def begin(self, fleet: Fleet) -> None:
         self.fleet, trace = fleet, fleet.trace
@@ -49,7 +51,7 @@ class Lorayard:
             self.roster.drop(view.name)
             self.bound[machine.index] = -1
             return
-        view.held = tuple([Held("", names[b.adapter], b.left, b.rank) for b in machine.batches])
+        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, b.rank, len(b.jobs) - b.started, b.due) for b in machine.batches])
         if self.bound[machine.index] != machine.switches:  # what is in memory changes with a switch only
             self.bound[machine.index] = machine.switches
             view.hot = tuple([names[a] for a in machine.bound])
@@ -94,6 +96,8 @@ class Lorayard:
         self.touched.clear()
         self.plans += 1
         self.groups.settle([name for name, jobs in zip(self.fleet.trace.tenant_names, self.in_flight, strict=True) if jobs])
+        if self.may_recall:
+            self._recall()
         more = True
         while more:
             dispatches = plan(self.view, self.fleet.now, self.policy)
@@ -118,14 +122,28 @@ class Lorayard:
         jobs.sort()
         for _, job in jobs:
             self.charged[job] = self.work.tokens
-        self.fleet.give(machine, adapter, [job for _, job in jobs], dispatch.rank)
+        batch = self.fleet.give(machine, adapter, [job for _, job in jobs], dispatch.rank)
+        batch.due = jobs[0][0]
         self._see(machine)
 
+    def _recall(self) -> None:
+        """What has begun since its worker was looked at stays, as it does in the ledger."""
+        for recall in recalls(self.view, self.fleet.now, self.policy):
+            machine = self.machines[recall.worker]
+            for batch in [batch for batch in machine.batches if str(batch.number) in recall.batches]:
+                jobs = machine.recall(batch)
+                self.recalled += len(jobs)
+                self._again(jobs)
+            self._see(machine)
+
     def lost(self, jobs: Iterable[int], machine: Machine) -> None:
+        self._again(jobs)
+        self._see(machine)
+
+    def _again(self, jobs: Iterable[int]) -> None:
         trace = self.fleet.trace
         for job in jobs:
             tenant = trace.tenants[job]
             self.in_flight[tenant] -= 1
             self.groups.charge(trace.tenant_names[tenant], -self.charged.pop(job))
             self.arrived(job)
-        self._see(machine)

@@ -53,12 +53,13 @@ class WorkerSpec:
 class Batch:
     """Jobs of one adapter on their way through a worker."""
 
-    __slots__ = ("adapter", "jobs", "left", "number", "rank", "started")
+    __slots__ = ("adapter", "due", "jobs", "left", "number", "rank", "started")
 
     def __init__(self, number: int, adapter: int, jobs: list[int], rank: int = 0) -> None:
         self.number, self.adapter, self.jobs, self.rank = number, adapter, jobs, rank
         self.left = len(jobs)
         self.started = 0
+        self.due = 0.0  # of its most due job, where the scheduler wants to remember it
 
 
 class Machine:
@@ -153,8 +154,10 @@ class Machine:
         back = batch.jobs[batch.started :]
         del batch.jobs[batch.started :]
         batch.left -= len(back)
-        if back:
+        if batch in self.queue:
             self.queue.remove(batch)
+        self.fetching = [fetch for fetch in self.fetching if fetch[2] is not batch]
+        heapq.heapify(self.fetching)
         if not batch.left:
             self.batches.remove(batch)
         return back

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from lorayard import __version__, doctor, embedded, hosted_cli
+from lorayard import __version__, doctor, embedded, hosted_cli, replay_cli
 from lorayard.celery_app import make_app
 from lorayard.client import Client, find_key
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
@@ -227,6 +227,7 @@ def demo(
 
 
 app.command("doctor")(doctor.command)
+app.command("replay")(replay_cli.replay)
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------------------------

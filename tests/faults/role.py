@@ -57,10 +57,10 @@ def always(_: Any) -> bool:
     return True
 
 
-def hard_of_hearing(words: Callable[..., Iterator[tuple[str, str, str]]]) -> Callable[..., Iterator[tuple[str, str, str]]]:
+def hard_of_hearing(words: Callable[..., Iterator[tuple[str, str, list[str]]]]) -> Callable[..., Iterator[tuple[str, str, list[str]]]]:
     """Words to take a batch are lost while a point of the Celery message is ordered, which else would not be needed."""
 
-    def heard(*args: Any) -> Iterator[tuple[str, str, str]]:
+    def heard(*args: Any) -> Iterator[tuple[str, str, list[str]]]:
         for word in words(*args):
             order = Path(os.environ[POINT])
             if word[0] != "take" or not (order.exists() and order.read_text().startswith("ack")):

@@ -16,7 +16,7 @@ from fleet_support import until
 from faults.report import Row
 from faults.scale import fault
 from faults.witness import Witness
-from faults.yard import Yard
+from faults.yard import Yard, repeating
 from lorayard.ledger.keys import split_ref
 
 Fleet = Callable[..., tuple[Yard, Witness]]
@@ -160,3 +160,24 @@ def test_cancel_at_every_state(row: Row, rng: random.Random, fleet: Fleet, quick
         witness.read(list(witness.acknowledged))
         assert {witness.documents[ref]["status"] for ref in (*late, *held, *again, *storing, *waiting)} == {"cancelled"}
         assert {witness.documents[ref]["status"] for ref in ended} == {"succeeded"}
+
+
+@fault(quick=True)
+def test_recalls(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None:
+    """Whatever has not begun is recalled from its worker, at random, before and after it is taken, and while it begins"""
+    yard, witness = fleet(workers=2, width=4)
+
+    def recall() -> None:
+        batches = [batch.decode() for name in ("worker-1", "worker-2") for batch in yard.outstanding(name)]
+        if batches:
+            row.injected["jobs recalled"] += yard.ledger().recall(epoch=_epoch(yard), batch=rng.choice(batches))
+
+    with row.judging(yard, witness):
+        with repeating(0.03, recall):
+            for _ in range(1 if quick else 8):
+                witness.submit(witness.jobs(150, ms=(5, 60)))
+                until(lambda: yard.counts().get("queued", 0) < 50, 60)
+            until(lambda: not any(yard.outstanding(name) for name in ("worker-1", "worker-2")), 60)
+        witness.wait()
+        assert row.injected["jobs recalled"] == yard.counts().get("recalled", 0) > 0
+    assert set(row.attempts) == {1}, "it costs no attempt"

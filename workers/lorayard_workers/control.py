@@ -479,7 +479,8 @@ class Control:
             if held[name].jobs:  # else it has ended meanwhile
                 log.warning("lease lost", batch=name)
             self._drop(held[name], list(held[name].jobs))
-        self._stop(stop)
+        for batch, ref in stop:
+            self._stop(batch, [ref])
 
     def _take_unheard(self) -> None:
         """Batches of ours whose wake-up has not come by the second heartbeat: lost, or refused by a broker that is full."""
@@ -503,11 +504,11 @@ class Control:
         heartbeat say the same."""
         while not self._closing.is_set():
             try:
-                for word, batch, ref in self._ledger.words(self.info.name, self._closing):
+                for word, batch, refs in self._ledger.words(self.info.name, self._closing):
                     if word == "take":
                         self._take_told(batch)
                     else:
-                        self._stop([(batch, ref)])
+                        self._stop(batch, refs)
             except Exception as error:  # this thread must not end: nobody else tells as fast
                 log.warning("word from the ledger may be missed; listening again", reason=str(error))
                 self._closing.wait(1)
@@ -521,12 +522,11 @@ class Control:
         self._runner.cancel(held.batch, refs)
         self._forget(held, refs)
 
-    def _stop(self, jobs: Iterable[tuple[str, str]]) -> None:
-        """What was cancelled or deleted while we had it."""
-        for batch, ref in jobs:
-            held = self._held.get(batch)
-            if held is not None and ref in held.jobs:
-                self._drop(held, [ref])
+    def _stop(self, batch: str, refs: Iterable[str]) -> None:
+        """What was cancelled, deleted or recalled while we had it."""
+        held = self._held.get(batch)
+        if held is not None and (mine := [ref for ref in refs if ref in held.jobs]):
+            self._drop(held, mine)
 
     def _give_back(self, held: _Held, refs: list[str]) -> None:
         if not refs:

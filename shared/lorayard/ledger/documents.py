@@ -26,7 +26,15 @@ def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
     return _ended(job_id, pool, reply[0]) if len(reply) == 1 else _living(job_id, pool, reply)
 
 
-def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[str, Any] | None, route: str = ROUTE) -> bytes:
+def meta_line(
+    adapter: str | None,
+    endpoint: str,
+    priority: str,
+    metadata: dict[str, Any] | None,
+    route: str = ROUTE,
+    deadline_s: float | None = None,
+    not_before_s: float | None = None,
+) -> bytes:
     """What stays public of a job, one line of JSON; what is usual is left out, for there may be millions."""
     meta: dict[str, Any] = {}
     if adapter is not None:
@@ -37,6 +45,9 @@ def meta_line(adapter: str | None, endpoint: str, priority: str, metadata: dict[
         meta["priority"] = priority
     if route != ROUTE:
         meta["route"] = route
+    for name, seconds in (("deadline_s", deadline_s), ("not_before_s", not_before_s)):
+        if seconds is not None:
+            meta[name] = seconds
     if metadata is not None:
         meta["metadata"] = metadata
     return msgspec.json.encode(meta)
@@ -53,6 +64,8 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
         "route": meta.get("route", ROUTE),
         "endpoint": meta.get("endpoint", ENDPOINT),
         "priority": meta.get("priority", PRIORITY),
+        "deadline_s": meta.get("deadline_s"),
+        "not_before_s": meta.get("not_before_s"),
         "metadata": meta.get("metadata"),
         "via": via,
         "response": None,

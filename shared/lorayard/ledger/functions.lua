@@ -18,7 +18,7 @@
 --                                by tenants, y why; of a submitted one: s submitted ms, o note, x token of who looks after it
 --   members:BID          SET     refs not ended yet
 --   begun:BID            SET     those that were started
---   stop:BID             SET     refs cancelled while at a worker, until the worker has heard of it
+--   stop:BID             SET     refs cancelled, deleted or recalled while at a worker, until the worker has heard of it
 --   leases               ZSET    batch -> expiry ms (of the delivery until it is taken, of the lease from then on)
 --   submitted            ZSET    batch -> ms when it is looked at next: batches at a hosted batch service, no worker's, with no lease
 --   outstanding:WORKER   SET     batches
@@ -33,7 +33,7 @@
 --   reaped               STRING  ms; when leases were last looked through
 --   events               STREAM  k kind (queued, batch, worker), v value: for schedulers; capped: a hint, never the truth
 --   ends                 STREAM  k ended, v refs: for whoever waits for results; as lossy
---   to:WORKER            CHANNEL "take BID" at once, "stop BID REF" at once; lossy: the Celery message, the lease and `stop:BID` are what counts
+--   to:WORKER            CHANNEL "take BID" at once, "stop BID REF..." at once; lossy: the Celery message, the lease and `stop:BID` are what counts
 --
 -- head:  flag \t due \t deadline \t digest \t tenant \t max attempts \t idem     flag: '-' with neither deadline nor idem, 'x' with one
 -- birth: enqueued \t via
@@ -537,6 +537,34 @@ local function claim(keys, args)
   return { 'ok', fence, #refs }
 end
 
+-- ly_recall P | epoch batch -> number queued again, where they are due and at no cost: those that have not begun are their worker's no more,
+-- whether it has taken the batch or not. 0 where another scheduler leads.
+local function recall(keys, args)
+  local c, bid = begin(keys), args[2]
+  local p, back = c.p, {}
+  if redis.call('HGET', p .. 'leader', 'epoch') ~= args[1] then return 0 end
+  local refs = redis.call('SMEMBERS', p .. 'members:' .. bid)
+  local begun = gather('SMISMEMBER', p .. 'begun:' .. bid, refs)
+  for i, ref in ipairs(refs) do
+    local job = begun[i] == 0 and read_job(p, ref)
+    if job then
+      push(c, job)
+      back[#back + 1] = ref
+    end
+  end
+  if #back == 0 then return 0 end
+  chunks(back, function(...)
+    redis.call('SREM', p .. 'members:' .. bid, ...)
+    redis.call('SADD', p .. 'stop:' .. bid, ...)
+  end)
+  count(c, 'recalled', #back)
+  local worker = redis.call('HGET', p .. 'batch:' .. bid, 'w')
+  if worker then redis.call('PUBLISH', p .. 'to:' .. worker, 'stop ' .. bid .. ' ' .. table.concat(back, ' ')) end
+  commit(c)
+  close_if_empty(c, bid)
+  return #back
+end
+
 -- ly_reap P | limit ttl_s grace_ms gap_ms -> {batches never taken in time, batches whose lease ran out, delayed jobs woken, jobs expired}
 local function reap(keys, args)
   local c, limit, ttl = begin(keys), args[1], args[2]
@@ -618,13 +646,16 @@ end
 local function in_flight(p)
   local reply = {}
   for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do
-    local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'd', 'by', 'c', 't')
-    if b[1] then reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0', redis.call('SCARD', p .. 'members:' .. bid) } end
+    local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'd', 'by', 'c', 't', 'n')
+    if b[1] then
+      local left, begun = redis.call('SCARD', p .. 'members:' .. bid), redis.call('SCARD', p .. 'begun:' .. bid)
+      reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0', left, math.min(left, b[6] - begun) }
+    end
   end
   return reply
 end
 
--- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken, jobs left}..., served}
+-- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken, jobs left, of them at most not begun}..., served}
 local function groups(keys, args)
   return { now(), measure(keys[1], args), in_flight(keys[1]), redis.call('HGETALL', keys[1] .. 'served') }
 end
@@ -1131,6 +1162,7 @@ local library = {
   { 'ly_claim', claim, 'allow-oom' }, { 'ly_take', take, 'allow-oom' }, { 'ly_start', start, 'allow-oom' }, { 'ly_renew', renew, 'allow-oom' },
   { 'ly_finish', finish, 'allow-oom' }, { 'ly_give_back', give_back, 'allow-oom' }, { 'ly_hello', hello, 'allow-oom' },
   { 'ly_cancel', cancel, 'allow-oom' }, { 'ly_delete', delete, 'allow-oom' }, { 'ly_reap', reap, 'allow-oom' }, { 'ly_lead', lead, 'allow-oom' },
+  { 'ly_recall', recall, 'allow-oom' },
   { 'ly_resign', resign, 'allow-oom' }, { 'ly_lift', lift, 'allow-oom' }, { 'ly_pause', pause, 'allow-oom' }, { 'ly_forget', forget, 'allow-oom' },
   { 'ly_audit_jobs', audit_jobs, 'allow-oom' }, { 'ly_audit_entries', audit_entries, 'allow-oom' },
   { 'ly_audit_batches', audit_batches, 'allow-oom' }, { 'ly_audit_worker', audit_worker, 'allow-oom' },

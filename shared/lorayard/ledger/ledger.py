@@ -108,7 +108,8 @@ class Group(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it; `left` is jobs that have not ended."""
+    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it; `left` is jobs that have not ended,
+    of which at most `waiting` have not begun."""
 
     batch: str
     worker: str
@@ -117,6 +118,7 @@ class InFlight(NamedTuple):
     claimed: int
     taken: int
     left: int
+    waiting: int = 0
 
 
 class View(NamedTuple):
@@ -285,6 +287,11 @@ class Ledger:
         reply = self._call("ly_claim", epoch, worker, most, batch, digest, delivery_ms, why, *pairs)
         return reply[0].decode(), int(reply[2]) if len(reply) > 1 else 0
 
+    def recall(self, *, epoch: int, batch: str) -> int:
+        """Queue the jobs of a batch that have not begun again, where they are due; how many. It costs no attempt, and whatever their worker
+        does with them from then on is refused."""
+        return int(self._call("ly_recall", epoch, batch))
+
     def awaits_taking(self, batch: str) -> bool:
         """Whether a claimed batch is still its worker's to take."""
         try:
@@ -370,13 +377,14 @@ class Ledger:
         return [ref.decode() for ref in self._call("ly_start", batch, fence, *refs)]
 
     def renew(self, batches: Sequence[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[tuple[str, str]]]:
-        """Renew leases by (batch, fence); the batches that are lost, and the jobs, as (batch, ref), that were cancelled or deleted."""
+        """Renew leases by (batch, fence); the batches that are lost, and the jobs, as (batch, ref), that were
+        cancelled, deleted or recalled."""
         lost, stop = self._call("ly_renew", lease_ms, *(value for pair in batches for value in pair))
         return [b.decode() for b in lost], [(b.decode(), r.decode()) for b, r in zip(stop[::2], stop[1::2], strict=True)]
 
-    def words(self, worker: str, until: threading.Event) -> Iterator[tuple[Literal["take", "stop"], str, str]]:
-        """What a worker is told, as it happens, until the event is set: ("take", batch, "") when a batch is its own, ("stop", batch, ref)
-        when a job that it has is cancelled or deleted. Words get lost: `outstanding` and `renew` tell all.
+    def words(self, worker: str, until: threading.Event) -> Iterator[tuple[Literal["take", "stop"], str, list[str]]]:
+        """What a worker is told, as it happens, until the event is set: ("take", batch, []) when a batch is its own, ("stop", batch, refs)
+        when jobs that it has are cancelled, deleted or recalled. Words get lost: `outstanding` and `renew` tell all.
         """
         try:
             with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
@@ -385,8 +393,8 @@ class Ledger:
                     if channel.health_check_response_counter > 1:  # redis-py asks, and never looks whether an answer came
                         raise Unavailable("the connection for words to this worker is dead; connecting again")
                     if message := channel.get_message(timeout=0.5):
-                        word, batch, *ref = message["data"].decode().split(" ", 2)
-                        yield word, batch, ref[0] if ref else ""
+                        word, batch, *refs = message["data"].decode().split(" ")
+                        yield word, batch, refs
         except redis.RedisError as error:
             raise unavailable(error) from error
 
@@ -497,10 +505,11 @@ def _view(reply: list[Any], last_event: str) -> View:
         digest, _, tenant = name.decode().partition(":")
         groups.append(Group(digest, tenant, int(jobs), int(float(due))))
     flights = []
-    for batch, worker, digest, by, claimed, taken, left in reply[2]:
+    for batch, worker, digest, by, claimed, taken, left, waiting in reply[2]:
         words = by.decode().split()
         shares = {t: int(n) for t, n in zip(words[::2], words[1::2], strict=True)}
-        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, int(claimed), int(taken), int(left)))
+        when = int(claimed), int(taken)
+        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, *when, int(left), int(waiting)))
     served = {t.decode(): int(n) for t, n in zip(reply[3][::2], reply[3][1::2], strict=True)}
     return View(int(reply[0]), groups, flights, served, last_event)
 
