@@ -198,7 +198,7 @@ def test_an_adapter_is_added_and_replaced_while_jobs_wait_for_it(fleet: FleetPro
 
 def test_a_rare_adapters_job_does_not_wait_for_the_end_of_a_flood(fleet: FleetProcess) -> None:
     rng = random.Random(7)
-    flood = questions("banking77", 150, rng) * 2
+    flood = questions("banking77", 150, rng) * 8
     with fleet.client("acme") as client:
         flooded = [row["id"] for row in client.submit(flood)]
         (rare,) = client.submit(questions("snips", 1, rng))

@@ -176,10 +176,10 @@ def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterable[Yard]:
 
 
 def test_a_scheduler_recalls_what_is_on_deck_and_sends_what_is_urgent(yard: Yard) -> None:
-    yard.put(*(f"a{i}" for i in range(8)), digest="a", wait_ms=3_600_000)
+    yard.put(*(f"a{i}" for i in range(8)), digest="a", wait_ms=40_000)
     running = yard.take()
     assert yard.ledger.start(running.batch, running.fence, [job.ref for job in running.jobs]) == []
-    yard.put(*(f"b{i}" for i in range(8)), digest="b", wait_ms=3_600_000)
+    yard.put(*(f"b{i}" for i in range(8)), digest="b", wait_ms=40_000)
     deck = yard.take()
     assert {job.ref for job in deck.jobs} == {f"acme/b{i}" for i in range(8)}
     yard.put("urgent", digest="c", wait_ms=20_000)
