@@ -10,18 +10,20 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
 
-from benchmarks.workloads import Job, Workload
+from benchmarks.workloads import CONTEXT, Job, Workload
 from benchmarks.yard import free_port, until
 from lorayard import embedded
 from lorayard.client import Client
 from lorayard.fleet import Fleet
 from lorayard.settings import Settings
+from lorayard_workers.llama.process import SPINS
 
 if TYPE_CHECKING:
     from benchmarks.throughput import Bench
@@ -65,8 +67,17 @@ class Fleetwise:
                 yield "", time.perf_counter() - started, len(workload.jobs)
 
 
+@dataclass(frozen=True)
+class Options:
+    """How llama.cpp's server is started: `unified`: one pool of KV cells for all slots; `spins`: `GOMP_SPINCOUNT`, None as shipped."""
+
+    slots: int
+    unified: bool = True
+    spins: int | None = None
+
+
 class Server:
-    """llama.cpp's server with all adapters loaded, one of them a request, its prompt cache on; the best number of slots."""
+    """llama.cpp's server with all adapters loaded, one of them a request, its prompt cache on; the best options of those it is tried with."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
@@ -80,21 +91,32 @@ class Server:
             return  # it loads adapters at start only, and all of them
         in_order = [job for jobs in workload.groups.values() for job in jobs]
         part = random.Random(5).sample(workload.jobs, min(len(workload.jobs), 24))
-        slots = SLOTS[-1] if len(workload.jobs) < 64 else min(SLOTS, key=lambda count: self._time(workload, part, count))
-        yield "", self._time(workload, workload.jobs, slots), len(workload.jobs)
-        yield "_sorted", self._time(workload, in_order, slots), len(workload.jobs)
+        best = self._best(workload, part)
+        yield "", self._time(workload, workload.jobs, best), len(workload.jobs)
+        yield "_sorted", self._time(workload, in_order, best), len(workload.jobs)
 
-    def _time(self, workload: Workload, jobs: list[Job], slots: int) -> float:
+    def _best(self, workload: Workload, jobs: list[Job]) -> Options:
+        """One option after the other, beside what was best of those before."""
+        timed = {options: self._time(workload, jobs, options) for options in map(Options, SLOTS)}
+
+        def best() -> Options:
+            return min(timed, key=lambda options: timed[options])
+
+        for options in (replace(best(), unified=False), replace(best(), spins=SPINS)):
+            timed[options] = self._time(workload, jobs, options)
+        return best()
+
+    def _time(self, workload: Workload, jobs: list[Job], options: Options) -> float:
         numbers = {name: number for number, name in enumerate(workload.adapters)}
         files = [str(self._bench.gguf(workload, name)) for name in workload.adapters]
         port = free_port()
-        longest = self._bench.model.n_ctx_train
-        command = [self._command, "-m", str(self._bench.path), "--host", "127.0.0.1", "--port", str(port), "-np", str(slots)]
-        command += ["-c", str(max(self._bench.settings.n_ctx, 2 * longest)), "--kv-unified", "-t", str(self._bench.model.threads)]
+        cells = max(2 * self._bench.model.n_ctx_train, options.slots * CONTEXT)
+        command = [self._command, "-m", str(self._bench.path), "--host", "127.0.0.1", "--port", str(port), "-np", str(options.slots)]
+        command += ["-c", str(cells), "--kv-unified" if options.unified else "--no-kv-unified", "-t", str(self._bench.model.threads)]
         command += ["--lora", ",".join(files), "--lora-init-without-apply", "--no-webui"]
         log = self._bench.folder / "server.log"
         with log.open("ab") as lines:
-            process = subprocess.Popen(command, env=_shipped(), stdout=lines, stderr=lines, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(command, env=_shipped(options.spins), stdout=lines, stderr=lines, stdin=subprocess.DEVNULL)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900, limits=httpx.Limits(max_connections=None)) as http:
                 until(lambda: _healthy(http, process), 120)
@@ -104,7 +126,7 @@ class Server:
                     reply = http.post(job.endpoint, json=job.request | {"lora": lora, "cache_prompt": True})
                     reply.raise_for_status()
 
-                with ThreadPoolExecutor(slots) as pool:
+                with ThreadPoolExecutor(options.slots) as pool:
                     list(pool.map(ask, jobs[:_WARM_UP]))
                     started = time.perf_counter()
                     list(pool.map(ask, jobs))
@@ -114,9 +136,10 @@ class Server:
             process.wait()
 
 
-def _shipped() -> dict[str, str]:
-    """The environment without what our own engine wants of ggml's threads: peers wait at barriers as they are shipped to."""
-    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+def _shipped(spins: int | None = None) -> dict[str, str]:
+    """The environment without what our own engine wants of ggml's threads: peers wait at barriers as they are shipped to, or as is tried."""
+    shipped = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    return shipped | ({"GOMP_SPINCOUNT": str(spins)} if spins else {})
 
 
 def _healthy(http: httpx.Client, process: subprocess.Popen[bytes]) -> bool:

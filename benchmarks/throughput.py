@@ -52,7 +52,7 @@ class Bench:
         self.path = resolve_model(settings)
         self.model = Model(self.path, settings)
         self.base: BaseModel = self.model.base([])
-        self.maker = Maker(folder / "adapters", self.base, n_ctx=self.model.n_ctx_train, quick=quick)
+        self.maker = Maker(folder / "adapters", self.base, quick=quick)
         self.metrics: dict[str, Any] = {}
 
     def gguf(self, workload: Workload, name: str) -> Path:

@@ -3,7 +3,7 @@
 A  192 jobs, 8 adapters by Zipf, a system prompt of 120 words an adapter, a 30-word question, 32 tokens out, random order
 L  the same with system prompts of 600 words
 B  real questions for the shipped adapters, with the prompts they were trained on
-C  prompt and answer lengths of a production code assistant (prompts scaled to the model's context), 16 adapters, nothing shared
+C  prompt and answer lengths of a production code assistant, scaled to 2,048 tokens (some fit a context together); 16 adapters, nothing shared
 M  4,000 short jobs for 1,000 adapters by Zipf
 """
 
@@ -27,6 +27,7 @@ from lorayard.demo import EXAMPLES, job_for, shipped
 
 LENGTHS = Path(__file__).parent / "data" / "azure_code_lengths.csv"
 _TRACE_CONTEXT = 8192  # of the model that the trace is from
+CONTEXT = 2048  # tokens that a job may take here: some of them fit the cells of a context together
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -119,8 +120,8 @@ def _chat(system: str, question: str, tokens: int) -> dict[str, Any]:
 class Maker:
     """Makes workloads; adapters are written into `folder` when first needed."""
 
-    def __init__(self, folder: Path, base: BaseModel, *, n_ctx: int, quick: bool) -> None:
-        self._folder, self._base, self._n_ctx, self._quick = folder, base, n_ctx, quick
+    def __init__(self, folder: Path, base: BaseModel, *, quick: bool) -> None:
+        self._folder, self._base, self._quick = folder, base, quick
         self._words = _vocabulary()
 
     def make(self, name: str) -> Workload:
@@ -157,12 +158,12 @@ class Maker:
         random_ = random.Random(3)
         with LENGTHS.open() as file:
             rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-        scale = self._n_ctx / _TRACE_CONTEXT
+        scale = CONTEXT / _TRACE_CONTEXT
         jobs = []
         for number, row in enumerate(rows[: 24 if self._quick else 128]):
             prompt = max(4, round(int(row["prompt_tokens"]) * scale * 0.7))  # 0.7 words a token
-            tokens = min(int(row["generated_tokens"]), self._n_ctx // 4)
-            text = self._text(random_, min(prompt, self._n_ctx // 2))
+            tokens = min(int(row["generated_tokens"]), CONTEXT // 4)
+            text = self._text(random_, min(prompt, CONTEXT // 2))
             jobs.append(Job(f"adapter-{number % 16}", {"prompt": text, "max_tokens": tokens, "temperature": 0}, "/v1/completions"))
         return self._workload("c", jobs, random_)
 
