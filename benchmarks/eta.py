@@ -78,7 +78,7 @@ class Quoted(Lorayard):
         if place is not None:
             trace, now = self.fleet.trace, self.fleet.now
             digest = trace.adapter_names[trace.adapters[job]]
-            self.forecaster.saw(Seen(place, digest, now - trace.arrivals[job], now - self._claimed.pop(job)))
+            self.forecaster.saw(Seen(place, digest, now - trace.arrivals[job], now - self._claimed.pop(job), self.quotes[job][:2]))
         super().ended(job, machine, batch)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from lorayard.ledger.documents import meta_line
 from lorayard.ledger.ledger import Entry, Ledger, unavailable
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
-from lorayard_scheduler.quoting import Eta, Quoting, Round
+from lorayard_scheduler.quoting import SAMPLES, Eta, Quoting, Round
 from lorayard_scheduler.routing import Routes, Routing
 
 _BY_ID = "id\x1f"
@@ -65,7 +67,7 @@ class Admission:
             limit = self._prompt_limit()
         except redis.RedisError as error:
             raise unavailable(error) from error
-        quotes = self.quoting.round(tenant)
+        quotes = self.quoting.round(tenant, Counter(spec.adapter for spec in specs if isinstance(spec, JobSpec)))
         answers: list[Answer | None] = [None] * len(specs)
         entries: list[Entry] = []
         etas: list[Eta | None] = []
@@ -86,10 +88,9 @@ class Admission:
         enqueued = self._ledger.enqueue(entries, max_queued=self._settings.max_queued, max_memory=self._settings.max_memory)
         for i, entry, eta, (job_id, status) in zip(places, entries, etas, enqueued, strict=True):
             answers[i] = self._answer(entry, job_id, status, eta)
-        firsts = {
-            id(eta): (entry, eta) for entry, eta, made in zip(entries, etas, enqueued, strict=True) if eta and made.status == "queued"
-        }
-        self.quoting.came(tenant, quotes.came, [(entry.id, entry.digest, eta) for entry, eta in firsts.values()])
+        some = random.sample(range(len(entries)), min(SAMPLES, len(entries)))
+        sample = [(entries[i].id, entries[i].digest, eta) for i in some if (eta := etas[i]) and enqueued[i].status == "queued"]
+        self.quoting.came(tenant, quotes.came, sample)
         return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
 
     def _as_they_are(self, tenant: str, answers: list[Answer]) -> list[Answer]:
@@ -134,7 +135,14 @@ class Admission:
         return max((w.max_prompt_tokens * w.max_token_bytes for w in workers), default=0)
 
     def _entry(
-        self, tenant: str, spec: JobSpec, adapters: dict[str, Manifest], limit: int, routes: Routes | None, via: str, quotes: Round
+        self,
+        tenant: str,
+        spec: JobSpec,
+        adapters: dict[str, Manifest],
+        limit: int,
+        routes: Routes | None,
+        via: str,
+        quotes: Round,
     ) -> tuple[Entry, Eta | None]:
         settings = self._settings
         pool = spec.pool or settings.pool
@@ -183,12 +191,12 @@ class Admission:
     def _place(self, spec: JobSpec, digest: str, lane: Lane, quotes: Round) -> tuple[str, Eta | None]:
         """The queue it goes to, and when it will have ended. A job that minds is refused, or leaves home at once, when that is too late."""
         queue, when = laned(digest, lane), (self._settings.wait_target_ms(spec.priority), _ms(spec.deadline_s), _ms(spec.not_before_s))
-        eta = quotes.eta(queue, *when)
+        eta = quotes.eta(spec.adapter, queue, *when)
         if spec.max_risk is None or eta is None or (eta.quote.risk or 0.0) <= spec.max_risk:
             return queue, eta
         if lane == "auto":
             queue = laned(digest, "groq")
-            return queue, quotes.eta(queue, *when)
+            return queue, quotes.eta(spec.adapter, queue, *when)
         half, most = (spec.not_before_s or 0.0) + eta.quote.median / 1000, (spec.not_before_s or 0.0) + eta.quote.p80 / 1000
         raise DeadlineUnmet(
             f"deadline_s is {spec.deadline_s:g}, but half of such jobs would end within {half:.1f} s, 80 % within {most:.1f} s; the"

@@ -12,13 +12,14 @@ import msgspec
 
 from lorayard_scheduler.groups import TICKS, Groups
 from lorayard_scheduler.planner import Dispatch, Policy, View
-from lorayard_scheduler.quotes import BINS, EDGES_MS, LOWEST, STEP, Forecast, Hand, Situation, Waits, urgency
+from lorayard_scheduler.quotes import BINS, EDGES_MS, LOWEST, QUOTED, STEP, Forecast, Hand, Situation, Waits, urgency
 from lorayard_scheduler.reasons import held_up
 
 ADAPTERS_MOST, GROUPS_MOST, KINDS_MOST = 512, 2_000, 160
 """What a forecast names one by one; anything beyond these is quoted as the usual is."""
 _MEMORY = 400.0  # observations of a kind after which an old one counts half of a new one
 _WEIGHT = 0.1  # of the newest observation in what follows the time
+_LEARN = 0.01  # by how much a job that ended by its quoted percentile, or did not, moves the quantile that is quoted as such
 _PACE_MS = 20_000.0  # over which the pool's speed is measured
 _PACE = 1.3  # what jobs take in a full pool, as a multiple of what they take at best, until that is measured
 _WAITED_MS = 500.0  # a group that waited for less was not held up by anything
@@ -28,12 +29,14 @@ V = TypeVar("V")
 
 
 class Seen(msgspec.Struct, array_like=True):
-    """What became of a quoted job: it `took` so long from its quote to its end, `at_worker` of that after it was claimed."""
+    """What became of a quoted job: it `took` so long from its quote to its end, `at_worker` of that after it was claimed. In ms."""
 
     situation: Situation
     digest: str
     took: float
     at_worker: float
+    quoted: tuple[float, float]
+    """Median and 80th percentile."""
 
 
 class Forecaster:
@@ -44,6 +47,7 @@ class Forecaster:
         self._turns: dict[int, float] = {}
         self._services: dict[str, float] = {}
         self._counts: dict[str, list[float]] = {}
+        self._levels: dict[str, tuple[float, float]] = {}
         self._at_worker = self._hosted = 0.0
         self._pace = _PACE
         self._ended: tuple[float, int] | None = None  # while there is enough to do: when, and how many jobs had ended
@@ -55,6 +59,7 @@ class Forecaster:
         found = cls()
         if known is not None:
             found._turns, found._services, found._counts = known.turns, known.services, known.counts
+            found._levels = known.levels
             found._at_worker, found._hosted = known.at_worker, known.hosted
         return found
 
@@ -83,6 +88,9 @@ class Forecaster:
             self._count(("worker",), seen.at_worker / max(1.0, self._services.get(seen.digest, self._at_worker)))
             _follow(self._services, seen.digest, seen.at_worker, 0.03, first=self._at_worker)
             _keep(self._services, ADAPTERS_MOST)
+        levels = zip(self._levels.pop(situation.kind, QUOTED), QUOTED, seen.quoted, strict=True)
+        median, p80 = (level + _LEARN * (aim - (seen.took <= by)) for level, aim, by in levels)
+        self._levels[situation.kind] = min(0.7, max(0.3, median)), min(0.95, max(0.65, p80))
         self._count(("", *situation.names), seen.took / max(1.0, situation.predicted))
         _keep(self._counts, KINDS_MOST)
 
@@ -120,6 +128,7 @@ class Forecaster:
             services=self._services,
             hosted=self._hosted or 1_000.0,
             counts=self._counts,
+            levels=self._levels,
             paused=list(paused),
         )
         self._note_why(groups, now)

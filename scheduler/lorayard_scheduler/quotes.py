@@ -37,6 +37,8 @@ EDGES_MS: tuple[float, ...] = tuple(
 """From now, the due times up to which waiting jobs are counted."""
 _PRIOR = 4.0  # observations that a wider kind counts for in a narrower one
 
+QUOTED = (0.5, 0.8)
+
 Shape = tuple[float, ...]
 """Cumulated: the part of jobs below the upper edge of each bin."""
 
@@ -59,6 +61,10 @@ class Situation(NamedTuple):
     size: int = 0
     urgency: int = 0
     before: float = 0.0
+
+    def among(self, together: int, each_ms: float) -> Situation:
+        """The same of a job in the middle of so many that come together, where that makes a difference."""
+        return self._replace(kind=f"{self.kind} together") if together * each_ms > 0.5 * self.predicted else self
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -110,6 +116,7 @@ class Forecast(msgspec.Struct):
     services: dict[str, float] = {}  # the same, by adapter
     hosted: float = 0.0  # from enqueueing to the end, of jobs that are not for local workers
     counts: dict[str, list[float]] = {}
+    levels: dict[str, tuple[float, float]] = {}  # by kind: the quantiles of its histograms that lately were the median and the 80th
     paused: list[str] = []  # as in the ledger
 
     def place(self, digest: str, tenant: str, target: float, *, now: float, before: int | None = None, since: Since = NOTHING) -> Situation:
@@ -162,7 +169,8 @@ class Forecast(msgspec.Struct):
         shape = _mixed(*(tuple(self.counts.get(name, ())) for name in ("", *situation.names)))
         predicted = max(situation.predicted, 1.0)
         gone = _below(shape, math.log(elapsed / predicted)) if elapsed > 0 else 0.0
-        median, p80 = (predicted * math.exp(_quantile(shape, gone + q * (1 - gone))) - elapsed for q in (0.5, 0.8))
+        levels = self.levels.get(situation.kind, QUOTED)
+        median, p80 = (predicted * math.exp(_quantile(shape, gone + q * (1 - gone))) - elapsed for q in levels)
         risk = None
         if deadline > 0:
             risk = (1 - _below(shape, math.log((elapsed + deadline) / predicted))) / max(1 - gone, 1e-9)

@@ -7,7 +7,6 @@ then there are no quotes for a while, or less exact ones.
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
 from collections import Counter
@@ -101,7 +100,7 @@ class Quoting:
         self._read = -READ_EVERY_S
         self._ahead_ms = 0.0  # of the ledger's clock before this process's
         self._groups, self._tenants = Counter[tuple[str, str]](), Counter[str]()  # jobs that came after the forecast
-        self._samples: dict[str, tuple[Situation, str]] = {}
+        self._samples: dict[str, tuple[Situation, str, Quote]] = {}
         self._left = 0
 
     def now(self) -> float:
@@ -132,22 +131,22 @@ class Quoting:
 
     # -- at submit ------------------------------------------------------------------------------------------------------------------------
 
-    def round(self, tenant: str) -> Round:
-        """For the jobs of one call."""
+    def round(self, tenant: str, adapters: Counter[str | None]) -> Round:
+        """For the jobs of one call, so many by the adapter that they name."""
         forecast = self.forecast()
         with self._lock:
             groups = {digest: n for (digest, whose), n in self._groups.items() if whose == tenant}
-            return Round(forecast, self.now(), tenant, groups, self._tenants[tenant], self._tenants.total())
+            return Round(forecast, self.now(), tenant, adapters, groups, self._tenants[tenant], self._tenants.total())
 
-    def came(self, tenant: str, digests: Counter[str], quoted: Sequence[tuple[str, str, Eta]]) -> None:
-        """So many jobs were queued, by digest. `quoted` are some of them, (id, digest, quote): of a few it shall be known what becomes."""
+    def came(self, tenant: str, digests: Counter[str], sample: Sequence[tuple[str, str, Eta]]) -> None:
+        """So many jobs were queued, by digest. Of a few (id, digest, quote) it shall be known what becomes."""
         with self._lock:
             for digest, jobs in digests.items():
                 self._groups[digest, tenant] += jobs
             self._tenants[tenant] += digests.total()
-            for job_id, digest, eta in random.sample(quoted, min(self._left, len(quoted))):
+            for job_id, digest, eta in sample[: self._left]:
                 self._left -= 1
-                self._samples[keys.ref(tenant, job_id)] = eta.place, digest
+                self._samples[keys.ref(tenant, job_id)] = eta.place, digest, eta.quote
             while len(self._samples) > _SAMPLES_MOST:
                 del self._samples[next(iter(self._samples))]
 
@@ -161,7 +160,7 @@ class Quoting:
         if seen:
             self._board.report(seen)
 
-    def _look(self, ref: str, place: Situation, digest: str) -> Seen | None:
+    def _look(self, ref: str, place: Situation, digest: str, quote: Quote) -> Seen | None:
         """Cancelled and failed jobs tell nothing of how long jobs take."""
         try:
             (document,) = self._ledger.show(*_split(ref))
@@ -171,7 +170,7 @@ class Quoting:
             return None
         times = document["latencies_ms"]
         took = times["total"] * (_EXPIRED if document["status"] == "expired" else 1)
-        return Seen(place, digest, took, took - times.get("queued", took))
+        return Seen(place, digest, took, took - times.get("queued", took), (quote.median, quote.p80))
 
     # -- at polls -------------------------------------------------------------------------------------------------------------------------
 
@@ -201,28 +200,38 @@ class Quoting:
 
 
 class Round:
-    """Quotes for the jobs of one call, in order: one for all that are alike, until they are a tenth more."""
+    """Quotes for one call. Jobs of a call are due at the same time and so are served in no particular order: what is alike is quoted alike,
+    as the one in the middle."""
 
-    def __init__(self, forecast: Forecast | None, now: float, tenant: str, groups: dict[str, int], queued: int, pool: int) -> None:
-        self._forecast, self._now, self._tenant = forecast, now, tenant
+    def __init__(
+        self,
+        forecast: Forecast | None,
+        now: float,
+        tenant: str,
+        adapters: Counter[str | None],
+        groups: dict[str, int],
+        queued: int,
+        pool: int,
+    ) -> None:
+        self._forecast, self._now, self._tenant, self._adapters = forecast, now, tenant, adapters
         self._groups, self._queued, self._pool = groups, queued, pool
-        self._rows: dict[tuple[str, int, int, int], tuple[int, Eta]] = {}
+        self._etas: dict[tuple[str, int, int, int], Eta] = {}
         self.came = Counter[str]()
 
-    def eta(self, digest: str, wait_ms: int, deadline_ms: int, delay_ms: int) -> Eta | None:
-        """Of a job to be queued there, to be due in `wait_ms` or by its deadline, after a delay; None where nobody can tell."""
-        forecast, number = self._forecast, self.came[digest]
-        if forecast is None or not _can_run(forecast, digest, self._tenant):
+    def eta(self, adapter: str | None, digest: str, wait_ms: int, deadline_ms: int, delay_ms: int) -> Eta | None:
+        """Of jobs that name that adapter, to be queued by that digest, due in `wait_ms` or by their deadline, after a delay. None where
+        nobody can tell."""
+        if self._forecast is None or not _can_run(self._forecast, digest, self._tenant):
             return None
         key = (digest, wait_ms, deadline_ms, delay_ms)
-        until, eta = self._rows.get(key, (0, None))
-        if eta is None or number >= until:
-            came = self.came.total()
-            since = Since(self._groups.get(digest, 0) + number, self._queued + came, self._pool + came)
-            place = forecast.place(digest, self._tenant, float(deadline_ms or wait_ms), now=self._now, since=since)
-            quote = forecast.quote(place, float(deadline_ms - delay_ms) if deadline_ms else 0.0)
-            eta = Eta(place, quote, _document(quote, self._now + delay_ms))
-            self._rows[key] = number + 1 + number // 10, eta
+        eta = self._etas.get(key)
+        if eta is None:
+            alike, together = self._adapters[adapter], self._adapters.total()
+            since = Since(self._groups.get(digest, 0) + alike // 2, self._queued + together // 2, self._pool + together // 2)
+            target = float(deadline_ms or wait_ms)
+            place = self._forecast.place(digest, self._tenant, target, now=self._now, since=since).among(together, self._forecast.each_ms)
+            quote = self._forecast.quote(place, float(deadline_ms - delay_ms) if deadline_ms else 0.0)
+            eta = self._etas[key] = Eta(place, quote, _document(quote, self._now + delay_ms))
         return eta
 
     def queued(self, digest: str) -> None:
