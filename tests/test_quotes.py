@@ -18,13 +18,16 @@ from simulation_support import COSTS
 
 from lorayard.celery_app import make_app
 from lorayard.client import Client
+from lorayard.hosted import organisation
 from lorayard.ledger.ledger import End
+from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler import traces
 from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_scheduler.forecasts import Forecaster, Seen
 from lorayard_scheduler.groups import Groups, Scale
-from lorayard_scheduler.planner import Policy, View
+from lorayard_scheduler.planner import Policy as Planning
+from lorayard_scheduler.planner import View
 from lorayard_scheduler.quotes import Forecast, Since, Situation
 from lorayard_scheduler.quoting import Quoting
 from lorayard_scheduler.roster import Held, Roster, WorkerView
@@ -55,9 +58,9 @@ def test_what_was_learnt_is_bounded_and_goes_on_with_the_next_scheduler() -> Non
     for n in range(3_000):
         place = Situation("turn", 100.0, n % 20, n % 30)
         forecaster.saw(Seen(place, f"a{n}", 200.0, 50.0, (200.0, 300.0)))
-    known = forecaster.make(View(Groups(), Roster()), 5.0, Policy(), ended=0)
+    known = forecaster.make(View(Groups(), Roster()), 5.0, Planning(), ended=0)
     assert max(len(known.counts), len(known.services)) <= 512
-    again = Forecaster.going_on(known).make(View(Groups(), Roster()), 6.0, Policy(), ended=0)
+    again = Forecaster.going_on(known).make(View(Groups(), Roster()), 6.0, Planning(), ended=0)
     assert again.quote(Situation("turn", 100.0)) == known.quote(Situation("turn", 100.0))
     assert known.quote(Situation("turn", 100.0)).median == pytest.approx(200, rel=0.15), "such jobs take twice what is predicted"
 
@@ -77,7 +80,7 @@ def test_risk_grows_as_the_deadline_comes_nearer_and_what_runs_has_its_time_behi
 
 def test_the_situation_of_a_job_follows_from_what_is_in_hand_and_what_waits() -> None:
     held, full_up = (Held("b1", "a", 1), Held("b2", "b", 2)), (Held("b1", "a", 4), Held("b2", "b", 4))
-    policy, now = Policy(), 1_000_000.0
+    policy, now = Planning(), 1_000_000.0
 
     def forecast(waiting: dict[str, tuple[int, float]], *held: Held) -> Forecast:
         groups = Groups(Scale(costs=COSTS, workers=1))
@@ -277,6 +280,20 @@ def test_a_risk_is_a_probability_of_missing_a_deadline(yard: Yard, fields: dict[
     assert (error["code"], error["param"]) == ("invalid_request", param)
 
 
+def test_with_route_auto_a_job_that_would_be_late_leaves_home_at_once(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    with yard_of(redis_url, tmp_path, hosted_model="llama-3.1-8b-instant") as yard:
+        Policies(yard.ledger.client).set("acme", Policy(hosted=True))
+        yard.hire("w")
+        quoted(yard)
+        yard.enqueue(80, "base")
+        eventually(lambda: yard.api.post(job(deadline_s=3))[0]["eta"]["risk"] > 0.5)
+        lanes = {}
+        for name, fields in {"sure": {"max_risk": 0.1}, "any": {}, "time": {"max_risk": 0.5, "deadline_s": 3_000}}.items():
+            (row,) = yard.api.post(job(route="auto", **({"deadline_s": 3} | fields)))
+            lanes[name] = yard.show(row["id"])["lane"]
+        assert lanes == {"sure": "groq", "any": "auto", "time": "auto"}
+
+
 # -- in words ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -361,8 +378,6 @@ def test_hosted_jobs_say_what_of_the_service_they_wait_for(store: redis.Redis, r
             return "room" in yard.show(one)["explanation"]
 
         eventually(beat)
-        from lorayard.hosted import organisation
-
         org = organisation(yard.api.settings, yard.ledger.client)
         org.block("llama-3.1-8b-instant", 60_000, "429")
         registry.beat(info)

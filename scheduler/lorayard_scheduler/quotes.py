@@ -106,7 +106,7 @@ class Forecast(msgspec.Struct):
     room: int = 0  # jobs that workers with a free hand would take; 0: no hand is free
     calm: bool = True  # nothing that waits is near its due time
     each_ms: float = 0.0  # between two ends, while there is enough to do
-    flood_jobs: float = math.inf  # a tenant with more of them floods
+    flood_jobs: float = 1e12  # a tenant with more of them floods
     ahead: list[int] = []  # jobs due by `at` + each of EDGES_MS, of tenants that do not flood
     groups: dict[str, Waits] = {}
     tenants: dict[str, int] = {}  # jobs that wait
