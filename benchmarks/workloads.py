@@ -99,7 +99,7 @@ def write_adapter(folder: Path, base: BaseModel, seed: int, *, rank: int = 8, mo
     return folder
 
 
-def _vocabulary() -> list[str]:
+def vocabulary() -> list[str]:
     words = {word.strip("?.,!'\"").lower() for example in shipped() for line in example.lines for word in line["text"].split()}
     return sorted(word for word in words if word.isalpha())
 
@@ -121,7 +121,7 @@ class Maker:
 
     def __init__(self, folder: Path, base: BaseModel, *, n_ctx: int, quick: bool) -> None:
         self._folder, self._base, self._n_ctx, self._quick = folder, base, n_ctx, quick
-        self._words = _vocabulary()
+        self._words = vocabulary()
 
     def make(self, name: str) -> Workload:
         makers: dict[str, Callable[[], Workload]] = {"a": lambda: self._prompted("a", 120), "l": lambda: self._prompted("l", 600)}

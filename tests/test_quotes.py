@@ -288,8 +288,9 @@ def test_with_route_auto_a_job_that_would_be_late_leaves_home_at_once(store: red
         yard.enqueue(80, "base")
         eventually(lambda: yard.api.post(job(deadline_s=3))[0]["eta"]["risk"] > 0.5)
         lanes = {}
-        for name, fields in {"sure": {"max_risk": 0.1}, "any": {}, "time": {"max_risk": 0.5, "deadline_s": 3_000}}.items():
-            (row,) = yard.api.post(job(route="auto", **({"deadline_s": 3} | fields)))
+        choices: dict[str, dict[str, Any]] = {"sure": {"max_risk": 0.1}, "any": {}, "time": {"max_risk": 0.5, "deadline_s": 3_000}}
+        for name, fields in choices.items():
+            (row,) = yard.api.post(job(**{"route": "auto", "deadline_s": 3, **fields}))
             lanes[name] = yard.show(row["id"])["lane"]
         assert lanes == {"sure": "groq", "any": "auto", "time": "auto"}
 
