@@ -1,8 +1,8 @@
 """Quotes against what became of them, in simulation: the code that quotes, at the head of a simulated fleet.
 
-Coverage is the share of jobs that ended by the 80th percentile they were quoted when they came; sharpness is the mean quote over the true
-80th percentile of like jobs: of the same wait target and about as popular an adapter (its rank, in powers of two), in the same minute;
-the mean of these cells by their jobs, cells of fewer than 20 left out.
+Coverage is the share of jobs that ended by the 80th percentile they were quoted when they came; sharpness is the mean quote over the mean
+of the true 80th percentiles of like jobs: of the same wait target and about as popular an adapter (its rank, in powers of two), in the same
+minute; cells of fewer than 20 such jobs are left out.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def judge(found: Iterable[Row]) -> dict[str, float]:
     for row in every:
         cells[row.like].append(row)
     large = [cell for cell in cells.values() if len(cell) >= LEAST]
-    ratios = [sum(row.p80 for row in cell) / _p80([row.took for row in cell]) for cell in large]  # the mean over the percentile, times jobs
+    true = sum(len(cell) * _p80([row.took for row in cell]) for cell in large)
     return {
         "eta_coverage": sum(row.took <= row.p80 for row in every) / len(every),
         "eta_median_coverage": sum(row.took <= row.median for row in every) / len(every),
-        "eta_sharpness": sum(ratios) / sum(map(len, large)) if large else math.nan,
+        "eta_sharpness": sum(row.p80 for cell in large for row in cell) / true if large else math.nan,
     }
 
 

@@ -215,9 +215,9 @@ def main() -> None:
     if "eta" in options.only:
         metrics |= quoted(sizes, 6.0 if quick else 30.0, out)
     if "real" in options.only:
-        from benchmarks import reality
+        from benchmarks.reality import compare
 
-        metrics |= reality.compare(out, quick=quick)
+        metrics |= compare(out, quick=quick)
     write(options.json, "simulate", metrics)
 
 

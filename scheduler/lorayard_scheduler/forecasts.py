@@ -11,15 +11,15 @@ from typing import TypeVar
 import msgspec
 
 from lorayard_scheduler.groups import TICKS, Groups
-from lorayard_scheduler.planner import Dispatch, Policy, View
+from lorayard_scheduler.planner import Dispatch, Policy, View, rows
 from lorayard_scheduler.quotes import BINS, EDGES_MS, LOWEST, QUOTED, STEP, Forecast, Hand, Situation, Waits, urgency
 from lorayard_scheduler.reasons import held_up
 
 ADAPTERS_MOST, GROUPS_MOST, KINDS_MOST = 512, 2_000, 160
 """What a forecast names one by one; anything beyond these is quoted as the usual is."""
 _MEMORY = 400.0  # observations of a kind after which an old one counts half of a new one
-_WEIGHT = 0.1  # of the newest observation in what follows the time
-_LEARN = 0.01  # by how much a job that ended by its quoted percentile, or did not, moves the quantile that is quoted as such
+_WEIGHT, _SLOW = 0.1, 0.01  # of the newest observation in what follows the time; in what only tells adapters apart
+_LEARN = 0.004  # by how much a job that ended by its quoted percentile, or did not, moves the quantile that is quoted as such
 _PACE_MS = 20_000.0  # over which the pool's speed is measured
 _PACE = 1.3  # what jobs take in a full pool, as a multiple of what they take at best, until that is measured
 _WAITED_MS = 500.0  # a group that waited for less was not held up by anything
@@ -84,13 +84,13 @@ class Forecaster:
         if situation.kind == "hosted":
             self._hosted = _nearer(self._hosted, seen.took, _WEIGHT)
         else:
-            self._at_worker = _nearer(self._at_worker, seen.at_worker, 0.02)
+            self._at_worker = _nearer(self._at_worker, seen.at_worker, _SLOW)
             self._count(("worker",), seen.at_worker / max(1.0, self._services.get(seen.digest, self._at_worker)))
-            _follow(self._services, seen.digest, seen.at_worker, 0.03, first=self._at_worker)
+            _follow(self._services, seen.digest, seen.at_worker, _SLOW, first=self._at_worker)
             _keep(self._services, ADAPTERS_MOST)
         levels = zip(self._levels.pop(situation.kind, QUOTED), QUOTED, seen.quoted, strict=True)
         median, p80 = (level + _LEARN * (aim - (seen.took <= by)) for level, aim, by in levels)
-        self._levels[situation.kind] = min(0.7, max(0.3, median)), min(0.95, max(0.65, p80))
+        self._levels[situation.kind] = min(0.65, max(0.35, median)), min(0.86, max(0.65, p80))
         self._count(("", *situation.names), seen.took / max(1.0, situation.predicted))
         _keep(self._counts, KINDS_MOST)
 
@@ -108,21 +108,23 @@ class Forecaster:
         """`ended`: how many jobs local workers have ended, ever. Work grows with the number of groups that wait."""
         groups, roster, scale = view.groups, view.roster, view.groups.scale
         job_ms = scale.costs.job_ms(scale.work)
-        rows = max(1, min(math.ceil(scale.costs.knee * policy.rows_per_width), int(policy.batch_ms / job_ms)))
+        most = rows(scale.costs, scale.work, policy)
         job_ms /= max(1, len(roster.workers))
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
         first = next(groups.by_rank(False, math.inf), None)
         self._last = Forecast(
             at=now,
             workers=len(roster.workers),
-            room=sum(max(0, rows - load) for load, _ in roster.free),
+            places=sum(worker.costs.width for worker in roster.workers.values()),
+            flying=sum(roster.loads.values()),
+            room=sum(max(0, most - load) for load, _ in roster.free),
             calm=first is None or first.rank > TICKS * (now + policy.reserve_ms),
             each_ms=job_ms * self._pace,
             flood_jobs=policy.flood_ms / job_ms,
             ahead=_by_due(groups, now),
             groups=self._waits(groups, now),
             tenants={name: tenant.jobs for name, tenant in groups.tenants.items()},
-            hands={d: Hand(len(names), sum(max(0, rows - roster.loads[n]) for n in names)) for d, names in roster.on.items()},
+            hands={d: Hand(len(names), sum(max(0, most - roster.loads[n]) for n in names)) for d, names in roster.on.items()},
             turns=self._turns,
             at_worker=self._at_worker or scale.costs.batch_ms(max(1, scale.costs.width // 2), scale.work, "loaded"),
             services=self._services,

@@ -103,6 +103,8 @@ class Forecast(msgspec.Struct):
 
     at: float
     workers: int = 0  # local ones
+    places: int = 0  # sequences that they decode at once
+    flying: int = 0  # jobs that they have
     room: int = 0  # jobs that workers with a free hand would take; 0: no hand is free
     calm: bool = True  # nothing that waits is near its due time
     each_ms: float = 0.0  # between two ends, while there is enough to do
@@ -138,11 +140,11 @@ class Forecast(msgspec.Struct):
             )
         if hand is not None:
             if ahead < hand.room and group is None:
-                return Situation("joins", service)
+                return Situation("joins", service, self._crowd(since.pool))
             wait = ahead * self.each_ms * self.workers / hand.workers
             return Situation("own", service + wait, _size(service, wait), 0, ahead)
         if group is None and since.pool < self.room:
-            return self._after("free", service, since.pool, _size(service, since.pool * self.each_ms))
+            return Situation("free", service, self._crowd(since.pool))
         level = urgency(min(target, group.due - group.since) if group else target)
         turn, waited = self.turns.get(level, 0.0), now - group.since if group else 0.0
         part = min(4, int(4 * waited / turn)) if group and turn else -1
@@ -151,6 +153,10 @@ class Forecast(msgspec.Struct):
 
     def _after(self, kind: str, service: float, jobs: float, size: int, urgency: int = 0) -> Situation:
         return Situation(kind, service + jobs * self.each_ms, size, urgency, jobs)
+
+    def _crowd(self, more: int) -> int:
+        """How many jobs there are for each place, in steps that double every second time."""
+        return min(12, int(2 * math.log2(1 + 4 * (self.flying + sum(self.tenants.values()) + more) / max(1, self.places))))
 
     def due_before(self, due: float) -> float:
         """About how many jobs that wait are, of tenants that do not flood."""
