@@ -77,7 +77,7 @@ class Options:
 
 
 class Server:
-    """llama.cpp's server with all adapters loaded, one of them a request, its prompt cache on; the best options of those it is tried with."""
+    """llama.cpp's server with all adapters loaded, one of them a request, its prompt cache on; the best of the options tried."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
@@ -102,8 +102,10 @@ class Server:
         def best() -> Options:
             return min(timed, key=lambda options: timed[options])
 
-        for options in (replace(best(), unified=False), replace(best(), spins=SPINS)):
-            timed[options] = self._time(workload, jobs, options)
+        split = replace(best(), unified=False)
+        timed[split] = self._time(workload, jobs, split)
+        spinning = replace(best(), spins=SPINS)
+        timed[spinning] = self._time(workload, jobs, spinning)
         return best()
 
     def _time(self, workload: Workload, jobs: list[Job], options: Options) -> float:
@@ -137,7 +139,7 @@ class Server:
 
 
 def _shipped(spins: int | None = None) -> dict[str, str]:
-    """The environment without what our own engine wants of ggml's threads: peers wait at barriers as they are shipped to, or as is tried."""
+    """The environment without what our engine wants of ggml's threads: peers wait at barriers as shipped, or as is tried."""
     shipped = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     return shipped | ({"GOMP_SPINCOUNT": str(spins)} if spins else {})
 

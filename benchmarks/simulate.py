@@ -1,6 +1,6 @@
 """The planner against how others schedule, on simulated workers: load served, waits and switches, at loads as shares of capacity.
 
-    python -m benchmarks.simulate [--quick] [--json PATH] [--trace CSV]
+    python -m benchmarks.simulate [--quick] [--json PATH] [--trace CSV] [--only cells|flood|speed|eta|real ...]
 
 Arrivals are Poisson, sizes those of the trace (examples/data/azure_llm_2023, or LORAYARD_DATA), adapters Zipf(1.0), four tenants with as
 many adapters each. Capacity is what a policy serves that empties one adapter's queue before the next, from an endless backlog: full width,
@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import eta
 from benchmarks.report import arguments, write
 from lorayard_scheduler import traces
 from lorayard_scheduler.costs import Costs, Work
@@ -38,6 +39,7 @@ TARGETS_MS = {"cpu": 600_000.0, "gpu": 120_000.0}
 """Wait targets; a prompt of the trace takes the CPU model seconds to read."""
 LOADS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 OURS = "lorayard"
+PARTS = ("cells", "flood", "speed", "eta", "real")
 TRACE = Path(__file__).parent.parent / "examples" / "data" / "azure_llm_2023" / "code.csv"
 
 
@@ -162,8 +164,34 @@ def speed(out: Console, jobs: int) -> dict[str, float]:
     return {"simulated_jobs": len(trace), "simulation_s": took}
 
 
+def quoted(sizes: Sequence[tuple[int, int]], minutes: float, out: Console) -> dict[str, Any]:
+    """Quotes at loads from half to overload, and with three priorities; the first quarter of the time is for learning."""
+    gpu, cpu = Cell("gpu", 64, 8), Cell("cpu", 64, 8)
+    traces_ = {f"{cell.model} {load}": (cell, cell.trace(sizes, load, minutes * pace)) for cell, load, pace in (
+        (gpu, 0.5, 1), (gpu, 0.7, 1), (gpu, 0.9, 1), (cpu, 0.7, 5))}  # fmt: skip
+    rate = 0.6 * gpu.capacity(sizes)
+    mix = traces.Mix(adapters=64, tenants=4, targets_ms=((0.1, 10_000.0), (0.7, 120_000.0), (0.2, 3_600_000.0)))
+    jobs = round(rate * minutes * 60)
+    traces_["gpu 0.6, three priorities"] = gpu, traces.build(traces.poisson(jobs, rate), sizes, mix)
+    traces_["gpu 0.6, bursts of 60"] = gpu, traces.build(traces.bursty(jobs, rate, burst=60), sizes, traces.Mix(adapters=64, tenants=4))
+    table = Table("quotes", "jobs", "coverage of the 80th", "of the median", "sharpness")
+    every: list[eta.Row] = []
+    cells = {}
+    for name, (cell, trace) in traces_.items():
+        ours = eta.Quoted()
+        found = eta.rows(ours, cell.run(trace, ours), trace.arrivals[-1] / 4)
+        cells[name] = eta.judge(found)
+        every += [row._replace(like=(len(cells), *row.like)) for row in found]
+        table.add_row(name, str(len(found)), *(f"{value:.3f}" for value in cells[name].values()))
+    judged = eta.judge(every)
+    table.add_row("all", str(len(every)), *(f"{value:.3f}" for value in judged.values()))
+    out.print(table)
+    return judged | {"eta_cells": cells}
+
+
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:-1], help="default: all but real, which takes the machine")
     parser.add_argument("--trace", type=Path, help="a CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
     parser.add_argument("--costs", type=Path, help="what `lorayard bench costs` printed; its first worker is the model `own`")
     options = parser.parse_args()
@@ -174,14 +202,22 @@ def main() -> None:
         Path(os.environ["LORAYARD_DATA"]) / "azure_llm_2023" / "code.csv" if os.environ.get("LORAYARD_DATA") else TRACE
     )
     _, sizes = traces.read_sizes(path)
-    out = Console(width=150)
-    if options.quick:
-        metrics = run([Cell("gpu", 64, 8)], sizes, (0.5, 0.7, 0.9), 5.0, out)
-    else:
+    out, quick, metrics = Console(width=150), options.quick, dict[str, Any]()
+    if "cells" in options.only and quick:
+        metrics |= run([Cell("gpu", 64, 8)], sizes, (0.5, 0.7, 0.9), 5.0, out)
+    elif "cells" in options.only:
         cells = [Cell(model, adapters, workers) for model in MODELS for adapters in (64, 1000) for workers in (8, 64)]
-        metrics = run(cells, sizes, LOADS, 30.0, out)
-    metrics |= flood(out, 5.0 if options.quick else 30.0)
-    metrics |= speed(out, 50_000 if options.quick else 1_000_000)
+        metrics |= run(cells, sizes, LOADS, 30.0, out)
+    if "flood" in options.only:
+        metrics |= flood(out, 5.0 if quick else 30.0)
+    if "speed" in options.only:
+        metrics |= speed(out, 50_000 if quick else 1_000_000)
+    if "eta" in options.only:
+        metrics |= quoted(sizes, 6.0 if quick else 30.0, out)
+    if "real" in options.only:
+        from benchmarks.reality import compare
+
+        metrics |= compare(out, quick=quick)
     write(options.json, "simulate", metrics)
 
 

@@ -3,7 +3,7 @@
 A  192 jobs, 8 adapters by Zipf, a system prompt of 120 words an adapter, a 30-word question, 32 tokens out, random order
 L  the same with system prompts of 600 words
 B  real questions for the shipped adapters, with the prompts they were trained on
-C  prompt and answer lengths of a production code assistant, scaled to 2,048 tokens (some fit a context together); 16 adapters, nothing shared
+C  prompt and answer lengths of a production code assistant, scaled to 2,048 tokens; 16 adapters, nothing shared
 M  4,000 short jobs for 1,000 adapters by Zipf
 """
 
@@ -100,7 +100,7 @@ def write_adapter(folder: Path, base: BaseModel, seed: int, *, rank: int = 8, mo
     return folder
 
 
-def _vocabulary() -> list[str]:
+def vocabulary() -> list[str]:
     words = {word.strip("?.,!'\"").lower() for example in shipped() for line in example.lines for word in line["text"].split()}
     return sorted(word for word in words if word.isalpha())
 
@@ -122,7 +122,7 @@ class Maker:
 
     def __init__(self, folder: Path, base: BaseModel, *, quick: bool) -> None:
         self._folder, self._base, self._quick = folder, base, quick
-        self._words = _vocabulary()
+        self._words = vocabulary()
 
     def make(self, name: str) -> Workload:
         makers: dict[str, Callable[[], Workload]] = {"a": lambda: self._prompted("a", 120), "l": lambda: self._prompted("l", 600)}

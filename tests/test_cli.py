@@ -10,8 +10,9 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,8 @@ from lorayard import __version__, cli, embedded
 from lorayard.ledger.connection import connect
 from lorayard.ledger.registry import KeyRing, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
+from lorayard_scheduler.quotes import Forecast
+from lorayard_scheduler.quoting import Board
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +45,14 @@ def lorayard(*arguments: str, state: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=environment(state, **variables)
     )
+
+
+def until(what: Callable[[], bool]) -> bool:
+    """Whether it comes true within seconds."""
+    give_up = time.monotonic() + 10
+    while not (found := what()) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    return found
 
 
 def fails(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -276,6 +287,20 @@ def test_jobs_are_listed_shown_and_cancelled(command: Cli) -> None:
         assert len(done.stderr.splitlines()) == 1
     fails(command("jobs", "show", first, who="globex"), first, "does not exist")
     assert json.loads(command("jobs", "list", "--json", who="globex").stdout) == []
+
+
+def test_why_says_in_a_sentence_what_a_job_waits_for_and_when_it_should_end(command: Cli) -> None:
+    ledger = command.api.ledger
+    (ended, waiting) = (row["id"] for row in command.api.post(job("a", priority="high"), job("b")))
+    command.api.run("acme")
+    assert command("jobs", "why", ended).stdout == command.api.call("GET", f"/v1/jobs/{ended}").json()["explanation"] + "\n"
+    assert "for a scheduler" in command("jobs", "why", waiting).stdout
+    now = Board(ledger).now()
+    Board(ledger).publish(Forecast(now, workers=1, each_ms=500.0, at_worker=2_000.0, room=4))
+    # the API reads forecasts twice a second
+    assert until(lambda: " It should end in " in command("jobs", "why", waiting).stdout)
+    assert "(80 %: " in command("jobs", "list").stdout
+    fails(command("jobs", "why", "none"), "none", "does not exist")
 
 
 # -- adapters and keys --------------------------------------------------------------------------------------------------------------------

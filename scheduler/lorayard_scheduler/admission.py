@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +15,13 @@ import redis
 
 from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.bodies import read_body
-from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
+from lorayard.errors import BadRequest, Conflict, DeadlineUnmet, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, Lane, convert_spec, laned, new_id, parse_spec
 from lorayard.ledger.documents import meta_line
 from lorayard.ledger.ledger import Entry, Ledger, unavailable
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
+from lorayard_scheduler.quoting import SAMPLES, Eta, Quoting, Round
 from lorayard_scheduler.routing import Routes, Routing
 
 _BY_ID = "id\x1f"
@@ -26,10 +29,12 @@ _BY_ID = "id\x1f"
 
 
 class Accepted(NamedTuple):
-    """`status` is queued or delayed; of a job that the same idempotency key and body had made before, what it is now."""
+    """`status` is queued or delayed; of a job that the same idempotency key and body had made before, what it is now. `eta` is a quote as
+    the API gives it; None where nobody can tell."""
 
     id: str
     status: str
+    eta: dict[str, Any] | None = None
 
 
 Answer = Accepted | LorayardError
@@ -38,11 +43,12 @@ Item = bytes | dict[str, Any] | LorayardError
 
 
 class Admission:
-    """Accepts jobs for one process. Thread-safe: it keeps nothing but connections."""
+    """Accepts jobs for one process. Thread-safe: it keeps nothing but connections, and what it quotes from."""
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
         self._ledger = ledger
+        self.quoting = Quoting(ledger)
         self._adapters = AdapterRegistry(ledger.client)
         self._workers = WorkerRegistry(ledger.client)
         self._routing = Routing(settings, ledger.client)
@@ -61,23 +67,30 @@ class Admission:
             limit = self._prompt_limit()
         except redis.RedisError as error:
             raise unavailable(error) from error
+        quotes = self.quoting.round(tenant, Counter(spec.adapter for spec in specs if isinstance(spec, JobSpec)))
         answers: list[Answer | None] = [None] * len(specs)
         entries: list[Entry] = []
+        etas: list[Eta | None] = []
         places: list[int] = []
         for i, spec in enumerate(specs):
             if isinstance(spec, LorayardError):
                 answers[i] = spec
                 continue
             try:
-                entries.append(self._entry(tenant, spec, adapters, limit, routes, via))
+                entry, eta = self._entry(tenant, spec, adapters, limit, routes, via, quotes)
+                entries.append(entry)
+                etas.append(eta)
                 places.append(i)
             except LorayardError as error:
                 answers[i] = error
             except (RecursionError, TypeError, ValueError) as error:  # JSON has no words for it: a lone surrogate, too deep a nesting
                 answers[i] = BadRequest(f"not a job: cannot be written as JSON ({error})")
         enqueued = self._ledger.enqueue(entries, max_queued=self._settings.max_queued, max_memory=self._settings.max_memory)
-        for i, entry, (job_id, status) in zip(places, entries, enqueued, strict=True):
-            answers[i] = self._answer(entry, job_id, status)
+        for i, entry, eta, (job_id, status) in zip(places, entries, etas, enqueued, strict=True):
+            answers[i] = self._answer(entry, job_id, status, eta)
+        some = random.sample(range(len(entries)), min(SAMPLES, len(entries)))
+        sample = [(entries[i].id, entries[i].digest, eta) for i in some if (eta := etas[i]) and enqueued[i].status == "queued"]
+        self.quoting.came(tenant, quotes.came, sample)
         return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
 
     def _as_they_are(self, tenant: str, answers: list[Answer]) -> list[Answer]:
@@ -87,7 +100,7 @@ class Admission:
         now = {job_id: document["status"] if document else "expired" for job_id, document in found.items()}
         return [Accepted(a.id, now[a.id]) if isinstance(a, Accepted) and a.id in now else a for a in answers]
 
-    def _answer(self, entry: Entry, job_id: str, status: str) -> Answer:
+    def _answer(self, entry: Entry, job_id: str, status: str, eta: Eta | None) -> Answer:
         if status == "conflict":
             param, used = ("id", entry.id) if entry.idem.startswith(_BY_ID) else ("idempotency_key", entry.idem)
             return Conflict(
@@ -101,7 +114,7 @@ class Admission:
         if status == "memory":
             message = "the ledger's Redis is nearly full: try again when jobs have ended, or give it more with maxmemory"
             return Unavailable(message, code="ledger_full", retry_after=10)
-        return Accepted(job_id, status)
+        return Accepted(job_id, status, eta.document if eta and status != "exists" else None)
 
     @staticmethod
     def _read(item: Item) -> JobSpec | LorayardError:
@@ -121,7 +134,16 @@ class Admission:
         workers = [w for w in self._workers.workers(self._settings.pool) if w.max_prompt_tokens]
         return max((w.max_prompt_tokens * w.max_token_bytes for w in workers), default=0)
 
-    def _entry(self, tenant: str, spec: JobSpec, adapters: dict[str, Manifest], limit: int, routes: Routes | None, via: str) -> Entry:
+    def _entry(
+        self,
+        tenant: str,
+        spec: JobSpec,
+        adapters: dict[str, Manifest],
+        limit: int,
+        routes: Routes | None,
+        via: str,
+        quotes: Round,
+    ) -> tuple[Entry, Eta | None]:
         settings = self._settings
         pool = spec.pool or settings.pool
         if pool != settings.pool:
@@ -148,13 +170,14 @@ class Admission:
                 param="request" if len(request) > len(meta) else "metadata",
             )
         idem = spec.idempotency_key or (_BY_ID + spec.id if spec.id else "")
-        return Entry(
+        queued, eta = self._place(spec, digest, lane, quotes)
+        entry = Entry(
             id=spec.id or new_id(pool),
             tenant=tenant,
-            digest=laned(digest, lane),
+            digest=queued,
             wait_ms=settings.wait_target_ms(spec.priority),
-            deadline_ms=math.ceil((spec.deadline_s or 0) * 1000),  # never rounded to 0, which would mean none
-            not_before_ms=math.ceil((spec.not_before_s or 0) * 1000),
+            deadline_ms=_ms(spec.deadline_s),
+            not_before_ms=_ms(spec.not_before_s),
             max_attempts=settings.max_attempts,
             via=via,
             idem=idem,
@@ -162,12 +185,36 @@ class Admission:
             meta=meta,
             request=request,
         )
+        quotes.queued(queued)
+        return entry, eta
+
+    def _place(self, spec: JobSpec, digest: str, lane: Lane, quotes: Round) -> tuple[str, Eta | None]:
+        """The queue it goes to, and when it will have ended. A job that minds is refused, or leaves home at once, when that is too late."""
+        queue, when = laned(digest, lane), (self._settings.wait_target_ms(spec.priority), _ms(spec.deadline_s), _ms(spec.not_before_s))
+        eta = quotes.eta(spec.adapter, queue, *when)
+        if spec.max_risk is None or eta is None or (eta.quote.risk or 0.0) <= spec.max_risk:
+            return queue, eta
+        if lane == "auto":
+            queue = laned(digest, "groq")
+            return queue, quotes.eta(spec.adapter, queue, *when)
+        half, most = (spec.not_before_s or 0.0) + eta.quote.median / 1000, (spec.not_before_s or 0.0) + eta.quote.p80 / 1000
+        raise DeadlineUnmet(
+            f"deadline_s is {spec.deadline_s:g}, but half of such jobs would end within {half:.1f} s, 80 % within {most:.1f} s; the"
+            f" risk of missing it is {eta.quote.risk:.2f}, more than max_risk {spec.max_risk:g}; send it later, or allow more",
+            param="deadline_s",
+            eta=eta.document,
+        )
 
     def _unknown(self, tenant: str, name: str) -> str:
         have = [m.name for m in self._adapters.list(tenant)]
         near = difflib.get_close_matches(name, have, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(have[:10])}." if have else "."
         return f"no adapter named {name[:80]!r}{hint} 'lorayard adapters add NAME PATH' adds one."
+
+
+def _ms(seconds: float | None) -> int:
+    """Never rounded to 0, which means none."""
+    return math.ceil((seconds or 0) * 1000)
 
 
 def _text_bytes(request: dict[str, Any]) -> int:

@@ -123,6 +123,7 @@ class CeleryIntake:
                         continue
                 known = after
                 after, refs = self._ledger.ends(after, 1000)
+                self._admission.quoting.heard(refs)
                 ids = [ref.partition("/")[2] for ref in refs if ref.startswith(self._tenant + "/")]
                 if ids:
                     mine: Any = client.smismember(_PENDING, ids)

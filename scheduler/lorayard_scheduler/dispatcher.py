@@ -21,9 +21,11 @@ from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.forecasts import Forecaster
 from lorayard_scheduler.hosted_planner import OUTSTANDING
 from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Dispatch, Policy, plan
+from lorayard_scheduler.quoting import Board
 from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.reconciler import Reconciler
 
@@ -33,6 +35,8 @@ WORKERS_EVERY_S = 0.5
 AFTER_S = 0.02
 """What the worker has not taken after so long, Celery is told of: the ledger's own word, which costs no write, comes first."""
 SEND_S = 5.0
+FORECAST_EVERY_S, FORECAST_SHARE = 1.0, 100
+"""Between two forecasts, and at least so many times what one took."""
 REBUILD_EVERY_S = 10.0
 """Events are hints: however one gets lost, its group is found again after so long."""
 
@@ -52,6 +56,9 @@ class Dispatcher:
         self._registry = WorkerRegistry(ledger.client)
         self._reconciler = Reconciler(ledger, app)
         self._hosted = HostedPlanning(settings, ledger)
+        self._board = Board(ledger)
+        self._forecaster = Forecaster()
+        self._told = 0.0  # when the next forecast is due
         self._workers: list[WorkerInfo] = []  # alive and ready
         self._workers_read = 0.0
         self._epoch = 0
@@ -94,6 +101,7 @@ class Dispatcher:
             self._epoch = epoch
             if epoch:
                 self._rebuild()
+                self._forecaster = Forecaster.going_on(self._board.read()[0])
                 log.info("leads", epoch=epoch, groups=len(self._backlog.groups), in_flight=len(self._backlog.in_flight))
         if epoch:
             self._lead_until = now + self._settings.leader_ttl_ms / 3000
@@ -121,7 +129,20 @@ class Dispatcher:
                 self._backlog.view.planned()
             for dispatch in [*dispatches, *self._hosted.plan(self._backlog, self._workers)]:
                 self._dispatch(dispatch)
+        self._tell()
         self._reconciler.sweep()
+
+    def _tell(self) -> None:
+        """Publish what quotes are made from, and learn what became of some."""
+        begun = time.monotonic()
+        if begun < self._told:
+            return
+        for seen in self._board.collect():
+            self._forecaster.saw(seen)
+        ended = sum(worker.ended for worker in self._workers if not worker.hosted)
+        now, paused = self._board.now(), self._ledger.paused()
+        self._board.publish(self._forecaster.make(self._backlog.view, now, self._policy, ended=ended, paused=paused))
+        self._told = begun + max(FORECAST_EVERY_S, FORECAST_SHARE * (time.monotonic() - begun))
 
     def _read_workers(self) -> None:
         """A worker that appears, becomes ready or vanishes changes what can be planned."""
@@ -145,6 +166,8 @@ class Dispatcher:
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
+        on = dispatch.digest in self._backlog.roster.on
+        held = self._forecaster.dispatched(self._backlog.groups, dispatch, self._backlog.now, in_hand=on)
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,
@@ -152,7 +175,7 @@ class Dispatcher:
             batch=batch,
             digest=dispatch.digest,
             delivery_ms=self._settings.delivery_ms,
-            why=dispatch.why,
+            why=f"{held}: {dispatch.why}" if held else dispatch.why,
             takes=dispatch.takes,
         )
         if answer == "epoch":

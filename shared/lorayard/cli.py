@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -332,7 +333,7 @@ def jobs_list(
         "adapter",
         "priority",
         "attempts",
-        "total ms",
+        "total ms, or when",
         "worker",
     )
     for r in rows:
@@ -343,11 +344,30 @@ def jobs_list(
             r["adapter"] or "(base)",
             r["priority"],
             r["attempts"],
-            "" if total is None else f"{total:.0f}",
+            _when(r) if total is None else f"{total:.0f}",
             r["worker"],
         )
         table.add_row(*(str(cell or "") for cell in cells))
     out.print(table)
+
+
+def _when(row: dict[str, Any]) -> str:
+    """Of a job that has not ended: how long it will take, from now."""
+    eta = row.get("eta")
+    if not eta:
+        return ""
+    half, most = (max(0.0, eta[name] / 1000 - time.time()) for name in ("median_ms", "p80_ms"))
+    late = f", {eta['risk']:.0%} late" if eta["risk"] is not None else ""
+    return f"in {half:.0f} s (80 %: {most:.0f} s{late})"
+
+
+@jobs_app.command("why")
+def jobs_why(job_id: str) -> None:
+    """What a job waits for, or waited for, in one sentence."""
+    with Client() as client:
+        document = client.job(job_id)
+    when = _when(document)
+    print(document["explanation"] + (f" It should end {when}." if when else ""))
 
 
 @jobs_app.command("show")

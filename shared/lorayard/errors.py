@@ -9,6 +9,7 @@ LorayardError
 ├── NotFound              404  no such job, adapter or pool, or another tenant's
 ├── Conflict              409  the same idempotency key or id with another body
 ├── TooLarge              413
+├── DeadlineUnmet         422  it would probably end too late, and asked to be refused then
 ├── Unavailable           503  try again later (`retry_after` seconds)
 └── SetupError                 this machine or its settings: commands end with exit code 2 and this one line
 """
@@ -78,6 +79,21 @@ class TooLarge(LorayardError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class DeadlineUnmet(LorayardError):
+    """`eta` is the quote that it was refused for."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "deadline_unmet"
+
+    def __init__(self, message: str, *, param: str | None = None, eta: dict[str, Any] | None = None) -> None:
+        super().__init__(message, param=param)
+        self.eta = eta
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | {"eta": self.eta}
 
 
 class Unavailable(LorayardError):

@@ -60,6 +60,8 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     route: Route = ROUTE
     pool: str | None = None
     metadata: dict[str, Any] | None = None
+    max_risk: float | None = None
+    """Refuse the job, or with route auto have it computed elsewhere, when it would miss its deadline with a greater probability."""
 
     def check(self) -> None:
         """Raise `BadRequest`, naming the field, where a value of the right type is still not acceptable."""
@@ -76,6 +78,10 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
                 raise BadRequest(f"{name}: must be more than 0 and less than a year, in seconds from now", param=name)
         if self.deadline_s is not None and self.not_before_s is not None and self.not_before_s >= self.deadline_s:
             raise BadRequest("not_before_s: the deadline would have passed by then; both count from now", param="not_before_s")
+        if self.max_risk is not None and not 0 <= self.max_risk < 1:
+            raise BadRequest("max_risk: a probability, from 0 to less than 1, of missing the deadline", param="max_risk")
+        if self.max_risk is not None and self.deadline_s is None:
+            raise BadRequest("max_risk: needs deadline_s, which it is the risk of missing", param="max_risk")
         if "model" in self.request:
             raise BadRequest("request.model: leave it out; the job's adapter and pool say what answers", param="request.model")
         if self.request.get("stream"):
@@ -87,7 +93,9 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def body_hash(self) -> str:
         """Digest of what the same idempotency key must carry again: everything but the id and the key."""
         when = (self.priority, self.deadline_s, self.not_before_s)
-        body = (self.adapter, self.endpoint, self.request, when, self.route, self.pool, self.metadata)
+        body: tuple[Any, ...] = (self.adapter, self.endpoint, self.request, when, self.route, self.pool, self.metadata)
+        if self.max_risk is not None:  # as it was before there was such a field, where it is not used
+            body += (self.max_risk,)
         return hashlib.blake2b(msgspec.json.encode(body, order="sorted"), digest_size=12).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -14,19 +15,23 @@ from lorayard.errors import BadRequest, Conflict, LorayardError, NotFound, TooLa
 from lorayard.jobs import Status
 from lorayard.ledger.ledger import Ledger
 from lorayard.settings import Settings
-from lorayard_scheduler.admission import Accepted, Admission, Answer, Item
+from lorayard_scheduler.admission import Admission, Answer, Item
 from lorayard_scheduler.api.http import Auth, Json, error_response, limited
 from lorayard_scheduler.api.waiting import Waiting
+from lorayard_scheduler.reasons import HostedLimits
 
 WAIT_MOST_S = 60.0
 LIST_MOST = 1000
 SCAN_MOST = 5000
 
 
-def routes(settings: Settings, ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
-    """`/v1/jobs`."""
+def routes(settings: Settings, ledger: Ledger, admission: Admission, waiting: Waiting, celery: Celery) -> APIRouter:
+    """`/v1/jobs`. Whatever shows a job that has not ended says when it will have, and what it waits for."""
     router = APIRouter(prefix="/v1/jobs")
-    admission = Admission(settings, ledger)
+    limits = HostedLimits(settings, ledger.client)
+
+    def tell(document: dict[str, Any], tenant: str) -> dict[str, Any]:
+        return admission.quoting.tell(document, tenant, limits)
 
     @router.post("", status_code=202)
     async def submit(request: Request, who: Auth) -> Json:
@@ -56,16 +61,22 @@ def routes(settings: Settings, ledger: Ledger, waiting: Waiting, celery: Celery)
         """
         if ids is not None:
             wanted = list(dict.fromkeys(ids.split(",")))[:LIST_MOST]
-            return Json({"object": "list", "data": [d for d in ledger.show(who.tenant, wanted) if d is not None], "has_more": False})
-        return Json(_page(ledger, who.tenant, limit, status, after, dead))
+            found = [tell(d, who.tenant) for d in ledger.show(who.tenant, wanted) if d is not None]
+            return Json({"object": "list", "data": found, "has_more": False})
+        page = _page(ledger, who.tenant, limit, status, after, dead)
+        return Json(page | {"data": [tell(d, who.tenant) for d in page["data"]]})
 
-    router.include_router(_single(ledger, waiting, celery))
+    router.include_router(_single(ledger, waiting, celery, tell))
     return router
 
 
-def _single(ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
+def _single(ledger: Ledger, waiting: Waiting, celery: Celery, tell: Callable[[dict[str, Any], str], dict[str, Any]]) -> APIRouter:
     """What is done with one job."""
     router = APIRouter()
+
+    def told(job_id: str, tenant: str) -> Json:
+        (document,) = ledger.show(tenant, [job_id])
+        return Json(document and tell(document, tenant))
 
     @router.get("/{job_id}")
     async def show(job_id: str, who: Auth, wait: Annotated[float, Query(ge=0)] = 0) -> Json:
@@ -73,14 +84,14 @@ def _single(ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
         document = await waiting.show(who.tenant, job_id, min(wait, WAIT_MOST_S))
         if document is None:
             raise _no_job(job_id)
-        return Json(document)
+        return Json(await run_in_threadpool(tell, document, who.tenant))
 
     @router.post("/{job_id}/cancel")
     def cancel(job_id: str, who: Auth) -> Json:
         """Cancel it, at any state; a job that has ended stays as it is."""
         if ledger.cancel(who.tenant, [job_id]) == ["missing"]:
             raise _no_job(job_id)
-        return Json(ledger.show(who.tenant, [job_id])[0])
+        return told(job_id, who.tenant)
 
     @router.post("/{job_id}/retry")
     def retry(job_id: str, who: Auth) -> Json:
@@ -93,7 +104,7 @@ def _single(ledger: Ledger, waiting: Waiting, celery: Celery) -> APIRouter:
                 f"job {job_id} is {document['status']} and no dead letter: only a job that failed at its last attempt can be retried",
                 code="not_a_dead_letter",
             )
-        return Json(ledger.show(who.tenant, [job_id])[0])
+        return told(job_id, who.tenant)
 
     @router.delete("/{job_id}")
     def delete(job_id: str, who: Auth) -> Json:
@@ -155,12 +166,19 @@ def _items(body: bytes, content_type: str) -> tuple[list[Item], bool]:
 
 def _answers(answers: list[Answer], many: bool) -> Json:
     """202 with an entry a job. Where every job is refused, the first error's status and, beside the entries, the error itself."""
-    rows = [
-        {"id": a.id, "status": a.status} if isinstance(a, Accepted) else {"index": i, "error": a.document()} for i, a in enumerate(answers)
-    ]
+    rows = [_row(i, answer) for i, answer in enumerate(answers)]
     errors = [a for a in answers if isinstance(a, LorayardError)]
     if not errors or len(errors) < len(answers):
         return Json({"jobs": rows}, status_code=202)
     if not many:
         raise errors[0]
     return error_response(errors[0], {"jobs": rows})
+
+
+def _row(index: int, answer: Answer) -> dict[str, Any]:
+    if isinstance(answer, LorayardError):
+        return {"index": index, "error": answer.document()}
+    row: dict[str, Any] = {"id": answer.id, "status": answer.status}
+    if answer.eta is not None:
+        row["eta"] = answer.eta
+    return row

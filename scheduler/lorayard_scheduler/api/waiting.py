@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -25,8 +26,10 @@ POLL_S = 2.0
 class Waiting:
     """One thread reads the events of the pool; every waiter has an asyncio event in the loop that it waits in."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, hear: Callable[[list[str]], None]) -> None:
+        """`hear` is told, in that thread, of every job that ends."""
         self._ledger = ledger
+        self._hear = hear
         self._stop = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: dict[str, set[asyncio.Event]] = defaultdict(set)
@@ -71,6 +74,7 @@ class Waiting:
                 after, refs = self._ledger.ends(after or self._ledger.last_end(), 500)
                 if refs and self._loop is not None:
                     self._loop.call_soon_threadsafe(self._wake, refs)
+                    self._hear(refs)
             except (Unavailable, redis.RedisError) as error:
                 log.warning("ledger unavailable, long polls fall back to polling", reason=str(error))
                 self._stop.wait(1)

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, ROUTE, Status, adapter_of
+from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, ROUTE, Status, adapter_of, lane_of
+from lorayard.ledger.explained import never_ran, waited
 
 _HOSTED = ("hosted_model", "cost_usd", "notes", "failed_generation")
 """Of a job that was run elsewhere: by which model, for how much money, what was changed in its request."""
@@ -20,6 +21,9 @@ def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
 
     `latencies_ms` of an ended job that ran: queued, dispatched, on_deck, adapter_load, adapter_switch, prefill, decode, stored, total; they
     add up: `stored` is what remains of `total` (enqueued to committed, by the ledger's clock) after the stages before it.
+
+    `explanation` is a sentence: what the job waited for. Of one that waits still it is None here, for the ledger does not know;
+    `position` is how many jobs of its queue are before it.
     """
     if not reply:
         return None
@@ -76,13 +80,14 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
         "batch": None,
         "batch_size": None,
         "why": None,
+        "explanation": None,
     }
 
 
 def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
-    value, batch, attempts, started, delayed, worker, size, why, laters = reply
+    value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank = reply
     head, birth, meta, _ = value.split(b"\n", 3)
-    _, due, _, digest, _, _, _ = head.decode().split("\t")
+    _, due, deadline, digest, _, _, _ = head.decode().split("\t")
     enqueued, via = birth.decode().split("\t")
     status = Status.QUEUED
     if batch:
@@ -90,10 +95,15 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
     elif delayed:
         status = Status.DELAYED
     doc = _base(job_id, pool, status, msgspec.json.decode(meta), digest, via)
-    doc |= {"attempts": attempts, "postponed": laters, "enqueued_ms": int(enqueued), "due_ms": int(due)}
+    doc |= {"attempts": attempts, "postponed": laters, "enqueued_ms": int(enqueued), "due_ms": int(due), "lane": lane_of(digest)}
+    doc["deadline_ms"] = int(deadline) or None
     if batch:
         doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
-    if delayed:
+        doc |= {"claimed_ms": claimed, "latencies_ms": {"queued": float(claimed - int(enqueued))}}
+        doc["explanation"] = waited(doc)
+    elif not delayed:
+        doc["position"] = rank
+    else:
         doc["not_before_ms"] = int(float(delayed))
     return doc
 
@@ -119,6 +129,7 @@ def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
         "width": outcome.get("width"),
         **{name: outcome[name] for name in _HOSTED if name in outcome},
     }
+    doc["explanation"] = waited(doc) if times["claimed_ms"] else never_ran(doc)
     response = outcome.get("response")
     if response is not None:
         doc["response"] = {"id": job_id, **response, "created": times["ended_ms"] // 1000, "model": doc["adapter"] or pool}

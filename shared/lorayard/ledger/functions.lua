@@ -960,7 +960,8 @@ end
 -- -- everyone ----------------------------------------------------------------------------------------------------------------------------
 
 -- ly_show P | ref... -> per job {} | {value of an ended job}
---                       | {value of a living job, batch, attempts, begun (2: submitted), delayed until, worker, batch size, why, laters}
+--                       | {value of a living job, batch, attempts, begun (2: submitted), delayed until, worker, batch size, why, laters,
+--                          when the batch was claimed, place in the queue (-1: in none)}
 local function show(keys, args)
   local p, reply = keys[1], {}
   for _, ref in ipairs(args) do
@@ -972,10 +973,12 @@ local function show(keys, args)
     else
       local job = parse_job(ref, value)
       local delayed, batch, begun = redis.call('ZSCORE', p .. 'delayed', ref), NO_BATCH, 0
-      if not delayed and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then batch, begun = batch_of(p, ref) end
+      local place = not delayed and redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
+      if not delayed and not place then batch, begun = batch_of(p, ref) end
       local attempts, laters = read_tries(p, ref)
       local state = batch.submitted and 2 or begun
       reply[#reply + 1] = { value, batch.id, attempts + begun, state, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
+      reply[#reply][10], reply[#reply][11] = tonumber(batch.claimed), place or -1
     end
   end
   return reply

@@ -1,0 +1,193 @@
+"""A real fleet on this machine against the simulator, and quotes against what became of them there.
+
+Completions of random words for 12 adapters (Zipf) arrive as a Poisson process at a share of what the worker's own measurements say it can
+do, one of five of them urgent, and later in a burst. Afterwards the same arrivals, with the tokens that were counted, are simulated with
+the costs that the worker has told of itself by then (`lorayard bench costs`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import eta
+from benchmarks.workloads import vocabulary, write_adapter
+from benchmarks.yard import free_port, until
+from lorayard import embedded
+from lorayard.adapters import BaseModel
+from lorayard.client import Client
+from lorayard.fleet import Fleet
+from lorayard.ledger.connection import connect
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
+from lorayard.settings import Settings
+from lorayard_scheduler import traces
+from lorayard_scheduler.costs import Costs, Work
+from lorayard_scheduler.simulated import Lorayard
+from lorayard_scheduler.simulator import Fleet as SimulatedFleet
+from lorayard_scheduler.simulator import Trace, WorkerSpec
+
+ADAPTERS = 12
+LOAD = 0.7
+SECONDS, QUICK_SECONDS = 170.0, 25.0
+BURST = 0.1  # of the jobs come at once, when two thirds of the time are over
+URGENT = 0.2
+
+
+class Job(NamedTuple):
+    """When it is to be submitted (s), and what."""
+
+    at: float
+    spec: dict[str, Any]
+
+
+class Done(NamedTuple):
+    """A job as the ledger has it in the end, its adapter by rank, and what it was quoted at first."""
+
+    adapter: int
+    document: dict[str, Any]
+    quote: dict[str, Any] | None
+
+    @property
+    def wait(self) -> float:
+        """From enqueueing to its start, ms."""
+        times = self.document["latencies_ms"]
+        return float(times["total"] - times["prefill"] - times["decode"] - times["stored"])
+
+
+def compare(out: Console, *, quick: bool) -> dict[str, Any]:
+    """Run it, simulate it, judge the quotes."""
+    with tempfile.TemporaryDirectory(prefix="lorayard-") as folder, _fleet(Path(folder)) as (settings, client, worker):
+        costs = Costs.of(worker.width, worker.costs)
+        jobs = workload(costs, QUICK_SECONDS if quick else SECONDS)
+        out.print(f"{len(jobs)} jobs in {jobs[-1].at:.0f} s, width {worker.width}")
+        done = list(_submit(client, jobs))
+        told = _worker(settings)
+        assert told is not None
+    trace = recorded(done)
+    ours = Lorayard()
+    spec = WorkerSpec(Costs.of(told.width, told.costs), settings.contexts, settings.adapters_loaded)
+    outcome = SimulatedFleet(trace, [spec], ours).run()
+    real = _figures([d.wait for d in done], max(d.document["ended_ms"] for d in done) - done[0].document["enqueued_ms"])
+    simulated = _figures(outcome.waits(), max(outcome.ended) - trace.arrivals[0])
+    table = Table("real against simulated", *real)
+    for name, figures in (("real", real), ("simulated", simulated)):
+        table.add_row(name, *(f"{value:.2f}" for value in figures.values()))
+    out.print(table)
+    judged = {f"real_{name}": value for name, value in eta.judge(_quoted(done)).items()}
+    out.print(judged)
+    metrics = {f"sim_vs_real_{name}": simulated[name] / real[name] for name in real}
+    return metrics | judged | {"real": real, "simulated": simulated, "costs": told.costs}
+
+
+def _figures(waits: Sequence[float], took_ms: float) -> dict[str, float]:
+    """Jobs a second, and waits in seconds."""
+    cuts = statistics.quantiles(waits, n=20)
+    return {"throughput": 1000 * len(waits) / took_ms, "p50_wait": cuts[9] / 1000, "p95_wait": cuts[18] / 1000}
+
+
+def workload(costs: Costs, seconds: float) -> list[Job]:
+    """By the rate that the load is of the worker's capacity."""
+    rng = random.Random(7)
+    words = vocabulary()
+    weights = [1 / (rank + 1) for rank in range(ADAPTERS)]
+    sizes = [(rng.randrange(10, 100), min(64, 4 + int(rng.expovariate(1 / 16)))) for _ in range(200)]
+    mean = Work(1.4 * statistics.fmean(size[0] for size in sizes), 0, statistics.fmean(size[1] for size in sizes))
+    rate = LOAD * 1000 / costs.job_ms(mean)
+    count = round(rate * seconds)
+    at, jobs, burst = 0.0, [], round(BURST * count)
+    times = []
+    for gap in traces.poisson(count - burst, rate * (1 - BURST)):
+        at += gap
+        times.append(at)
+    times = sorted([*times, *([times[2 * len(times) // 3]] * burst)])
+    for when in times:
+        (rank,), (length, tokens) = rng.choices(range(ADAPTERS), weights), rng.choice(sizes)
+        request = {"prompt": " ".join(rng.choices(words, k=length)), "max_tokens": tokens, "temperature": 0}
+        priority = "high" if rng.random() < URGENT else "normal"
+        jobs.append(Job(when, {"adapter": f"adapter-{rank}", "request": request, "endpoint": "/v1/completions", "priority": priority}))
+    return jobs
+
+
+@contextmanager
+def _fleet(folder: Path) -> Iterator[tuple[Settings, Client, WorkerInfo]]:
+    """`lorayard up` with its shipped settings, and the adapters."""
+    settings = Settings.load().model_copy(update={"state_dir": folder / "state", "api_port": free_port(), "flower_port": free_port()})
+    os.environ |= {f"LORAYARD_{name.upper()}": str(getattr(settings, name)) for name in ("state_dir", "api_port", "flower_port")}
+    with Fleet(settings) as fleet:
+        for _ in fleet.wait_ready():
+            pass
+        with Client(settings=settings) as client:
+            with connect(embedded.redis_url(settings)) as store:
+                base = BaseModel(**(WorkerRegistry(store).base(settings.pool) or {}))
+            for rank in range(ADAPTERS):
+                client.add_adapter(f"adapter-{rank}", write_adapter(folder / f"adapter-{rank}", base, rank), public=True)
+            warm = [
+                {"adapter": f"adapter-{rank}", "request": {"prompt": "Hello", "max_tokens": 2}, "endpoint": "/v1/completions"}
+                for rank in range(ADAPTERS)
+            ]
+            list(client.results([row["id"] for row in client.submit(warm)]))
+            yield settings, client, until(lambda: _worker(settings), 30)
+
+
+def _worker(settings: Settings) -> WorkerInfo | None:
+    with connect(embedded.redis_url(settings)) as store:
+        return next((w for w in WorkerRegistry(store).workers(settings.pool) if w.costs.get("step_ms")), None)
+
+
+def _submit(client: Client, jobs: Sequence[Job]) -> Iterator[Done]:
+    """Each at its time; what is late goes together."""
+    begun, rows, place = time.monotonic(), [], 0
+    while place < len(jobs):
+        time.sleep(max(0.0, begun + jobs[place].at - time.monotonic()))
+        due = [job.spec for job in jobs[place:] if job.at <= time.monotonic() - begun]
+        rows += client.submit(due)
+        place += len(due)
+    specs = {row["id"]: (job.spec, row.get("eta")) for job, row in zip(jobs, rows, strict=True)}
+    found = []
+    for document in client.results(list(specs)):
+        if document["status"] != "succeeded":
+            raise SystemExit(f"a job ended as {document['status']}: {document['error']}")
+        spec, quote = specs[document["id"]]
+        found.append(Done(int(spec["adapter"].partition("-")[2]), document, quote))
+    yield from sorted(found, key=lambda d: d.document["enqueued_ms"])
+
+
+def recorded(done: Sequence[Done]) -> Trace:
+    """What came, as it came, with the tokens that were counted."""
+    settings = Settings.load()
+    usage = [d.document["response"]["usage"] for d in done]
+    first = done[0].document["enqueued_ms"]
+    return Trace(
+        array("d", [float(d.document["enqueued_ms"] - first) for d in done]),
+        array("l", [d.adapter for d in done]),
+        array("l", [0] * len(done)),
+        array("l", [u["prompt_tokens"] for u in usage]),
+        array("l", [max(1, u["completion_tokens"]) for u in usage]),
+        array("d", [float(settings.wait_target_ms(d.document["priority"])) for d in done]),
+        [f"adapter-{rank}" for rank in range(ADAPTERS)],
+        ["default"],
+        [0] * ADAPTERS,
+    )
+
+
+def _quoted(done: Sequence[Done]) -> Iterator[eta.Row]:
+    """After a quarter of the time, in which they are learnt."""
+    first, last = done[0].document["enqueued_ms"], done[-1].document["enqueued_ms"]
+    ranks = {rank: place for place, (rank, _) in enumerate(Counter(d.adapter for d in done).most_common())}
+    for d in done:
+        at = d.document["enqueued_ms"]
+        if d.quote is not None and at >= first + (last - first) / 4:
+            like = eta.like(ranks[d.adapter], 0.0 if d.document["priority"] == "high" else 1.0, at - first)
+            yield eta.Row(d.quote["median_ms"] - at, d.quote["p80_ms"] - at, d.document["latencies_ms"]["total"], like)

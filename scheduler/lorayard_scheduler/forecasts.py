@@ -1,0 +1,189 @@
+"""The scheduler's part of quotes: what it publishes about once a second, and what it learns from what became of quoted jobs."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import msgspec
+
+from lorayard_scheduler.groups import TICKS, Groups
+from lorayard_scheduler.planner import Dispatch, Policy, View, rows
+from lorayard_scheduler.quotes import BINS, EDGES_MS, LOWEST, QUOTED, STEP, Forecast, Hand, Situation, Waits, urgency
+from lorayard_scheduler.reasons import held_up
+
+ADAPTERS_MOST, GROUPS_MOST, KINDS_MOST = 512, 2_000, 160
+"""What a forecast names one by one; anything beyond these is quoted as the usual is."""
+_MEMORY = 400.0  # observations of a kind after which an old one counts half of a new one
+_WEIGHT, _SLOW = 0.1, 0.01  # of the newest observation in what follows the time; in what only tells adapters apart
+_LEARN = 0.004  # by how much a job that ended by its quoted percentile, or did not, moves the quantile that is quoted as such
+_PACE_MS = 20_000.0  # over which the pool's speed is measured
+_PACE = 1.3  # what jobs take in a full pool, as a multiple of what they take at best, until that is measured
+_WAITED_MS = 500.0  # a group that waited for less was not held up by anything
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Seen(msgspec.Struct, array_like=True):
+    """What became of a quoted job: it `took` so long from its quote to its end, `at_worker` of that after it was claimed. In ms."""
+
+    situation: Situation
+    digest: str
+    took: float
+    at_worker: float
+    quoted: tuple[float, float]
+    """Median and 80th percentile."""
+
+
+class Forecaster:
+    """Keeps means and histograms, a fixed number of them; and of each group that waits, since when and, at first, for what."""
+
+    def __init__(self) -> None:
+        self._last = Forecast(0.0)
+        self._turns: dict[int, float] = {}
+        self._services: dict[str, float] = {}
+        self._counts: dict[str, list[float]] = {}
+        self._levels: dict[str, tuple[float, float]] = {}
+        self._at_worker = self._hosted = 0.0
+        self._pace = _PACE
+        self._ended: tuple[float, int] | None = None  # while there is enough to do: when, and how many jobs had ended
+        self._waiting: dict[str, tuple[float, str]] = {}
+
+    @classmethod
+    def going_on(cls, known: Forecast | None) -> Forecaster:
+        """With what the scheduler before this one had learnt."""
+        found = cls()
+        if known is not None:
+            found._turns, found._services, found._counts = known.turns, known.services, known.counts
+            found._levels = known.levels
+            found._at_worker, found._hosted = known.at_worker, known.hosted
+        return found
+
+    # -- what happens ---------------------------------------------------------------------------------------------------------------------
+
+    def dispatched(self, groups: Groups, dispatch: Dispatch, now: float, *, in_hand: bool) -> str:
+        """Told before a batch is carried out, with whether some worker had its adapter in hand; what its jobs waited for, in words."""
+        reason, longest = "", _WAITED_MS
+        for tenant, _ in dispatch.takes:
+            group = groups.get(dispatch.digest, tenant)
+            if group is None:
+                continue
+            since, held = self._waiting.get(f"{dispatch.digest}:{tenant}", (now, ""))
+            if now - since > longest:
+                reason, longest = held, now - since
+            if not in_hand and not group.tenant.floods:
+                _follow(self._turns, urgency(group.due - since), now - since, _WEIGHT)
+        return reason
+
+    def saw(self, seen: Seen) -> None:
+        situation = seen.situation
+        if situation.kind == "hosted":
+            self._hosted = _nearer(self._hosted, seen.took, _WEIGHT)
+        else:
+            self._at_worker = _nearer(self._at_worker, seen.at_worker, _SLOW)
+            self._count(("worker",), seen.at_worker / max(1.0, self._services.get(seen.digest, self._at_worker)))
+            _follow(self._services, seen.digest, seen.at_worker, _SLOW, first=self._at_worker)
+            _keep(self._services, ADAPTERS_MOST)
+        levels = zip(self._levels.pop(situation.kind, QUOTED), QUOTED, seen.quoted, strict=True)
+        median, p80 = (level + _LEARN * (aim - (seen.took <= by)) for level, aim, by in levels)
+        self._levels[situation.kind] = min(0.65, max(0.35, median)), min(0.86, max(0.65, p80))
+        self._count(("", *situation.names), seen.took / max(1.0, situation.predicted))
+        _keep(self._counts, KINDS_MOST)
+
+    def _count(self, names: Iterable[str], factor: float) -> None:
+        place = min(BINS - 1, max(0, int((math.log(max(factor, 1e-3)) - LOWEST) / STEP)))
+        fade = 0.5 ** (1 / _MEMORY)
+        for name in names:
+            counts = [round(fade * count, 3) for count in self._counts.pop(name, (0.0,) * BINS)]
+            counts[place] += 1.0
+            self._counts[name] = counts  # the last seen is last
+
+    # -- what is told ---------------------------------------------------------------------------------------------------------------------
+
+    def make(self, view: View, now: float, policy: Policy, *, ended: int, paused: Sequence[str] = ()) -> Forecast:
+        """`ended`: how many jobs local workers have ended, ever. Work grows with the number of groups that wait."""
+        groups, roster, scale = view.groups, view.roster, view.groups.scale
+        job_ms = scale.costs.job_ms(scale.work)
+        most = rows(scale.costs, scale.work, policy)
+        job_ms /= max(1, len(roster.workers))
+        self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
+        first = next(groups.by_rank(False, math.inf), None)
+        self._last = Forecast(
+            at=now,
+            workers=len(roster.workers),
+            places=sum(worker.costs.width for worker in roster.workers.values()),
+            flying=sum(roster.loads.values()),
+            room=sum(max(0, most - load) for load, _ in roster.free),
+            calm=first is None or first.rank > TICKS * (now + policy.reserve_ms),
+            each_ms=job_ms * self._pace,
+            flood_jobs=policy.flood_ms / job_ms,
+            ahead=_by_due(groups, now),
+            groups=self._waits(groups, now),
+            tenants={name: tenant.jobs for name, tenant in groups.tenants.items()},
+            hands={d: Hand(len(names), sum(max(0, most - roster.loads[n]) for n in names)) for d, names in roster.on.items()},
+            turns=self._turns,
+            at_worker=self._at_worker or scale.costs.batch_ms(max(1, scale.costs.width // 2), scale.work, "loaded"),
+            services=self._services,
+            hosted=self._hosted or 1_000.0,
+            counts=self._counts,
+            levels=self._levels,
+            paused=list(paused),
+        )
+        self._note_why(groups, now)
+        return self._last
+
+    def _waits(self, groups: Groups, now: float) -> dict[str, Waits]:
+        """The groups with the most jobs, where there are too many to name."""
+        named = {f"{g.digest}:{g.tenant.name}": g for g in groups}
+        self._waiting = {name: self._waiting.get(name, (now, "")) for name in named}
+        if len(named) > GROUPS_MOST:
+            named = dict(sorted(named.items(), key=lambda item: -item[1].jobs)[:GROUPS_MOST])
+        return {name: Waits(g.jobs, g.due, self._waiting[name][0]) for name, g in named.items()}
+
+    def _note_why(self, groups: Groups, now: float) -> None:
+        """Of groups that have just begun to wait."""
+        for group in groups:
+            name = f"{group.digest}:{group.tenant.name}"
+            if not self._waiting[name][1]:
+                place = self._last.place(group.digest, group.tenant.name, group.due - now, now=now)
+                self._waiting[name] = (self._waiting[name][0], held_up(place, self._last))
+
+    def _measure(self, now: float, ended: int, job_ms: float, *, busy: bool) -> None:
+        """The pool's pace, in means of speeds; only while every worker has something to do."""
+        if not busy:
+            self._ended = None
+            return
+        if self._ended is not None and now > self._ended[0]:
+            passed = now - self._ended[0]
+            speed = (ended - self._ended[1]) * job_ms / passed
+            if speed > 0:
+                self._pace = 1 / _nearer(1 / self._pace, speed, min(0.5, passed / _PACE_MS))
+        self._ended = now, ended
+
+
+def _by_due(groups: Groups, now: float) -> list[int]:
+    """Jobs due by `now` and each of `EDGES_MS`, of tenants that do not flood; a group's are taken to be due with its first."""
+    ahead = [0] * (len(EDGES_MS) + 1)
+    for group in groups:
+        if not group.tenant.floods:
+            ahead[bisect_left(EDGES_MS, group.due - now)] += group.jobs
+    return list(accumulate(ahead[:-1]))
+
+
+def _nearer(known: float, seen: float, weight: float) -> float:
+    return known + weight * (seen - known) if known else seen
+
+
+def _follow(means: dict[K, float], name: K, seen: float, weight: float, *, first: float | None = None) -> None:
+    known = means.pop(name, first)
+    means[name] = seen if known is None else known + weight * (seen - known)
+
+
+def _keep(known: dict[K, V], most: int) -> None:
+    """Those that came last."""
+    while len(known) > most:
+        del known[next(iter(known))]

@@ -1,0 +1,226 @@
+"""When a job will have ended: quoted as it is submitted and whenever it is polled, without anything kept for each job.
+
+The scheduler publishes a `Forecast` about once a second (`forecasts.py`): what is in hand, what waits, how long groups lately waited for
+their turn, what jobs of an adapter take. From it and a job's place in its queue `Forecast.place` predicts a time, by *situations*:
+
+    joins         a worker has its adapter in hand, and room: it goes there at once
+    own           its adapter is in hand, and jobs of its own group are before it
+    free          its adapter is in no hand, and a worker has a hand free
+    turn          no worker has: it waits as long as groups of its urgency lately did, less what its group has waited already
+    late, behind  something that waits is near its due time, so that nothing goes before what is due sooner; behind: its adapter is in hand
+    flood         its tenant floods: it waits for all jobs of such tenants
+    worker        a worker has it
+    hosted        it is not for local workers
+
+No such prediction is exact. So what is quoted is a quantile of what became of predictions like it: for each situation, histograms of the
+factor by which jobs took longer than predicted are kept, which forget slowly; narrow ones (by size and urgency) lean on wider ones until
+they have seen enough. Times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import msgspec
+
+from lorayard.jobs import lane_of
+
+LOWEST, STEP, BINS = -3.0, 0.15, 54
+"""Of the histograms: over the logarithm of actual by predicted."""
+EDGES_MS: tuple[float, ...] = tuple(
+    1000.0 * s for s in (*(-(2.0**k) for k in range(14, -1, -1)), 0.0, *(2.0 ** (k / 2) for k in range(35)))
+)
+"""From now, the due times up to which waiting jobs are counted."""
+_PRIOR = 4.0  # observations that a wider kind counts for in a narrower one
+
+QUOTED = (0.5, 0.8)
+
+Shape = tuple[float, ...]
+"""Cumulated: the part of jobs below the upper edge of each bin."""
+
+
+class Quote(NamedTuple):
+    """From now: half of the jobs like this one have ended by `median`, four of five by `p80`. `risk` is the probability that it has not
+    ended by its deadline; None without one."""
+
+    median: float
+    p80: float
+    risk: float | None = None
+
+
+class Situation(NamedTuple):
+    """What a job's time is predicted from. `size` and `urgency` tell apart predictions that go wrong differently; `before` is the jobs
+    that are served first."""
+
+    kind: str
+    predicted: float
+    size: int = 0
+    urgency: int = 0
+    before: float = 0.0
+
+    def among(self, together: int, each_ms: float) -> Situation:
+        """The same of a job in the middle of so many that come together, where that makes a difference."""
+        return self._replace(kind=f"{self.kind} together") if together * each_ms > 0.5 * self.predicted else self
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Of its histograms, the widest first."""
+        return self.kind, f"{self.kind}/{self.size}", f"{self.kind}/{self.size}/{self.urgency}"
+
+
+class Waits(msgspec.Struct, array_like=True):
+    """A group: how many jobs wait, when the first is due, and since about when."""
+
+    jobs: int
+    due: float
+    since: float
+
+
+class Hand(msgspec.Struct, array_like=True):
+    """An adapter that workers have in hand: how many do, and how many more jobs they would take."""
+
+    workers: int
+    room: int
+
+
+class Since(NamedTuple):
+    """Jobs that came after the forecast: of the group, of the tenant, of all."""
+
+    group: int = 0
+    tenant: int = 0
+    pool: int = 0
+
+
+NOTHING = Since()
+
+
+class Forecast(msgspec.Struct):
+    """Of one pool at a moment (`at`, by the ledger's clock). Groups are named DIGEST:TENANT, lanes as in the ledger."""
+
+    at: float
+    workers: int = 0  # local ones
+    places: int = 0  # sequences that they decode at once
+    flying: int = 0  # jobs that they have
+    room: int = 0  # jobs that workers with a free hand would take; 0: no hand is free
+    calm: bool = True  # nothing that waits is near its due time
+    each_ms: float = 0.0  # between two ends, while there is enough to do
+    flood_jobs: float = 1e12  # a tenant with more of them floods
+    ahead: list[int] = []  # jobs due by `at` + each of EDGES_MS, of tenants that do not flood
+    groups: dict[str, Waits] = {}
+    tenants: dict[str, int] = {}  # jobs that wait
+    hands: dict[str, Hand] = {}
+    turns: dict[int, float] = {}  # by urgency: how long groups waited for a hand
+    at_worker: float = 0.0  # from claim to end, of a mean job
+    services: dict[str, float] = {}  # the same, by adapter
+    hosted: float = 0.0  # from enqueueing to the end, of jobs that are not for local workers
+    counts: dict[str, list[float]] = {}
+    levels: dict[str, tuple[float, float]] = {}  # by kind: the quantiles of its histograms that lately were the median and the 80th
+    paused: list[str] = []  # as in the ledger
+
+    def place(self, digest: str, tenant: str, target: float, *, now: float, before: int | None = None, since: Since = NOTHING) -> Situation:
+        """Of a job that waits, or would wait, in that queue, to be due in `target`. `before`: the jobs of its group ahead of it, where
+        that is known."""
+        if lane_of(digest) not in ("", "auto"):
+            return Situation("hosted", self.hosted)
+        service = self.services.get(digest, self.at_worker)
+        group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(digest)
+        ahead = (group.jobs if group else 0) + since.group if before is None else before
+        queued = self.tenants.get(tenant, 0) + since.tenant
+        if queued > self.flood_jobs:
+            rivals = [jobs for name, jobs in self.tenants.items() if name != tenant and jobs > self.flood_jobs]
+            return self._after("flood", service, queued + sum(min(jobs, queued) for jobs in rivals), len(rivals))
+        if not self.calm:
+            before_it = self.due_before(now + target) + since.pool
+            return self._after(
+                "late" if hand is None else "behind", service, before_it, int(3 * ahead / max(1.0, before_it)), urgency(target)
+            )
+        if hand is not None:
+            if ahead < hand.room and group is None:
+                return Situation("joins", service, self._crowd(since.pool))
+            wait = ahead * self.each_ms * self.workers / hand.workers
+            return Situation("own", service + wait, _size(service, wait), 0, ahead)
+        if group is None and since.pool < self.room:
+            return Situation("free", service, self._crowd(since.pool))
+        level = urgency(min(target, group.due - group.since) if group else target)
+        turn, waited = self.turns.get(level, 0.0), now - group.since if group else 0.0
+        part = min(4, int(4 * waited / turn)) if group and turn else -1
+        wait = max(turn - waited, 0.1 * turn, since.pool * self.each_ms) + ahead * self.each_ms
+        return Situation("turn", service + wait, part, level, self.due_before(now + target))
+
+    def _after(self, kind: str, service: float, jobs: float, size: int, urgency: int = 0) -> Situation:
+        return Situation(kind, service + jobs * self.each_ms, size, urgency, jobs)
+
+    def _crowd(self, more: int) -> int:
+        """How many jobs there are for each place, in steps that double every second time."""
+        return min(12, int(2 * math.log2(1 + 4 * (self.flying + sum(self.tenants.values()) + more) / max(1, self.places))))
+
+    def due_before(self, due: float) -> float:
+        """About how many jobs that wait are, of tenants that do not flood."""
+        at = due - self.at
+        after = bisect(EDGES_MS, at)
+        if not self.ahead or after == 0:
+            return self.ahead[0] if self.ahead else 0
+        if after == len(EDGES_MS):
+            return self.ahead[-1]
+        low, high = EDGES_MS[after - 1], EDGES_MS[after]
+        few, many = self.ahead[after - 1], self.ahead[after]
+        return few + (many - few) * (at - low) / (high - low)
+
+    def quote(self, situation: Situation, deadline: float = 0.0, elapsed: float = 0.0) -> Quote:
+        """From now on; `deadline` counts from now too (0: none). What is predicted began `elapsed` ago, and has not ended yet."""
+        shape = _mixed(*(tuple(self.counts.get(name, ())) for name in ("", *situation.names)))
+        predicted = max(situation.predicted, 1.0)
+        gone = _below(shape, math.log(elapsed / predicted)) if elapsed > 0 else 0.0
+        levels = self.levels.get(situation.kind, QUOTED)
+        median, p80 = (predicted * math.exp(_quantile(shape, gone + q * (1 - gone))) - elapsed for q in levels)
+        risk = None
+        if deadline > 0:
+            risk = (1 - _below(shape, math.log((elapsed + deadline) / predicted))) / max(1 - gone, 1e-9)
+        return Quote(max(median, 0.0), max(p80, 0.0), None if risk is None else min(1.0, risk))
+
+
+def _size(service: float, wait: float) -> int:
+    """How large a wait is beside what follows it, in steps that double every second time."""
+    return min(20, int(2 * math.log2(1 + wait / max(1.0, service))))
+
+
+def urgency(target: float) -> int:
+    """By how long a job can wait, in powers of two of a millisecond."""
+    return round(math.log2(max(1.0, target)))
+
+
+@lru_cache(maxsize=512)
+def _mixed(*kinds: Shape) -> Shape:
+    """Of histograms from the widest to the narrowest; below all lies a guess: as predicted, or half or twice that."""
+    shape = _GUESS
+    for counts in kinds:
+        total = sum(counts) + _PRIOR
+        shape = [(n + _PRIOR * p) / total for n, p in zip(counts or (0.0,) * BINS, shape, strict=True)]
+    return tuple(accumulate(shape))
+
+
+_BELL = [math.exp(-0.5 * ((LOWEST + (i + 0.5) * STEP) / 0.5) ** 2) for i in range(BINS)]
+_GUESS = [part / sum(_BELL) for part in _BELL]
+
+
+def _quantile(shape: Shape, q: float) -> float:
+    """Where the part `q` lies below."""
+    i = min(bisect(shape, q), BINS - 1)
+    before = shape[i - 1] if i else 0.0
+    return LOWEST + STEP * (i + min(1.0, (q - before) / max(shape[i] - before, 1e-12)))
+
+
+def _below(shape: Shape, x: float) -> float:
+    """What part lies below `x`."""
+    at = (x - LOWEST) / STEP
+    if at <= 0:
+        return 0.0
+    if at >= BINS:
+        return 1.0
+    i = int(at)
+    before = shape[i - 1] if i else 0.0
+    return before + (at - i) * (shape[i] - before)

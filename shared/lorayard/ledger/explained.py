@@ -1,0 +1,59 @@
+"""What a job that a worker has, or that has ended, waited for: one sentence, from what the ledger kept of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SHORT_MS = 50.0
+"""What is shorter is no wait."""
+_STAGES = {
+    "on_deck": "on deck behind what its worker ran",
+    "adapter_load": "for its adapter to be loaded",
+    "adapter_switch": "for a context to be bound to its adapter",
+    "remote_queue": "in the hosted service's queue",
+}
+_HELD = ("behind ", "for ")
+"""How what the scheduler says of a wait begins; behind it, after a colon, why the batch was chosen."""
+
+
+def waited(document: dict[str, Any]) -> str:
+    """Of a job's document, once it is or was in a batch; `why` in it is what the scheduler wrote when it claimed the batch."""
+    times, why = document["latencies_ms"], document["why"] or ""
+    held, _, chosen = why.partition(": ") if why.startswith(_HELD) else ("", "", why)
+    parts = []
+    if (queued := times.get("queued", 0.0)) >= _SHORT_MS:
+        parts.append(f"{_seconds(queued)} in its queue{', ' + held if held else ''}")
+    parts += [f"{_seconds(ms)} {words}" for stage, words in _STAGES.items() if (ms := times.get(stage, 0.0)) >= _SHORT_MS]
+    chosen = f" (chosen: {chosen})" if chosen else ""
+    again = f", at attempt {document['attempts']}" if document["attempts"] > 1 else ""
+    sentence = f"Waited {_listed(parts)}{chosen}{again}" if parts else f"Did not wait{chosen}{again}"
+    return sentence + _since(document) + "."
+
+
+def _since(document: dict[str, Any]) -> str:
+    """What became of it."""
+    status, times, worker = document["status"], document["latencies_ms"], document["worker"]
+    if status == "claimed":
+        return f"; since then it waits at {worker} until what runs there makes room and its adapter is ready"
+    if status == "running":
+        return f"; it runs on {worker}"
+    if status == "submitted":
+        return "; it lies at the hosted service's batch API"
+    took = times.get("prefill", 0.0) + times.get("decode", 0.0) + times.get("network", 0.0)
+    return f"; computing took {_seconds(took)}" if took else f"; {status}"
+
+
+def never_ran(document: dict[str, Any]) -> str:
+    """Of a job that ended without a worker."""
+    after = f"{_seconds(document['latencies_ms']['total'])} after it came"
+    if document["status"] == "expired":
+        return f"Its deadline passed while it waited, {after}; what jobs of its adapter wait for, their own explanations say."
+    return f"It was {document['status']} while it waited, {after}."
+
+
+def _seconds(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms < 10_000 else f"{ms / 1000:.0f} s"
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"

@@ -1,0 +1,384 @@
+"""Quotes: what they are made from, that they come true, and how they look to whoever submits and polls. What jobs wait for, in words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from api_support import Api, job, serving
+from benchmarks import eta
+from ledger_support import make_entry
+from simulation_support import COSTS
+
+from lorayard.celery_app import make_app
+from lorayard.client import Client
+from lorayard.hosted import organisation
+from lorayard.ledger.ledger import End
+from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
+from lorayard_scheduler import traces
+from lorayard_scheduler.dispatcher import Dispatcher
+from lorayard_scheduler.forecasts import Forecaster, Seen
+from lorayard_scheduler.groups import Groups, Scale
+from lorayard_scheduler.planner import Policy as Planning
+from lorayard_scheduler.planner import View
+from lorayard_scheduler.quotes import Forecast, Since, Situation
+from lorayard_scheduler.quoting import Quoting
+from lorayard_scheduler.roster import Held, Roster, WorkerView
+from lorayard_scheduler.simulator import Fleet, WorkerSpec
+
+SLOW = {"switch_ms": {"loaded": 50.0}, "prefill_tokens_per_s": 1000.0, "step_ms": {"1": 50.0, "2": 60.0}}
+"""Two places; a job of 200 and 30 tokens takes 1.1 s at best."""
+
+
+# -- coming true -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_four_of_five_simulated_jobs_end_by_their_80th_percentile_and_it_is_not_padded(load: float) -> None:
+    rate = load * 3 * 1000 / (60 + 20 * 4.0)  # of three workers at full width
+    mix = traces.Mix(adapters=12, tenants=3, targets_ms=((0.2, 10_000.0), (0.8, 60_000.0)))
+    trace = traces.build(traces.poisson(9_000, rate), [(60, 20), (20, 5), (100, 35)], mix)
+    ours = eta.Quoted()
+    outcome = Fleet(trace, [WorkerSpec(COSTS)] * 3, ours).run()
+    judged = eta.judge(eta.rows(ours, outcome, trace.arrivals[-1] / 4))
+    assert 0.75 <= judged["eta_coverage"] <= 0.85
+    assert 0.45 <= judged["eta_median_coverage"] <= 0.6
+    assert judged["eta_sharpness"] <= 1.25
+
+
+def test_what_was_learnt_is_bounded_and_goes_on_with_the_next_scheduler() -> None:
+    forecaster = Forecaster()
+    for n in range(3_000):
+        place = Situation("turn", 100.0, n % 20, n % 30)
+        forecaster.saw(Seen(place, f"a{n}", 200.0, 50.0, (200.0, 300.0)))
+    known = forecaster.make(View(Groups(), Roster()), 5.0, Planning(), ended=0)
+    assert max(len(known.counts), len(known.services)) <= 512
+    again = Forecaster.going_on(known).make(View(Groups(), Roster()), 6.0, Planning(), ended=0)
+    assert again.quote(Situation("turn", 100.0)) == known.quote(Situation("turn", 100.0))
+    assert known.quote(Situation("turn", 100.0)).median == pytest.approx(200, rel=0.15), "such jobs take twice what is predicted"
+
+
+def test_risk_grows_as_the_deadline_comes_nearer_and_what_runs_has_its_time_behind_it() -> None:
+    forecast = Forecast(0.0)
+    place = Situation("worker", 1_000.0)
+    risks = [forecast.quote(place, deadline).risk or 0.0 for deadline in (10, 500, 1_000, 2_000, 60_000)]
+    assert risks == sorted(risks, reverse=True)
+    assert risks[0] > 0.99
+    assert risks[-1] < 0.01
+    assert forecast.quote(place).risk is None
+    later = forecast.quote(place, elapsed=900.0)
+    assert later.median < forecast.quote(place).median
+    assert later.median + 900 > forecast.quote(place).median
+
+
+def test_the_situation_of_a_job_follows_from_what_is_in_hand_and_what_waits() -> None:
+    held, full_up = (Held("b1", "a", 1), Held("b2", "b", 2)), (Held("b1", "a", 4), Held("b2", "b", 4))
+    policy, now = Planning(), 1_000_000.0
+
+    def forecast(waiting: dict[str, tuple[int, float]], *held: Held) -> Forecast:
+        groups = Groups(Scale(costs=COSTS, workers=1))
+        for digest, (jobs, due_in) in waiting.items():
+            groups.put(digest, "t", jobs, round(now + due_in), now)
+        return Forecaster().make(View(groups, Roster([WorkerView("w", COSTS, held)])), now, policy, ended=0)
+
+    def kind(of: Forecast, digest: str, **more: Any) -> str:
+        return of.place(digest, "t", 120_000.0, now=now, **more).kind
+
+    empty, busy, queued = forecast({}), forecast({}, *held), forecast({"b": (20, 100_000.0), "c": (3, 100_000.0)}, *full_up)
+    assert kind(empty, "a") == "free"
+    assert kind(busy, "a") == "joins"
+    assert kind(busy, "a", since=Since(group=9)) == kind(queued, "a") == kind(queued, "b") == "own"
+    assert kind(busy, "c") == kind(queued, "c") == kind(queued, "d") == "turn"
+    assert kind(empty, "a", since=Since(pool=50)) == "turn", "those that came a moment ago have taken the room"
+    assert kind(forecast({"c": (1, 1_000.0)}, *held), "a") == "behind", "something is nearly due: nothing joins that is due later"
+    assert kind(forecast({"c": (1, 1_000.0)}, *held), "d") == "late"
+    assert kind(empty, "a@groq") == "hosted"
+    assert kind(empty, "a", since=Since(tenant=100_000)) == "flood"
+    ahead = [queued.place("b", "t", 120_000.0, now=now, since=Since(group=n)).predicted for n in (0, 10, 100)]
+    assert ahead == sorted(set(ahead)), "whoever is farther behind waits longer"
+
+
+# -- submitting and polling --------------------------------------------------------------------------------------------------------------
+
+
+class Yard:
+    """An API process's app, a real scheduler beside it, and workers that say they are there and do as they are told by the test."""
+
+    def __init__(self, api: Api, redis_url: str) -> None:
+        self.api, self.ledger = api, api.ledger
+        self._registry = WorkerRegistry(api.ledger.client)
+        self._names: list[str] = []
+        self._costs: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._dispatcher = Dispatcher(api.settings, api.ledger, make_app(redis_url))
+        self._threads = [threading.Thread(target=self._beat), threading.Thread(target=self._dispatcher.run)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._dispatcher.stop()
+        for thread in self._threads:
+            thread.join()
+
+    def hire(self, *names: str, costs: dict[str, Any] | None = None) -> None:
+        self._costs, self._names = costs or SLOW, list(names)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(0.1):
+            for name in self._names:
+                info = WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, width=2, ready=True)
+                info.costs = self._costs
+                self._registry.beat(info)
+
+    def enqueue(self, count: int, digest: str, *, tenant: str = "acme", **changes: Any) -> list[str]:
+        ids = [f"{tenant}-{digest}-{time.monotonic_ns()}-{n}" for n in range(count)]
+        changes = {"wait_ms": 120_000} | changes
+        self.ledger.enqueue([make_entry(i, digest=digest, tenant=tenant, **changes) for i in ids], max_queued=99_999)
+        return ids
+
+    def show(self, job_id: str, who: str = "acme") -> dict[str, Any]:
+        document: dict[str, Any] = self.api.call("GET", f"/v1/jobs/{job_id}", who).json()
+        return document
+
+    def until(self, job_id: str, *words: str, who: str = "acme") -> dict[str, Any]:
+        """The document, once its explanation has all these words."""
+        give_up = time.monotonic() + 15
+        while True:
+            document = self.show(job_id, who)
+            if all(word in (document["explanation"] or "") for word in words):
+                return document
+            assert time.monotonic() < give_up, document
+            time.sleep(0.05)
+
+    def begin(self) -> list[tuple[str, int, list[str]]]:
+        """Take and start whatever the workers were given; (batch, fence, refs)."""
+        begun = []
+        for name in self._names:
+            for batch in self.ledger.outstanding(name):
+                if (taken := self.ledger.take(batch, name, "i", 60_000)) is not None:
+                    refs = [one.ref for one in taken.jobs]
+                    self.ledger.start(batch, taken.fence, refs)
+                    begun.append((batch, taken.fence, refs))
+        return begun
+
+    def run(self, *, ms: float = 0.0) -> None:
+        """Begin, and end it so much later."""
+        for batch, fence, refs in self.begin():
+            time.sleep(ms / 1000)
+            self.ledger.finish(batch, fence, [End(ref, "succeeded", b"{}", 3) for ref in refs])
+
+
+@contextmanager
+def yard_of(redis_url: str, folder: Path, **settings: Any) -> Iterator[Yard]:
+    with serving(redis_url, folder, delivery_ms=60_000, **settings) as api:
+        api.new_keys()
+        yard = Yard(api, redis_url)
+        try:
+            yield yard
+        finally:
+            yard.close()
+
+
+@pytest.fixture
+def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[Yard]:
+    with yard_of(redis_url, tmp_path) as found:
+        yield found
+
+
+def eventually(what: Callable[[], Any]) -> Any:
+    give_up = time.monotonic() + 15
+    while not (found := what()):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    return found
+
+
+def quoted(yard: Yard, **fields: Any) -> dict[str, Any]:
+    """A row of a submission that was quoted."""
+
+    def row() -> dict[str, Any] | None:
+        (found,) = yard.api.post(job(**fields))
+        return found if "eta" in found or "error" in found else None
+
+    found: dict[str, Any] = eventually(row)
+    return found
+
+
+def test_jobs_are_quoted_when_they_are_submitted_and_polled_until_they_end(yard: Yard) -> None:
+    (row,) = yard.api.post(job())
+    assert set(row) == {"id", "status"}, "no worker is there, nobody can tell"
+    assert yard.show(row["id"])["eta"] is None
+    yard.hire("w")
+    quoted(yard)
+    began = 1000 * time.time()
+    rows = yard.api.post(*[job() for _ in range(60)])
+    assert len({tuple(row["eta"].items()) for row in rows}) == 1, "they are due at the same time: nobody knows which of them is first"
+    assert rows[0]["eta"]["p80_ms"] - began > 20_000
+    assert yard.api.post(job())[0]["eta"]["median_ms"] > rows[0]["eta"]["median_ms"] + 10_000, "those are before it"
+    assert all(began < row["eta"]["median_ms"] < row["eta"]["p80_ms"] for row in rows)
+    assert {row["eta"]["risk"] for row in rows} == {None}
+    waiting = [d for row in rows if (d := yard.show(row["id"]))["status"] == "queued"]
+    waiting.sort(key=lambda d: d["position"])  # those that came in one call are in no order
+    assert [d["position"] for d in waiting] == list(range(waiting[0]["position"], waiting[-1]["position"] + 1))
+    assert waiting[-1]["eta"]["p80_ms"] > waiting[0]["eta"]["p80_ms"] + 10_000
+    with Client(yard.api.url, yard.api.keys["acme"], settings=yard.api.settings) as client:
+        assert client.submit([job()])[0]["eta"]["p80_ms"] > began
+    _, _, refs = eventually(yard.begin)[0]
+    running = yard.show(refs[0].partition("/")[2])
+    assert running["status"] == "running"
+    assert running["eta"]["p80_ms"] > running["claimed_ms"]
+
+
+def test_quotes_learn_from_the_jobs_that_end(yard: Yard) -> None:
+    yard.hire("w", costs=SLOW | {"prefill_tokens_per_s": 1e6, "step_ms": {"1": 0.01, "2": 0.01}})  # it takes itself for very fast
+    first = quoted(yard)
+    before = first["eta"]["median_ms"] - 1000 * time.time()
+    for _ in range(40):
+        quoted(yard)
+        yard.run(ms=200)
+    forecast = eventually(lambda: found if (found := Quoting(yard.ledger).forecast()) and found.counts.get("", [0])[0:] else None)
+    assert sum(forecast.counts[""]) > 3
+    assert forecast.at_worker > 100
+    after = quoted(yard)["eta"]["median_ms"] - 1000 * time.time()
+    assert after > before + 50, "by now it is known to take some 200 ms"
+
+
+def test_a_job_that_would_be_late_is_refused_if_it_says_so_and_the_quote_is_named(yard: Yard) -> None:
+    yard.hire("w")
+    assert quoted(yard, deadline_s=600, max_risk=0.5)["eta"]["risk"] < 0.1
+    yard.enqueue(80, "base")
+    refused = eventually(lambda: yard.api.post(job(deadline_s=3, max_risk=0.3))[0].get("error"))
+    assert refused["code"] == "deadline_unmet"
+    assert refused["param"] == "deadline_s"
+    assert refused["eta"]["risk"] > 0.3
+    assert "deadline_s is 3" in refused["message"]
+    assert f"{refused['eta']['risk']:.2f}" in refused["message"]
+    alone = yard.api.call("POST", "/v1/jobs", json=job(deadline_s=3, max_risk=0.3))
+    assert (alone.status_code, alone.json()["error"]["code"]) == (422, "deadline_unmet")
+    late = quoted(yard, deadline_s=3)
+    assert late["status"] == "queued", "without max_risk it is accepted all the same"
+    assert late["eta"]["risk"] > 0.3
+    with Client(yard.api.url, yard.api.keys["acme"], settings=yard.api.settings) as client:
+        (answer,) = client.submit([job(deadline_s=3, max_risk=0.3)])
+    assert answer["error"]["code"] == "deadline_unmet"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"max_risk": 0.5}, "max_risk"), ({"deadline_s": 9, "max_risk": 1}, "max_risk"), ({"deadline_s": 9, "max_risk": -0.1}, "max_risk")],
+)
+def test_a_risk_is_a_probability_of_missing_a_deadline(yard: Yard, fields: dict[str, Any], param: str) -> None:
+    error = yard.api.post(job(**fields))[0]["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", param)
+
+
+def test_with_route_auto_a_job_that_would_be_late_leaves_home_at_once(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    with yard_of(redis_url, tmp_path, hosted_model="llama-3.1-8b-instant") as yard:
+        Policies(yard.ledger.client).set("acme", Policy(hosted=True))
+        yard.hire("w")
+        quoted(yard)
+        yard.enqueue(80, "base")
+        eventually(lambda: yard.api.post(job(deadline_s=3))[0]["eta"]["risk"] > 0.5)
+        lanes = {}
+        choices: dict[str, dict[str, Any]] = {"sure": {"max_risk": 0.1}, "any": {}, "time": {"max_risk": 0.5, "deadline_s": 3_000}}
+        for name, fields in choices.items():
+            (row,) = yard.api.post(job(**{"route": "auto", "deadline_s": 3, **fields}))
+            lanes[name] = yard.show(row["id"])["lane"]
+        assert lanes == {"sure": "groq", "any": "auto", "time": "auto"}
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_a_job_from_running_is_said_in_a_sentence(yard: Yard) -> None:
+    (waiting,) = yard.enqueue(1, "base")
+    yard.until(waiting, "Waits for a worker: none of pool 'main'")
+    for what, words in (("pool", "the pool"), ("tenant:acme", "its tenant"), ("adapter:base", "its adapter")):
+        yard.ledger.pause(what)
+        yard.until(waiting, f"Waits for the end of a pause of {words} ('lorayard resume {what}')")
+        assert yard.show(waiting)["eta"] is None
+        yard.ledger.resume(what)
+    (later,) = yard.enqueue(1, "base", not_before_ms=60_000)
+    yard.until(later, "Waits for its not_before, ", "s from now")
+
+
+def test_a_job_that_came_back_says_when_and_why_it_is_tried_again(yard: Yard) -> None:
+    yard.hire("w")
+    failed, later = yard.enqueue(2, "base")
+    eventually(lambda: yard.ledger.outstanding("w"))
+    (batch,) = yard.ledger.outstanding("w")
+    taken = yard.ledger.take(batch, "w", "i", 60_000)
+    assert taken is not None
+    yard.ledger.finish(
+        batch, taken.fence, [End(f"acme/{failed}", "retry", delay_ms=60_000), End(f"acme/{later}", "later", delay_ms=60_000)]
+    )
+    yard.until(failed, "Waits for its retry time, ", "after attempt 1 failed")
+    yard.until(later, "could not be had (put off 1 times")
+
+
+def test_who_waits_for_room_or_a_switch_or_what_is_due_sooner_says_so(yard: Yard) -> None:
+    yard.hire("w")
+    own = yard.enqueue(40, "a")
+    yard.until(own[-1], "Waits behind", "jobs of its own adapter and tenant")
+    yard.enqueue(30, "b")
+    (third,) = yard.enqueue(1, "c", tenant="globex")
+    yard.until(third, "Waits for a switch", "until a worker has a hand free", who="globex")
+    yard.enqueue(9, "d", wait_ms=10_000)
+    yard.until(third, "s of work that is due sooner", who="globex")
+    time.sleep(1.5)  # some forecasts
+    give_up = time.monotonic() + 20
+    while yard.show(third, "globex")["status"] != "succeeded":
+        yard.run(ms=50)
+        assert time.monotonic() < give_up
+    ended = yard.show(third, "globex")["explanation"]
+    assert ended.startswith("Waited ")
+    assert " s in its queue, " in ended
+    assert "chosen: its turn" in ended
+
+
+def test_who_floods_waits_for_its_share(yard: Yard) -> None:
+    yard.hire("w")
+    ids = yard.enqueue(300, "a")
+    yard.until(ids[-1], "Waits for its tenant's share, for the tenant has ", " s of work queued")
+
+
+def test_a_job_at_a_worker_and_one_that_ended_say_what_they_waited_for(yard: Yard) -> None:
+    yard.hire("w")
+    (one,) = yard.enqueue(1, "a")
+    yard.until(one, "ait", "(chosen: its turn", "since then it waits at w until what runs there makes room")
+    yard.begin()
+    yard.until(one, "it runs on w.")
+    (gone,) = yard.enqueue(1, "a", deadline_ms=300)
+    yard.ledger.pause("pool")
+    (late,) = yard.enqueue(1, "a", deadline_ms=300)
+    yard.until(late, "Its deadline passed while it waited, 0.")
+    (cancelled,) = yard.enqueue(1, "a")
+    yard.ledger.cancel("acme", [cancelled])
+    yard.until(cancelled, "It was cancelled while it waited")
+    assert gone
+
+
+def test_hosted_jobs_say_what_of_the_service_they_wait_for(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    with yard_of(redis_url, tmp_path, hosted_model="llama-3.1-8b-instant", hosted_rpm=30) as yard:
+        (one,) = yard.enqueue(1, "base@groq")
+        yard.until(one, "Waits for a hosted worker: none is up")
+        registry = WorkerRegistry(yard.ledger.client)
+        info = WorkerInfo(name="g", pool="main", kind="hosted", incarnation="i", host="h", pid=1, ready=True)
+
+        def beat() -> bool:
+            registry.beat(info)
+            return "room" in yard.show(one)["explanation"]
+
+        eventually(beat)
+        org = organisation(yard.api.settings, yard.ledger.client)
+        org.block("llama-3.1-8b-instant", 60_000, "429")
+        registry.beat(info)
+        yard.until(one, "Waits for the hosted service, which is asked for nothing for ", "(429)")
