@@ -9,7 +9,7 @@ from ledger_support import make_entry
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
-from lorayard_scheduler.backlog import Backlog
+from lorayard_scheduler.backlog import UNTAKEN_MS, Backlog
 from lorayard_scheduler.planner import Policy, plan
 
 POLICY = Policy(flood_ms=10_000)
@@ -81,6 +81,22 @@ def test_a_worker_that_vanishes_gets_nothing_more(ledger: Ledger, backlog: Backl
     backlog.meet([info("a"), info("b")])
     backlog.meet([info("b")])
     assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}
+
+
+def test_a_worker_that_leaves_a_batch_lying_gets_nothing_new_until_it_is_heard_of(
+    ledger: Ledger, backlog: Backlog, store: redis.Redis
+) -> None:
+    ledger.enqueue([make_entry("j")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a", seen_ms=backlog.now)])
+    assert carry_out(ledger, backlog) == [("a", "base", 1)]
+    store.hincrby(f"ly:{{main}}:batch:b{backlog.now}-0", "c", -UNTAKEN_MS - 500)
+    ledger.enqueue([make_entry("k", digest="e"), make_entry("l", digest="f")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a", seen_ms=backlog.now), info("b", seen_ms=backlog.now)])
+    assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}, "b does all of it"
+    backlog.meet([info("a", seen_ms=backlog.now + 1), info("b", seen_ms=backlog.now)])
+    assert "a" in backlog.roster.workers
 
 
 def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:

@@ -27,6 +27,7 @@ def view(groups: Iterable[tuple[str, str, int, float]], workers: Iterable[Worker
         index.level(tenant, tokens)
     for digest, tenant, jobs, due in groups:
         index.put(digest, tenant, jobs, NOW + due, NOW)
+    index.steady_at = NOW  # somebody who does not flood was there
     return View(index, Roster(workers))
 
 
@@ -167,7 +168,10 @@ def test_a_flood_comes_after_those_who_do_not_flood_however_urgent_it_is() -> No
 
 def test_a_flood_leaves_room_for_others_and_does_not_go_with_them() -> None:
     groups = [("a", "flood", FLOOD, 0)]
-    assert chosen(plan(view(groups, [worker()]), NOW, POLICY)) == [("w", "a", 2)], "a quarter of what others would get"
+    both = [*groups, ("b", "flood", FLOOD, 0)]
+    beside = view(both, [worker()])
+    assert [d.jobs for d in plan(beside, NOW, POLICY)] == [4], "one hand is for others, and so is most of the width"
+    assert [d.jobs for d in plan(beside, NOW + POLICY.flood_ms + 1, POLICY)] == [8, 8], "nobody else has been there for long"
     seen = view([*groups, ("a", "small", 3, 60_000)], [worker("w", ("a", 2), ("b", 2))])
     assert plan(seen, NOW, POLICY)[0].takes == (("small", 3),)
 

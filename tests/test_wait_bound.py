@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation_support import COSTS, trace
 
-from lorayard_scheduler.bound import Bound, Load, bound
+from lorayard_scheduler.bound import Load, bound, shortest_target
 from lorayard_scheduler.costs import Costs
 from lorayard_scheduler.planner import Policy
 from lorayard_scheduler.simulated import Lorayard
@@ -33,19 +33,8 @@ bursts = st.lists(
 )
 
 
-def promised(arrivals: list[float], groups: int, workers: list[Costs], policy: Policy) -> tuple[float, Bound]:
-    """The shortest wait target that the load is feasible for with all of it as reserve, over the rates that its arrivals fit."""
-    best = math.inf, Bound(math.inf, 0, 0)
-    for per_ms in (0.0, 0.0002, 0.0005, 0.001, 0.002):
-        load = Load.envelope(arrivals, per_ms, groups=groups, prompt_most=PROMPT, output_most=OUTPUT, shared_most=SHARED)
-        target = 0.0
-        for _ in range(200):
-            found = bound(workers, load, policy, target_ms=target)
-            if found.reserve_ms <= target + 1e-6:
-                best = min(best, (target, found), key=lambda b: b[0])
-                break
-            target = found.reserve_ms
-    return best
+def promised(arrivals: list[float], groups: int, workers: list[Costs], policy: Policy) -> float:
+    return shortest_target(workers, arrivals, policy, groups=groups, prompt_most=PROMPT, output_most=OUTPUT, shared_most=SHARED)
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,7 +44,7 @@ def test_nothing_starts_later_than_the_bound_says(
 ) -> None:
     jobs = [(float(at), adapter, prompt, output, tenant) for at, adapter, n, prompt, output, tenant in coming for _ in range(n)]
     policy = Policy(patience_ms=500)
-    target, _ = promised(sorted(at for at, *_ in jobs), len({(j[1], j[4]) for j in jobs}), workers, policy)
+    target = promised(sorted(at for at, *_ in jobs), len({(j[1], j[4]) for j in jobs}), workers, policy)
     assert math.isfinite(target)
     load = trace(jobs, shared=SHARED, target=target)
     specs = [WorkerSpec(costs, adapters_loaded=3, cold=cold) for costs in workers]
@@ -67,7 +56,7 @@ def test_the_bound_is_not_far_from_what_can_happen() -> None:
     """One worker, everything at once, each adapter in turn: a bound of more than some ten times that would promise nothing."""
     jobs = [(0.0, adapter, PROMPT, OUTPUT, 0) for adapter in range(12) for _ in range(8)]
     policy = Policy(patience_ms=500)
-    target, _ = promised([0.0] * len(jobs), 12, [COSTS], policy)
+    target = promised([0.0] * len(jobs), 12, [COSTS], policy)
     outcome = Fleet(trace(jobs, shared=SHARED, target=target), [WorkerSpec(COSTS)], Lorayard(replace(policy, reserve_ms=target))).run()
     assert target / 12 < outcome.waits()[-1] <= target
 

@@ -18,6 +18,8 @@ from lorayard_scheduler.roster import Held, Roster, WorkerView
 
 _LOCAL: tuple[Lane, ...] = ("", "auto")
 """The lanes that local workers may claim."""
+UNTAKEN_MS = 1_000
+"""Batches are taken within milliseconds. A worker that has left one lying for so long gets nothing new until it is heard of again."""
 
 
 class Backlog:
@@ -36,6 +38,7 @@ class Backlog:
         self._held: dict[str, tuple[Held, ...]] = {}
         self._dues: dict[str, float] = {}  # of batches that were dispatched from here
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
+        self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
         self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
@@ -103,6 +106,8 @@ class Backlog:
             waiting = flight.waiting if due else 0
             held[flight.worker].append(Held(flight.batch, flight.digest, flight.left, waiting=waiting, due=due))
             self._flying.update(flight.by)
+            if not flight.taken and self.now - flight.claimed > UNTAKEN_MS:
+                self._doubt(flight.worker)
         if len(self._dues) > 2 * len(flights) + 100:
             current = {flight.batch for flight in flights}
             self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
@@ -121,15 +126,22 @@ class Backlog:
             self.roster.drop(name)
         changed = [name for name, info in alive.items() if name not in self.roster.workers or _differs(info, self._infos[name])]
         self._infos = alive
-        for name in changed:
+        well = [name for name, since in self._doubted.items() if name not in alive or alive[name].seen_ms > since]
+        for name in well:
+            del self._doubted[name]
+        for name in {*changed, *well} & alive.keys():
             self._see(name)
         self.stale = self.stale or bool(self.roster.news)
         if alive:
             self._measure()
 
+    def _doubt(self, name: str) -> None:
+        self._doubted.setdefault(name, self.now)
+        self.roster.drop(name)
+
     def _see(self, name: str) -> None:
         info = self._infos.get(name)
-        if info is not None:
+        if info is not None and name not in self._doubted:
             hot, loaded = (tuple(laned(digest, lane) for digest in digests for lane in _LOCAL) for digests in (info.hot, info.loaded))
             self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), hot, loaded))
 

@@ -67,6 +67,20 @@ def bound(workers: Iterable[Costs], load: Load, policy: Policy, *, target_ms: fl
     return Bound(shift + (4 + dispatches / len(costs)) * batch, batch, shift)
 
 
+def shortest_target(workers: Sequence[Costs], arrivals: Sequence[float], policy: Policy, **most: int) -> float:
+    """The shortest wait target, ms, for which these arrivals pass the admission test with all of it as reserve; `most` as in `Load`."""
+    best = math.inf
+    for per_ms in (0.0, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05):
+        load, target = Load.envelope(arrivals, per_ms, **most), 0.0
+        for _ in range(200):
+            needed = bound(workers, load, policy, target_ms=target).reserve_ms
+            if needed <= target + 1e-6:
+                best = min(best, target)
+                break
+            target = needed
+    return best
+
+
 def _dearest(costs: Costs, load: Load) -> float:
     """The most that a job may cost alone and cold, as a multiple of what it costs at best."""
     return max(costs.batch_ms(1, work, "remote") / costs.job_ms(work) for work in _corners(load))

@@ -19,11 +19,11 @@ each other by served tokens (virtual token counter), and all others come before 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
-from math import log
 from operator import attrgetter
 
 import msgspec
@@ -73,7 +73,7 @@ class Scale:
         """By the number of jobs: how much later a group ranks because its batch would run narrow."""
         best, most = self.costs.job_ms(self.work), 4 * self.costs.width
         dearer = [max(1.0, self.costs.batch_ms(n, self.work, "hot") / (n * best)) for n in range(1, most + 1)]
-        return [0.0] + [self.patience_ms * log(factor) for factor in dearer]
+        return [0.0] + [self.patience_ms * math.log(factor) for factor in dearer]
 
 
 class Groups:
@@ -83,6 +83,7 @@ class Groups:
         self.tenants: dict[str, Tenant] = {}
         self.floods: dict[str, Tenant] = {}  # those of them that flood
         self.jobs = 0
+        self.steady_at = -math.inf  # when somebody who does not flood last had jobs
         self.news: set[str] = set()  # adapters for which there were new jobs since the last plan
         self._by_digest: dict[str, Group | dict[str, Group]] = {}  # mostly one tenant asks for an adapter
         self._number = 0
@@ -172,6 +173,8 @@ class Groups:
         elif group.jobs != jobs or group.due != due:
             self.news.add(digest)
             self._change(group, jobs, float(due), group.turn)
+        if jobs > 0 and not self.tenants[tenant].floods:
+            self.steady_at = now
 
     def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
         """So many of its jobs go to a worker."""

@@ -50,6 +50,7 @@ class Policy:
     stay_ms: float = 60_000.0
     lead_ms: float = 2_000.0
     flood_ms: float = 120_000.0
+    flood_reading_ms: float = 200.0  # of prompts in a batch of a flood, beside others
     slack_tokens: float = 20_000.0
     rows_per_width: float = 2.0  # jobs in a batch at most, as a multiple of the width beyond which the worker gains little
     batches: int = 16  # that a worker may have at once
@@ -109,8 +110,8 @@ class _Seat:
 
 class _Prices:
     """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
-    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; a quarter of
-    that of a flood, so that whoever does not flood finds room, and has not far to go. `lead`: with how many jobs it needs no other yet."""
+    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; few of a
+    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet."""
 
     __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
 
@@ -123,7 +124,8 @@ class _Prices:
             self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
         self.rows = rows(costs, work, policy)
         self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
-        self.flood_rows = max(1, self.rows // 4) if costs.measured else self.rows
+        few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
+        self.flood_rows = min(few, self.rows) if costs.measured else self.rows
 
 
 def rows(costs: Costs, work: Work, policy: Policy) -> int:
@@ -172,6 +174,7 @@ class _Plan:
         self.seats: dict[str, _Seat] = {}
         self.known: dict[Costs, _Prices] = {}
         self.idle = view.roster.idle
+        self.alone = now - view.groups.steady_at > policy.flood_ms  # those who flood
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
@@ -279,7 +282,10 @@ class _Plan:
         worker, hand, dearer, widest, queue = seat.worker, seat.hand, seat.prices.dearer, seat.prices.most, self.queues[floods]
         best, chosen, reason = self._joining(seat, floods)
         left, left_best = None, math.inf
-        full = len(hand) >= self.roster.adapters_at_once or (self.calm and seat.load > seat.prices.lead)
+        hands = self.roster.adapters_at_once
+        if floods and not self.alone and seat.worker.costs.measured:
+            hands = max(1, hands - 1)  # the other is for who does not flood
+        full = len(hand) >= hands or (self.calm and seat.load > seat.prices.lead)
         contended, changed = bool(self.groups.floods), self.left
         first, number = queue.first, 0
         while number < self.policy.groups_most and (number < len(first) or queue.reach()):
@@ -311,7 +317,7 @@ class _Plan:
     def _joining(self, seat: _Seat, floods: bool) -> tuple[float, Group | None, str]:
         """The best of the groups whose adapter the worker has in hand, and the rank it has there."""
         best, chosen, reason = math.inf, None, ""
-        rows = seat.prices.flood_rows if floods else seat.prices.rows
+        rows = self._rows(seat, floods)
         room = rows - seat.load
         if room <= 0:
             return best, chosen, reason
@@ -340,6 +346,9 @@ class _Plan:
         jobs = self._jobs(group)
         return any(name != seat.name and jobs <= self._room(name) for name in self.roster.on[group.digest])
 
+    def _rows(self, seat: _Seat, floods: bool) -> int:
+        return seat.prices.flood_rows if floods and not self.alone else seat.prices.rows
+
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
     def _share(self, seat: _Seat, digest: str, jobs: int) -> int:
@@ -364,7 +373,7 @@ class _Plan:
         if self.left and self.waiting > 1 and any(group in self.left for group in able):
             return None
         waiting = {g.tenant.name: self._jobs(g) for g in able}
-        rows = seat.prices.flood_rows if choice.floods else seat.prices.rows
+        rows = self._rows(seat, choice.floods)
         if digest in seat.hand:
             rows -= seat.load
         rows = min(rows, self._share(seat, digest, sum(waiting.values())))
@@ -413,6 +422,8 @@ _WARMTH: Mapping[Temperature, str] = {
     "remote": "its turn, its adapter to be fetched",
 }
 _JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
+_FEW = 4
+"""Jobs together cost much less than each alone."""
 _FIRST = TICKS << 45
 """More than any rank."""
 

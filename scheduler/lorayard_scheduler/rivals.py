@@ -320,7 +320,7 @@ class DloraCredits(Replicas):
 
 GRID: Mapping[str, tuple[Callable[..., Scheduler], Sequence[Mapping[str, Any]]]] = {
     "first come first served": (FirstComeFirstServed, [{}]),
-    "round robin": (RoundRobin, [{"most": n} for n in (8, 16, 32, 64, 256)]),
+    "round robin": (RoundRobin, [{"most": n} for n in (16, 64, 256, 1024)]),
     "LoRAX": (Lorax, [{"cycle_s": s, "balance": b} for s in (0.5, 2.0, 8.0, 30.0) for b in BALANCERS]),
     "S-LoRA": (SLora, [{"ahead": n, "balance": b} for n in (10, 30, 100, 300) for b in BALANCERS]),
     "SGLang": (SglangDrainer, [{"starved_s": s, "balance": b} for s in (1.0, 3.0, 10.0, 30.0) for b in BALANCERS]),
