@@ -21,22 +21,23 @@ from lorayard_scheduler.simulator import Failure, WorkerSpec
 def test_a_job_alone_takes_loading_prompt_and_steps() -> None:
     outcome = simulate([(5, 0, 30, 7)], Lorayard())
     assert outcome.started[0] == 5 + 50
-    assert outcome.ended[0] == pytest.approx(5 + 50 + 30 + 7 * 10)
+    assert outcome.ended[0] == pytest.approx(5 + 50 + 30 + 6 * 10), "the first of the seven tokens comes with the prompt"
     assert (outcome.switches, outcome.loads) == (1, 1)
-    assert outcome.worked_ms == pytest.approx(150)
+    assert outcome.worked_ms == pytest.approx(140)
 
 
 def test_a_batch_decodes_together_and_its_width_falls_at_the_end() -> None:
     outcome = simulate([(0, 0, 10, 2), (0, 0, 10, 5), (0, 0, 10, 9)], FirstComeFirstServed())
-    prompts = 50 + 3 * 10
-    assert list(outcome.started) == [50, 60, 70]
-    assert list(outcome.ended) == pytest.approx([prompts + 2 * 14, prompts + 2 * 14 + 3 * 12, prompts + 2 * 14 + 3 * 12 + 4 * 10])
+    prompts = 50 + 10 + (10 + 1) + (10 + 2)  # what is decoded beside a prompt costs as much as that
+    assert list(outcome.started) == [50, 60, 71]
+    assert list(outcome.ended) == pytest.approx([prompts, prompts + 3 * 12, prompts + 3 * 12 + 5 * 10])
 
 
 def test_two_adapters_step_in_turn_and_the_second_is_read_from_the_disk_beside_the_first() -> None:
     outcome = simulate([(0, 0, 10, 10), (0, 1, 10, 10)], FirstComeFirstServed())
     assert list(outcome.started) == [50, 60 + 20]
-    assert list(outcome.ended) == pytest.approx([60 + 30 + 10 * (10 + 10)] * 2)
+    read = 60 + 20 + 10 + 10  # while the second prompt is read, the first adapter takes a step
+    assert list(outcome.ended) == pytest.approx([read + 8 * (10 + 10), read + 8 * (10 + 10) + 10])
     outcome = simulate([(0, 0, 10, 10), (55, 1, 10, 10)], FirstComeFirstServed())
     assert outcome.started[1] == 60 + 25 + 20, "it is known to be wanted from then on"
 
@@ -124,7 +125,7 @@ def test_a_batch_is_expected_to_take_what_it_takes() -> None:
         for _ in range(200):
             batch = [(0, 0, 50, max(1, round(rng.expovariate(1 / 30)))) for _ in range(jobs)]
             took.append(simulate(trace(batch, shared=20), FirstComeFirstServed()).worked_ms)
-        assert sum(took) / len(took) == pytest.approx(COSTS.batch_ms(jobs, work, "disk"), rel=0.06)
+        assert sum(took) / len(took) == pytest.approx(COSTS.batch_ms(jobs, work, "disk"), rel=0.1)
 
 
 def test_arrivals_are_read_and_what_is_wrong_is_told_by_line(tmp_path: Path) -> None:

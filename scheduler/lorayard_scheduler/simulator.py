@@ -1,14 +1,17 @@
 """A fleet without a fleet: discrete events, the real planner, workers as their own measurements describe them.
 
 A worker's engine is modelled as `lorayard_workers.llama` works: batches are started in the order they came, as long as fewer than `width`
-sequences run and a context is free for the batch's adapter; contexts step in turn, so that a round of them is one token of every sequence;
-reading a prompt and binding hold everything up; an adapter that is known to be wanted is read from the disk beside that, one at a time; a
-prompt's shared part is read once for as long as its adapter stays bound. Whoever schedules, these are the rules. Times are milliseconds.
+sequences run in the context of their adapter, or at all where it has none; contexts step in turn, so that a round of them is one token of
+every sequence; binding holds everything up; prompts are read by `prefill_tokens` a round, beside which the context's other sequences get
+their token at the price of a prompt's, and give the first token of the answer; an adapter that is known to be wanted is read from the disk
+beside that, one at a time; a prompt's shared part is read once for as long as its adapter stays bound. Whoever schedules, these are the
+rules. Times are milliseconds.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -48,6 +51,7 @@ class WorkerSpec:
     contexts: int = 2
     adapters_loaded: int = 16
     cold: bool = False
+    prefill_tokens: int = 512  # of prompts in one decode call
 
 
 class Batch:
@@ -139,7 +143,7 @@ class Machine:
             return
         self.queue.append(batch)
         self.read_ahead(batch.adapter, now)
-        if batch is self.queue[0] and self.active < self.places:
+        if batch is self.queue[0]:
             self._move(now)
             self._admit(now)
 
@@ -168,7 +172,7 @@ class Machine:
         ended = []
         ends, bound = self.ends, self.bound
         limit = self.rounds + 1e-6
-        while ends and ends[0][0] <= limit:
+        while ends and ends[0][0] <= limit and now >= self.busy_until:
             _, _, place, batch = heapq.heappop(ends)
             ended.append((batch.jobs[place], batch))
             batch.jobs[place] = ~batch.jobs[place]
@@ -189,34 +193,40 @@ class Machine:
         self.at = now
 
     def _admit(self, now: float) -> None:
-        queue, trace, bound = self.queue, self.trace, self.bound
+        queue, trace, bound, steps = self.queue, self.trace, self.bound, self.steps
         while self.fetching and self.fetching[0][0] <= now:
             queue.append(heapq.heappop(self.fetching)[2])
             self.read_ahead(queue[-1].adapter, now)
         busy = max(self.busy_until, now)
-        while queue and self.active < self.places:
+        while queue:
             batch = queue[0]
             adapter = batch.adapter
             shared = trace.shared[adapter]
+            beside = bound.get(adapter, 0)
+            take = min(self.places - (beside or self.active), len(batch.jobs) - batch.started)
+            if take <= 0:
+                break
             if adapter not in bound:
                 if not self._free_a_context():
                     break
                 busy += self._bind(adapter, busy)
                 busy += shared * self.prefill
             bound.move_to_end(adapter)
-            take = min(self.places - self.active, len(batch.jobs) - batch.started)
-            for place in range(batch.started, batch.started + take):
-                job = batch.jobs[place]
-                self.started[job] = busy
-                busy += max(trace.prompts[job] - shared, 1) * self.prefill
-                heapq.heappush(self.ends, (self.rounds + trace.outputs[job], batch.number, place, batch))
+            jobs = batch.jobs[batch.started : batch.started + take]
+            tokens = sum([max(trace.prompts[job] - shared, 1) for job in jobs])
+            turns = math.ceil(tokens / self.spec.prefill_tokens)
+            begun = busy  # jobs that are let in together start together, and then their prompts are read
+            busy += (tokens + turns * beside) * self.prefill + turns * sum([steps[n] for a, n in bound.items() if n and a != adapter])
+            self.rounds += turns
+            for place, job in enumerate(jobs, batch.started):
+                self.started[job] = begun
+                heapq.heappush(self.ends, (self.rounds + trace.outputs[job] - 1, batch.number, place, batch))
             batch.started += take
             bound[adapter] += take
             self.active += take
             if batch.started == len(batch.jobs):
                 queue.popleft()
         self.busy_until = busy
-        steps = self.steps
         self.round_ms = sum([steps[rows] for rows in bound.values() if rows])
         if self.ends:
             self.wakes = busy + max(0.0, self.ends[0][0] - self.rounds) * self.round_ms
