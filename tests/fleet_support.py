@@ -38,7 +38,20 @@ ROLES = {
 }
 """What the command line of each process of a fleet has in it."""
 
-LEFTOVERS = ("tries", "begun:", "batch:", "members:", "queue:", "outstanding:", "groups", "leases", "delayed", "deadlines")
+LEFTOVERS = (
+    "tries",
+    "begun:",
+    "batch:",
+    "members:",
+    "queue:",
+    "outstanding:",
+    "groups",
+    "leases",
+    "delayed",
+    "deadlines",
+    "follows",
+    "behind:",
+)
 """Keys of a pool that must not exist when all its jobs have ended."""
 
 WORDS: dict[str, Any] = {"max_tokens": 400, "logit_bias": {"2": -100}}  # never ends before its limit

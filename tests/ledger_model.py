@@ -67,6 +67,7 @@ class Job:
     place: int = field(init=False)  # in its queue
     result: Result | None = None
     dead: bool = False
+    leader: str = ""  # the id of the job of its tenant whose outcome it waits for
 
     def __post_init__(self) -> None:
         self.place = self.due
@@ -78,6 +79,10 @@ class Job:
     @property
     def group(self) -> tuple[str, str]:
         return self.entry.digest, self.entry.tenant
+
+    @property
+    def queued(self) -> bool:
+        return self.status is Status.QUEUED and not self.leader
 
     @property
     def order(self) -> tuple[int, str]:
@@ -93,6 +98,8 @@ class Model:
     stops: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """By batch: what its worker must hear it is to stop."""
     idem: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    once: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By tenant and what is to be computed once: the id of the job that does, or did."""
     listed: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     graves: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     """By tenant: dead letters' ids, and when they were buried."""
@@ -112,10 +119,10 @@ class Model:
 
     def queue(self, group: tuple[str, str]) -> list[Job]:
         """Most due first."""
-        return sorted((j for j in self.live() if j.status is Status.QUEUED and j.group == group), key=lambda j: j.order)
+        return sorted((j for j in self.live() if j.queued and j.group == group), key=lambda j: j.order)
 
     def groups(self) -> dict[tuple[str, str], list[Job]]:
-        names = {job.group for job in self.live() if job.status is Status.QUEUED}
+        names = {job.group for job in self.live() if job.queued}
         return {name: self.queue(name) for name in sorted(names)}
 
     def queued(self) -> int:
@@ -159,6 +166,8 @@ class Model:
         job = Job(e, self.now, expiry or self.now + e.not_before_ms + e.wait_ms, expiry, look=expiry)
         if e.not_before_ms:
             job.status, job.wake = Status.DELAYED, self.now + e.not_before_ms
+        elif e.once:
+            self._join(job)
         self.jobs[job.ref] = job
         self.listed[e.tenant][e.id] = self.now
         self.graves[e.tenant].pop(e.id, None)
@@ -166,6 +175,47 @@ class Model:
             self.idem[e.tenant, e.idem] = (e.id, e.body_hash)
         self.totals["enqueued"] += 1
         return e.id, job.status.value
+
+    def _join(self, job: Job) -> None:
+        """Behind the job that computes the same, or to the end of the one that has; else it is that job."""
+        e = job.entry
+        first = self.jobs.get(f"{e.tenant}/{self.once.get((e.tenant, e.once), '')}")
+        if first and first.status is Status.SUCCEEDED:
+            self._store_copy(job, first)
+        elif first and not first.result:
+            job.leader = first.entry.id
+            first.place = min(first.place, job.due) if first.queued else first.place
+        else:
+            self.once[e.tenant, e.once] = e.id
+
+    def followers(self, job: Job) -> list[Job]:
+        """The most due first."""
+        mine = [j for j in self.live() if j.leader == job.entry.id and j.entry.tenant == job.entry.tenant]
+        return sorted(mine, key=lambda j: (j.due, j.entry.id))
+
+    def _store_copy(self, job: Job, of: Job) -> None:
+        assert of.result is not None
+        assert of.result.outcome is not None
+        job.leader = ""
+        outcome = msgspec.json.encode({"coalesced_with": of.entry.id} | msgspec.json.decode(of.result.outcome))
+        self._store(job, Status.SUCCEEDED, 0, outcome, why=f"computed once, by {of.entry.id}")
+        self.totals["coalesced"] += 1
+
+    def _pass_on(self, job: Job) -> None:
+        """It has ended, or is gone: who waits for it ends with it, or one of them takes its place."""
+        key, waiting = (job.entry.tenant, job.entry.once), self.followers(job)
+        if job.status is Status.SUCCEEDED:
+            for follower in waiting:
+                self._store_copy(follower, job)
+            return
+        for follower in waiting:
+            follower.leader = waiting[0].entry.id
+        if waiting:
+            waiting[0].leader, waiting[0].place = "", waiting[0].due
+        if self.once.get(key) == job.entry.id:
+            del self.once[key]
+            if waiting:
+                self.once[key] = waiting[0].entry.id
 
     def cancel(self, tenant: str, ids: Iterable[str]) -> list[str]:
         answers = []
@@ -188,6 +238,10 @@ class Model:
             if job is None:
                 continue
             self._stop(job)
+            if job.result is None:
+                self._pass_on(job)
+            elif self.once.get((tenant, job.entry.once)) == job_id:
+                del self.once[tenant, job.entry.once]
             self.totals["deleted_live"] += job.result is None
             self.totals["deleted"] += 1
             self.idem.pop((tenant, job.entry.idem), None)
@@ -290,15 +344,18 @@ class Model:
             self._requeue(self.members(batch.name).values())
         woken = sorted((j.wake, j.ref) for j in self.live() if j.status is Status.DELAYED and j.wake <= self.now)[:limit]
         for _, ref in woken:
-            self.jobs[ref].status = Status.QUEUED
+            self._let_go(self.jobs[ref])
         passed = sorted((j.look, j.ref) for j in self.live() if j.expiry and j.look <= self.now)[:limit]
-        expired = [self.jobs[ref] for _, ref in passed if self.jobs[ref].status not in BEGUN]
+        expired = 0
         for _, ref in passed:
-            self.jobs[ref].look = self.now + 1000
-        for job in expired:
-            self._end_from_outside(job, Status.EXPIRED)
+            job = self.jobs[ref]
+            job.look = self.now + 1000
+            computes = self.jobs[f"{job.entry.tenant}/{job.leader}"] if job.leader else job
+            if computes.status not in BEGUN:
+                self._end_from_outside(job, Status.EXPIRED)
+                expired += 1
         self._close_empty()
-        return Reaped(len(lapsed) - taken, taken, len(woken), len(expired))
+        return Reaped(len(lapsed) - taken, taken, len(woken), expired)
 
     def lift(self, tenant: str, to: int) -> None:
         self.served[tenant] = max(self.served[tenant], to)
@@ -440,8 +497,10 @@ class Model:
 
     # -- how jobs move --------------------------------------------------------------------------------------------------------------------
 
-    def _let_go(self, job: Job) -> None:
+    def _let_go(self, job: Job, place: int | None = None) -> None:
+        """To its queue, as urgent as the most urgent that waits for it."""
         job.status, job.batch = Status.QUEUED, None
+        job.place = min([job.due if place is None else place, *(follower.due for follower in self.followers(job))])
 
     def _requeue(self, jobs: Iterable[Job]) -> None:
         """Their worker is lost, or gave them back: what had started has used its attempt, and at the cap is a dead letter."""
@@ -451,8 +510,7 @@ class Model:
                 job.dead = True
                 self._store(job, Status.FAILED, job.batch.fence, None)
             else:
-                job.place = min(job.due, job.batch.claimed)  # in front of what has not had its turn yet
-                self._let_go(job)
+                self._let_go(job, min(job.due, job.batch.claimed))  # in front of what has not had its turn yet
                 self.totals["requeued"] += 1
         self._close_empty()
 
@@ -461,14 +519,15 @@ class Model:
         self._store(job, status, 0, None)
 
     def _stop(self, job: Job) -> None:
+        job.leader = ""
         if job.batch:
             job.batch.begun.discard(job.ref)
         if job.batch and not job.batch.submitted:
             self.stops[job.batch.name].add(job.ref)
 
-    def _store(self, job: Job, status: Status, fence: int, outcome: bytes | None) -> None:
+    def _store(self, job: Job, status: Status, fence: int, outcome: bytes | None, why: str = "") -> None:
         b, e = job.batch, job.entry
-        ran = (b.claimed, b.taken, job.attempts, b.worker, b.name, b.size, b.why) if b else (0, 0, job.attempts, "", "", 0, "")
+        ran = (b.claimed, b.taken, job.attempts, b.worker, b.name, b.size, b.why) if b else (0, 0, job.attempts, "", "", 0, why)
         parts = (status.value, fence, self.now, *ran, e.digest, e.idem)
         job.result = Result("\t".join(map(str, parts)), outcome)
         job.status, job.fence, job.batch = status, fence, None
@@ -476,12 +535,15 @@ class Model:
         if job.dead:
             self.graves[e.tenant][e.id] = self.now
             self.totals["dead"] += 1
+        if e.once:
+            self._pass_on(job)
 
     def outlive(self) -> None:
         """Time goes by until all that has a time to live is gone."""
         self.now += TTL_S * 1000 + 1
         ended = {ref for ref, job in self.jobs.items() if job.result}
         self.idem = {key: value for key, value in self.idem.items() if f"{key[0]}/{value[0]}" not in ended}
+        self.once = {key: job_id for key, job_id in self.once.items() if f"{key[0]}/{job_id}" not in ended}
         self.jobs = {ref: job for ref, job in self.jobs.items() if ref not in ended}
         for name in self.stops.keys() - self.batches.keys():
             del self.stops[name]
@@ -507,6 +569,9 @@ class Model:
             values[f"queue:{digest}:{tenant}"] = {j.entry.id: j.place for j in jobs}
         for (tenant, key), (job_id, body_hash) in self.idem.items():
             values[f"idem:{tenant}:{key}"] = f"{job_id}\t{body_hash}"
+        values |= {f"once:{tenant}:{what}": job_id for (tenant, what), job_id in self.once.items()}
+        values["follows"] = {j.ref: j.leader for j in self.live() if j.leader}
+        values |= {f"behind:{j.ref}": {f.entry.id: f.due for f in self.followers(j)} for j in self.live()}
         values |= {f"by_tenant:{tenant}": dict(ids) for tenant, ids in self.listed.items()}
         values |= {f"dead:{tenant}": dict(ids) for tenant, ids in self.graves.items()}
         for batch in self.batches.values():
@@ -529,7 +594,7 @@ class Model:
     @staticmethod
     def _job_text(job: Job) -> str:
         e = job.entry
-        flag = "x" if job.expiry or e.idem else "-"
+        flag = "x" if job.expiry or e.idem or e.once else "-"
         head = "\t".join(map(str, (flag, job.due, job.expiry, e.digest, e.tenant, e.max_attempts, e.idem)))
         birth, request = f"{job.enqueued}\t{e.via}\n{e.meta.decode()}", e.request.decode()
         if job.result is None:
@@ -544,6 +609,9 @@ class Model:
         if kind == "idem":
             tenant, _, key = rest.partition(":")
             return self.jobs[f"{tenant}/{self.idem[tenant, key][0]}"].result is not None
+        if kind == "once":
+            tenant, _, what = rest.partition(":")
+            return self.jobs[f"{tenant}/{self.once[tenant, what]}"].result is not None
         if kind == "stop":
             return rest not in self.batches
         return kind == "job" and self.jobs[rest].result is not None

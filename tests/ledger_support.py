@@ -46,7 +46,8 @@ class ClockedLedger(Ledger):
 
 def make_entry(job_id: str, **changes: Any) -> Entry:
     """A job of the tenant acme for the base model, due in a second, with what is to differ."""
-    meta = json.dumps({"adapter": changes.get("digest", "base"), "pool": POOL}).encode()
+    once = {"coalesce": changes["once"]} if changes.get("once") else {}
+    meta = json.dumps(once | {"adapter": changes.get("digest", "base"), "pool": POOL}, separators=(",", ":")).encode()
     entry: Entry = Entry(job_id, "acme", "base", 1000, 0, 0, 3, "http", "", "", meta, b'{"messages":[]}')
     return entry._replace(**changes)
 
@@ -181,7 +182,7 @@ class Census:
         return value
 
     def faults(self) -> list[str]:
-        return [*self._places(), *self._ended(), *self._batches(), *self._indexes(), *self._sums()]
+        return [*self._places(), *self._followers(), *self._ended(), *self._batches(), *self._indexes(), *self._sums()]
 
     def _places(self) -> Iterator[str]:
         """Each living job is in exactly one place, and nothing else is in any."""
@@ -198,11 +199,25 @@ class Census:
         for batch, refs in self.members.items():
             for ref in refs:
                 places.setdefault(ref, []).append(f"batch {batch}")
+        for ref, leader in self._behind().items():
+            places.setdefault(ref, []).append(f"behind {leader}")
         for ref, where in places.items():
             if ref not in self.living:
                 yield f"{ref} is not there, or has ended, and is in {where}"
             elif len(where) != 1:
                 yield f"{ref} is in {where}: not one place"
+
+    def _behind(self) -> dict[str, str]:
+        """The job that each waits for."""
+        return {f"{leader.partition('/')[0]}/{i}": leader for leader, ids in self._part("behind:").items() for i in ids}
+
+    def _followers(self) -> Iterator[str]:
+        behind, follows = self._behind(), self._one("follows")
+        for ref, leader in behind.items():
+            if leader not in self.living or leader in behind:
+                yield f"{ref} waits for {leader}, which computes nothing"
+        if {ref: leader.partition("/")[2] for ref, leader in behind.items()} != follows:
+            yield f"behind jobs are {behind}, these follow: {follows}"
 
     def _ended(self) -> Iterator[str]:
         for ref, text in self.ended.items():

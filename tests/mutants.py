@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("shared/lorayard", "scheduler/lorayard_scheduler", "workers/lorayard_workers")
 SUITES = {
     "ledger": ("tests/test_ledger.py", "tests/test_ledger_operations.py", "tests/test_ledger_model.py"),
+    "coalesce": ("tests/test_coalesce.py", "tests/test_ledger_model.py"),
     "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
     "limits": ("tests/test_hosted_limits.py",),

@@ -93,7 +93,7 @@ IDEMPOTENCY = of(
 
 TIME = of(
     "time",
-    ("deadlines are not watched", "enqueue", "if sort.expiry ~= '0' then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end", ""),
+    ("deadlines are not watched", "enqueue", "redis.call('ZADD', p .. 'deadlines', sort.expiry, ref)", ""),
     ("a job expires while it runs", "reap", "if begun == 1 then", "if false then"),
     ("the deadline of a running job is forgotten", "reap", "redis.call('ZADD', p .. 'deadlines', digits(c.at + 1000), ref)", ""),
     ("what waits at a worker does not expire", "reap", "elseif job then", "elseif job and batch_of(p, ref).id == '' then"),
@@ -220,6 +220,29 @@ RECALL = of(
     ("what has begun looks as if it could be recalled", "in_flight", "math.min(left, b[6] - begun)", "left"),
 )
 
+COALESCE = of(
+    "computed once",
+    ("those behind what has failed are lost", "pass_on", "push(c, follower)", ""),
+    ("those behind end however it ends", "pass_on", "if follower and status == 'succeeded' then", "if follower then"),
+    ("who takes its place leaves the others behind", "pass_on", "redis.call('HSET', p .. 'follows', ref, next_id)", ""),
+    ("who takes its place is not known", "pass_on", "redis.call('SET', once, next_id)", ""),
+    ("what has failed counts as computed", "pass_on", "redis.call('DEL', once)", ""),
+    ("what was computed is known for ever", "pass_on", "redis.call('EXPIRE', once, ttl)", ""),
+    ("who has the answer still waits for it", "pass_on", "redis.call('HDEL', p .. 'follows', ref)\n      store", "store"),
+    ("nobody hears of the end", "conclude", "pass_on(c, job, status, outcome, ttl)", ""),
+    ("what is deleted takes those behind it along", "delete", "if job.flag == 'x' then pass_on(c, job, 'deleted') end", ""),
+    ("a deleted answer is given to others", "delete", "redis.call('DEL', c.p .. 'once:' .. tenant .. ':' .. once)", ""),
+    ("who waits and is cancelled waits on", "withdraw", "stop_following(c, job.ref, job.tenant .. '/' .. leader)", ""),
+    ("who waits makes nothing urgent", "enqueue", "redis.call('ZADD', p .. 'queue:' .. group, 'XX', 'LT', sort.due, leader)", ""),
+    ("it is urgent only until it comes back", "push", "then place = first end", "then end"),
+    ("who waits takes no room", "enqueue", "room = room - redis.call('HLEN', p .. 'follows')", ""),
+    ("who waits expires while it is computed", "reap", "leader and job.tenant .. '/' .. leader or ref", "ref"),
+    ("a copy outlives what it is a copy of", "enqueue", "redis.call('PEXPIRE', p .. 'job:' .. ref, ttl)", ""),
+    ("what was computed is computed again", "leader_of", "return leader, value end", "return nil end"),
+    ("who waits for what is gone is not found", "audit_job", "if elsewhere or not waits then", "if elsewhere then"),
+    suite="coalesce",
+)
+
 MEMORY = of(
     "memory and messages",
     (
@@ -340,6 +363,7 @@ MUTANTS = [
     *WITHDRAWAL,
     *SCHEDULING,
     *RECALL,
+    *COALESCE,
     *MEMORY,
     *PYTHON,
     *CONTROL,

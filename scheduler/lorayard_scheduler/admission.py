@@ -29,8 +29,8 @@ _BY_ID = "id\x1f"
 
 
 class Accepted(NamedTuple):
-    """`status` is queued or delayed; of a job that the same idempotency key and body had made before, what it is now. `eta` is a quote as
-    the API gives it; None where nobody can tell."""
+    """`status` is queued or delayed, or succeeded: the same was computed before, and need be only once. Of a job that the same key and body
+    had made before, what it is now. `eta` is a quote as the API gives it; None where nobody can tell."""
 
     id: str
     status: str
@@ -89,7 +89,11 @@ class Admission:
         for i, entry, eta, (job_id, status) in zip(places, entries, etas, enqueued, strict=True):
             answers[i] = self._answer(entry, job_id, status, eta)
         some = random.sample(range(len(entries)), min(SAMPLES, len(entries)))
-        sample = [(entries[i].id, entries[i].digest, eta) for i in some if (eta := etas[i]) and enqueued[i].status == "queued"]
+        sample = [
+            (entries[i].id, entries[i].digest, eta)
+            for i in some
+            if (eta := etas[i]) and enqueued[i].status == "queued" and not entries[i].once
+        ]
         self.quoting.came(tenant, quotes.came, sample)
         return self._as_they_are(tenant, [answer for answer in answers if answer is not None])
 
@@ -114,7 +118,7 @@ class Admission:
         if status == "memory":
             message = "the ledger's Redis is nearly full: try again when jobs have ended, or give it more with maxmemory"
             return Unavailable(message, code="ledger_full", retry_after=10)
-        return Accepted(job_id, status, eta.document if eta and status != "exists" else None)
+        return Accepted(job_id, status, eta.document if eta and status not in ("exists", "succeeded") else None)
 
     @staticmethod
     def _read(item: Item) -> JobSpec | LorayardError:
@@ -163,14 +167,15 @@ class Admission:
                 param="messages" if "messages" in spec.request else "prompt",
             )
         digest = manifest.digest if manifest else BASE_DIGEST
-        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata, spec.route, spec.deadline_s, spec.not_before_s)
+        queued, eta = self._place(spec, digest, lane, quotes)
+        once = spec.once(queued)
+        meta = meta_line(spec.adapter, spec.endpoint, spec.priority, spec.metadata, spec.route, spec.deadline_s, spec.not_before_s, once)
         if (size := len(request) + len(meta)) > settings.max_job_bytes:
             raise TooLarge(
                 f"the job has {size} bytes, more than the {settings.max_job_bytes} of LORAYARD_MAX_JOB_BYTES: shorten request or metadata",
                 param="request" if len(request) > len(meta) else "metadata",
             )
         idem = spec.idempotency_key or (_BY_ID + spec.id if spec.id else "")
-        queued, eta = self._place(spec, digest, lane, quotes)
         entry = Entry(
             id=spec.id or new_id(pool),
             tenant=tenant,
@@ -184,6 +189,7 @@ class Admission:
             body_hash=spec.body_hash() if idem else "",
             meta=meta,
             request=request,
+            once=once,
         )
         quotes.queued(queued)
         return entry, eta

@@ -72,6 +72,8 @@ def waits_for(document: dict[str, Any], tenant: str, forecast: Forecast | None, 
     """The sentence of a job that is queued or delayed. Raises what Redis raises."""
     if document["status"] == "delayed":
         return _delayed(document, now)
+    if leader := document.get("coalesced_with"):
+        return f"Waits for the answer to {leader}, which asks for the very same and is computed for both."
     digest = laned(document["adapter_digest"] or BASE_DIGEST, document["lane"])
     if forecast is None:
         return "Waits for a scheduler: none has told anything for some seconds; 'lorayard doctor' says what is wrong."

@@ -78,7 +78,7 @@ def of_fleet(ledger: Ledger, tenants: Iterable[str], settings: Settings, *, hour
     """The newest jobs of these tenants, of the last `hours`. Raises `NotFound` where none of them has ended.
 
     What has not ended is taken to be as long as its adapter's others. Left out is what did not compute here: jobs that were cancelled,
-    expired or failed, and those of hosted services.
+    expired or failed, those of hosted services, and those that were computed once with others.
     """
     seconds, micros = ledger.client.time()
     since = 1000 * int(seconds) + int(micros) // 1000 - hours * 3_600_000
@@ -118,6 +118,8 @@ def _left_out(document: dict[str, Any]) -> str | None:
     """Why it did not, or will not, compute on a local worker."""
     if document["route"] == "groq" or "hosted_model" in document:
         return "hosted jobs"
+    if "coalesced_with" in document:
+        return "jobs computed once with others"
     if document["status"] in (Status.CANCELLED, Status.EXPIRED, Status.FAILED):
         return "jobs without an answer"
     return None

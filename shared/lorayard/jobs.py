@@ -62,6 +62,8 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: dict[str, Any] | None = None
     max_risk: float | None = None
     """Refuse the job, or with route auto have it computed elsewhere, when it would miss its deadline with a greater probability."""
+    coalesce: bool = False
+    """Where other jobs of the tenant ask for the very same, it is computed once for all of them."""
 
     def check(self) -> None:
         """Raise `BadRequest`, naming the field, where a value of the right type is still not acceptable."""
@@ -82,13 +84,37 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             raise BadRequest("max_risk: a probability, from 0 to less than 1, of missing the deadline", param="max_risk")
         if self.max_risk is not None and self.deadline_s is None:
             raise BadRequest("max_risk: needs deadline_s, which it is the risk of missing", param="max_risk")
+        self._check_request()
+
+    def _check_request(self) -> None:
+        """What of the body is the job's business; its other fields are the routes'."""
         if "model" in self.request:
             raise BadRequest("request.model: leave it out; the job's adapter and pool say what answers", param="request.model")
         if self.request.get("stream"):
             raise BadRequest("request.stream: a queued job has no stream; poll its result or wait for it", param="request.stream")
+        if self.coalesce and not self._is_deterministic():
+            raise BadRequest(
+                "coalesce: the answer would differ each time; set request.temperature to 0 or request.seed to a number, or leave it out",
+                param="coalesce",
+            )
         needed = _NEEDED[self.endpoint]
         if needed not in self.request:
             raise BadRequest(f"request.{needed} is missing: {self.endpoint} needs it", param=f"request.{needed}")
+
+    def _is_deterministic(self) -> bool:
+        seed, temperature = self.request.get("seed"), self.request.get("temperature")
+        return self.endpoint == "/v1/embeddings" or isinstance(seed, int) or (isinstance(temperature, int | float) and temperature == 0)
+
+    def once(self, digest: str) -> str:
+        """What jobs of one tenant that may be computed once have in common, as hex digits: adapter and lane (`digest`), and the request, in
+        whatever order its fields stand; "" where that is not wanted."""
+        if not self.coalesce:
+            return ""
+        request = {name: value for name, value in self.request.items() if value is not None and name != "user"}
+        if isinstance(request.get("temperature"), int):
+            request["temperature"] = float(request["temperature"])  # 0 is 0.0
+        body = msgspec.json.encode((digest, self.endpoint, request), order="sorted")
+        return hashlib.blake2b(body, digest_size=16).hexdigest()
 
     def body_hash(self) -> str:
         """Digest of what the same idempotency key must carry again: everything but the id and the key."""
@@ -96,6 +122,8 @@ class JobSpec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         body: tuple[Any, ...] = (self.adapter, self.endpoint, self.request, when, self.route, self.pool, self.metadata)
         if self.max_risk is not None:  # as it was before there was such a field, where it is not used
             body += (self.max_risk,)
+        if self.coalesce:
+            body += ("coalesce",)
         return hashlib.blake2b(msgspec.json.encode(body, order="sorted"), digest_size=12).hexdigest()
 
 

@@ -14,6 +14,8 @@ from faults.witness import Witness
 from faults.yard import Yard
 from lorayard.jobs import TERMINAL
 from lorayard.ledger.audit import audit
+from lorayard.ledger.keys import ref as ref_of
+from lorayard.ledger.keys import split_ref
 
 SEVEN = (
     "one terminal state",
@@ -24,7 +26,7 @@ SEVEN = (
     "nothing stranded",
     "no message or key left",
 )
-_STAY = {"job", "dead", "idem", "by_tenant", "served", "counts", "leader", "fence", "reaped", "events", "ends", "paused"}
+_STAY = {"job", "dead", "idem", "by_tenant", "served", "counts", "leader", "fence", "reaped", "events", "ends", "paused", "once"}
 """Kinds of keys that may be there when all jobs have ended."""
 
 _QUEUES_S = 30.0, 150.0  # in which the reconciler finds the queue of a worker that is gone: in haste, and at its usual pace
@@ -104,7 +106,8 @@ def _stable(scan: Scan, witness: Witness) -> str:
 
 
 def _current(yard: Yard, witness: Witness) -> str:
-    """Each answer says for which batch it was computed: that batch is the one the ledger stored it under, and ran it to its end."""
+    """Each answer says for which batch it was computed: that batch is the one the ledger stored it under, and ran it to its end. One that
+    was computed once for several is that of the job it names."""
     finished = set()
     for line in yard.runs.read_text().splitlines():
         what, ref, batch, *_ = line.split(" ")
@@ -115,7 +118,10 @@ def _current(yard: Yard, witness: Witness) -> str:
         if document["status"] != "succeeded":
             continue
         said = json.loads(document["response"]["choices"][0]["message"]["content"])
-        if (said["ref"], said["batch"]) != (ref, document["batch"]) or (ref, said["batch"]) not in finished:
+        computed, batch = ref, document["batch"]
+        if leader := document.get("coalesced_with"):
+            computed, batch = ref_of(split_ref(ref)[0], leader), said["batch"]
+        if (said["ref"], said["batch"]) != (computed, batch) or (computed, batch) not in finished:
             wrong.append(f"{ref}: stored under {document['batch']}, computed as {said}")
     return "; ".join(wrong[:3])
 
@@ -132,7 +138,20 @@ def _counted(scan: Scan) -> str:
 
 def _stranded(yard: Yard) -> str:
     prefix = f"ly:{{{yard.settings.pool}}}:"
-    kinds = ("batch:", "members:", "queue:", "outstanding:", "groups", "leases", "delayed", "deadlines", "begun:", "tries")
+    kinds = (
+        "batch:",
+        "members:",
+        "queue:",
+        "outstanding:",
+        "groups",
+        "leases",
+        "delayed",
+        "deadlines",
+        "begun:",
+        "tries",
+        "follows",
+        "behind:",
+    )
     try:
         names = [key.decode().removeprefix(prefix) for key in yard.store.scan_iter(prefix + "*", count=2000)]
     except redis.RedisError as error:

@@ -68,11 +68,12 @@ class Witness:
             self._made += 1
             number = self._made
         text = msgspec.json.encode(Script(**script)).decode()
-        request = {"messages": [{"role": "user", "content": text}], "max_tokens": 8}
+        request = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
         return {"id": f"j{number}", "request": request} | ({"adapter": adapter} if adapter else {}) | (fields or {})
 
     def jobs(self, count: int, *, ms: tuple[int, int] = (5, 40), mixed: bool = False, **script: Any) -> list[dict[str, Any]]:
-        """Jobs of all adapters and the base. `mixed`: some fail, fail once, begin later, have a deadline or another priority."""
+        """Jobs of all adapters and the base. `mixed`: some fail, fail once, begin later, have a deadline or another priority, or are all
+        the same and to be computed once."""
         made = []
         for _ in range(count):
             own: dict[str, Any] = dict(script)
@@ -83,8 +84,10 @@ class Witness:
                 fields |= {"not_before_s": round(self.rng.uniform(0.1, 3), 3)} if 0.05 < dice < 0.10 else {}
                 fields |= {"deadline_s": round(self.rng.uniform(0.5, 60), 3)} if 0.10 < dice < 0.15 else {}
                 fields |= {"priority": self.rng.choice(("high", "low"))} if 0.15 < dice < 0.30 else {}
+                fields |= {"coalesce": True} if 0.30 < dice < 0.40 else {}
             adapter = self.rng.choice((None, *ADAPTERS))
-            made.append(self.job(adapter=adapter, fields=fields, ms=self.rng.randint(*ms), **own))
+            own["ms"] = ms[1] + self.rng.randint(1, 3) if "coalesce" in fields else self.rng.randint(*ms)
+            made.append(self.job(adapter=adapter, fields=fields, **own))
         return made
 
     # -- submits ------------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[lis
     yield _call(ledger, "jobs", repair, by_kind.get("job", []))
     batches = set(by_kind.get("batch", []) + by_kind.get("members", []) + by_kind.get("begun", []))
     for name in names:
-        if name in ("delayed", "deadlines", "tries") or name.startswith(("queue:", "members:")):
+        if name in ("delayed", "deadlines", "tries", "follows") or name.startswith(("queue:", "members:", "behind:")):
             yield from _of_index(ledger, name, repair)
         elif name == "groups":
             for page in _members(ledger, name):
@@ -86,15 +86,16 @@ def _of_keys(ledger: Ledger, names: Sequence[str], repair: bool) -> Iterator[lis
 
 
 def _of_index(ledger: Ledger, index: str, repair: bool) -> Iterator[list[Finding]]:
-    """Of the members of a queue (ids) or of another index (refs)."""
-    tenant = index.rpartition(":")[2] if index.startswith("queue:") else ""
+    """Of the members of a queue or of those behind a job (ids), or of another index (refs)."""
+    kind, _, rest = index.partition(":")
+    tenant = rest.rpartition(":")[2] if kind == "queue" else rest.partition("/")[0] if kind == "behind" else ""
     for page in _members(ledger, index):
         entries = [(index, _type(index), member, keys.ref(tenant, member) if tenant else member) for member in page]
         yield _call(ledger, "entries", repair, [part for entry in entries for part in entry])
 
 
 def _type(index: str) -> str:
-    return "set" if index.startswith("members:") or index == "groups" else "hash" if index == "tries" else "zset"
+    return "set" if index.startswith("members:") or index == "groups" else "hash" if index in ("tries", "follows") else "zset"
 
 
 def _members(ledger: Ledger, index: str) -> Iterator[list[str]]:

@@ -9,8 +9,8 @@ import msgspec
 from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, ROUTE, Status, adapter_of, lane_of
 from lorayard.ledger.explained import never_ran, waited
 
-_HOSTED = ("hosted_model", "cost_usd", "notes", "failed_generation")
-"""Of a job that was run elsewhere: by which model, for how much money, what was changed in its request."""
+_MORE = ("hosted_model", "cost_usd", "notes", "failed_generation", "coalesced_with")
+"""Of a job that was run elsewhere: by which model, for how much money, what was changed in its request. Which job it was computed with."""
 
 _REMOTE = ("remote_queue", "network")
 """Stages that only those have: in the service's own queue, and all else between sending the request and its answer."""
@@ -38,9 +38,11 @@ def meta_line(
     route: str = ROUTE,
     deadline_s: float | None = None,
     not_before_s: float | None = None,
+    once: str = "",
 ) -> bytes:
-    """What stays public of a job, one line of JSON; what is usual is left out, for there may be millions."""
-    meta: dict[str, Any] = {}
+    """What stays public of a job, one line of JSON; what is usual is left out, for there may be millions. What it shares with jobs that are
+    to be computed once with it comes first: the ledger's functions look for it there."""
+    meta: dict[str, Any] = {"coalesce": once} if once else {}
     if adapter is not None:
         meta["adapter"] = adapter
     if endpoint != ENDPOINT:
@@ -71,6 +73,7 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
         "deadline_s": meta.get("deadline_s"),
         "not_before_s": meta.get("not_before_s"),
         "metadata": meta.get("metadata"),
+        "coalesce": "coalesce" in meta,
         "via": via,
         "response": None,
         "error": None,
@@ -85,7 +88,7 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
 
 
 def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
-    value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank = reply
+    value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank, leader = reply
     head, birth, meta, _ = value.split(b"\n", 3)
     _, due, deadline, digest, _, _, _ = head.decode().split("\t")
     enqueued, via = birth.decode().split("\t")
@@ -101,6 +104,8 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
         doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
         doc |= {"claimed_ms": claimed, "latencies_ms": {"queued": float(claimed - int(enqueued))}}
         doc["explanation"] = waited(doc)
+    elif leader:
+        doc |= {"coalesced_with": leader.decode(), "position": 0}
     elif not delayed:
         doc["position"] = rank
     else:
@@ -127,7 +132,7 @@ def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
         "latencies_ms": _latencies(times, outcome.get("timings_ms")),
         "adapter_temperature": outcome.get("temperature") or None,
         "width": outcome.get("width"),
-        **{name: outcome[name] for name in _HOSTED if name in outcome},
+        **{name: outcome[name] for name in _MORE if name in outcome},
     }
     doc["explanation"] = waited(doc) if times["claimed_ms"] else never_ran(doc)
     response = outcome.get("response")

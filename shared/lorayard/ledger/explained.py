@@ -46,6 +46,8 @@ def _since(document: dict[str, Any]) -> str:
 def never_ran(document: dict[str, Any]) -> str:
     """Of a job that ended without a worker."""
     after = f"{_seconds(document['latencies_ms']['total'])} after it came"
+    if leader := document.get("coalesced_with"):
+        return f"Computed once, by {leader}, which asked for the very same; it had that answer {after}."
     if document["status"] == "expired":
         return f"Its deadline passed while it waited, {after}; what jobs of its adapter wait for, their own explanations say."
     return f"It was {document['status']} while it waited, {after}."

@@ -22,6 +22,10 @@
 --   leases               ZSET    batch -> expiry ms (of the delivery until it is taken, of the lease from then on)
 --   submitted            ZSET    batch -> ms when it is looked at next: batches at a hosted batch service, no worker's, with no lease
 --   outstanding:WORKER   SET     batches
+--   once:TENANT:HASH     STRING  id of the job that computes for all of its tenant that ask for the very same and want it computed once (HASH
+--                                stands in their meta lines); with a TTL once it has succeeded
+--   follows              HASH    ref -> id of the job whose outcome a living one waits for, instead of being in a queue
+--   behind:REF           ZSET    id -> due ms, of those that follow it
 --   tries                HASH    ref -> attempts \t laters, of living jobs that came back from a worker
 --   dead:TENANT          ZSET    id -> ms; dead letters: failed at the attempt cap
 --   idem:TENANT:KEY      STRING  id \t digest of the body
@@ -35,7 +39,7 @@
 --   ends                 STREAM  k ended, v refs: for whoever waits for results; as lossy
 --   to:WORKER            CHANNEL "take BID" at once, "stop BID REF..." at once; lossy: the Celery message, the lease and `stop:BID` are what counts
 --
--- head:  flag \t due \t deadline \t digest \t tenant \t max attempts \t idem     flag: '-' with neither deadline nor idem, 'x' with one
+-- head:  flag \t due \t deadline \t digest \t tenant \t max attempts \t idem     flag: '-' with neither deadline, idem nor HASH, 'x' with one
 -- birth: enqueued \t via
 -- end:   status \t fence \t ended \t claimed \t taken \t attempts \t worker \t batch \t batch size \t why \t digest \t idem
 -- Totals: enqueued + revived = succeeded + failed + cancelled + expired + deleted_live + the jobs that live.
@@ -140,6 +144,8 @@ end
 
 local function push(c, job, place) -- into its queue, where it is due, or at a place further in front
   local group = group_of(job)
+  local first = job.flag == 'x' and redis.call('ZRANGE', c.p .. 'behind:' .. job.ref, 0, 0, 'WITHSCORES')[2]
+  if first and tonumber(first) < tonumber(place or job.due) then place = first end -- for whoever waits for its outcome
   if redis.call('ZADD', c.p .. 'queue:' .. group, place or job.due, job.id) == 1 then count(c, 'queued', 1) end
   redis.call('SADD', c.p .. 'groups', group)
   c.groups[group] = true
@@ -230,7 +236,7 @@ local function clean(c, job, ttl)
   if job.idem ~= '' then redis.call('EXPIRE', c.p .. 'idem:' .. job.tenant .. ':' .. job.idem, ttl) end
 end
 
--- The one way into a terminal status, but for the plain case in `finish`. `outcome` is JSON; `rest` is what a dead letter keeps.
+-- `outcome` is JSON; `rest` is what a dead letter keeps.
 local function store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
   local front, back = end_line(c, status, fence, batch)
   local value = front .. attempts .. back .. job.digest .. '\t' .. job.idem .. '\n' .. job.birth .. '\n' .. job.meta .. '\n' .. outcome
@@ -241,15 +247,83 @@ local function store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
   c.ended[#c.ended + 1] = job.ref
 end
 
+-- -- the same request of many jobs, computed once ------------------------------------------------------------------------------------------
+
+local FOLLOWERS = 1000 -- behind one job: all of them end in one call
+
+-- By a meta line, which begins with it: what jobs that are to be computed once have in common; nil for others.
+local function once_of(meta)
+  return string.match(meta, '^{"coalesce":"(%x+)"')
+end
+
+-- The outcome of another job, saying whose.
+local function copied(outcome, leader)
+  return '{"coalesced_with":"' .. leader .. '"' .. (outcome == '{}' and '}' or ',' .. string.sub(outcome, 2))
+end
+
+local function same_as(leader)
+  return { id = '', worker = '', claimed = '0', taken = '0', size = '0', why = 'computed once, by ' .. leader }
+end
+
+local function stop_following(c, ref, leader)
+  redis.call('HDEL', c.p .. 'follows', ref)
+  redis.call('ZREM', c.p .. 'behind:' .. leader, string.match(ref, '/(.*)$'))
+end
+
+-- A job has ended, or is deleted: those behind it end as it did if it has succeeded; else the most due of them takes its place.
+local function pass_on(c, job, status, outcome, ttl)
+  local p, hash = c.p, once_of(job.meta)
+  if not hash then return end
+  local once, behind = p .. 'once:' .. job.tenant .. ':' .. hash, p .. 'behind:' .. job.ref
+  local leads = redis.call('GET', once) == job.id
+  local next_id
+  for _, id in ipairs(redis.call('ZRANGE', behind, 0, -1)) do
+    local ref = job.tenant .. '/' .. id
+    local follower = redis.call('HGET', p .. 'follows', ref) == job.id and read_job(p, ref)
+    if follower and status == 'succeeded' then
+      redis.call('HDEL', p .. 'follows', ref)
+      store(c, follower, status, 0, copied(outcome, job.id), ttl, 0, same_as(job.id))
+      count(c, 'coalesced', 1)
+    elseif follower and not next_id then
+      next_id = id
+      redis.call('HDEL', p .. 'follows', ref)
+      redis.call('ZREM', behind, id)
+      if redis.call('EXISTS', behind) == 1 then redis.call('RENAME', behind, p .. 'behind:' .. ref) end
+      push(c, follower)
+    elseif follower then
+      redis.call('HSET', p .. 'follows', ref, next_id)
+    end
+  end
+  if not next_id then redis.call('DEL', behind) end
+  if leads and status == 'succeeded' then
+    redis.call('EXPIRE', once, ttl)
+  elseif leads and next_id then
+    redis.call('SET', once, next_id)
+  elseif leads then
+    redis.call('DEL', once)
+  end
+end
+
+-- The one way into a terminal status, but for the plain case in `finish`.
+local function conclude(c, job, status, fence, outcome, ttl, attempts, batch, rest)
+  store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
+  if job.flag == 'x' then pass_on(c, job, status, outcome, ttl) end
+end
+
 -- A job at its attempt cap goes to the dead letters with its request, so that it can be retried by hand.
 local function bury(c, job, fence, outcome, ttl, attempts, batch)
-  store(c, job, 'failed', fence, outcome, ttl, attempts, batch, '\n' .. head_of(job) .. '\n' .. job.request)
+  conclude(c, job, 'failed', fence, outcome, ttl, attempts, batch, '\n' .. head_of(job) .. '\n' .. job.request)
   redis.call('ZADD', c.p .. 'dead:' .. job.tenant, c.at_text, job.id)
   count(c, 'dead', 1)
 end
 
 -- Take a living job out of wherever it is, for good. The worker that has it hears of it at once, or when it renews, or when it would start it.
 local function withdraw(c, job)
+  local leader = job.flag == 'x' and redis.call('HGET', c.p .. 'follows', job.ref)
+  if leader then
+    stop_following(c, job.ref, job.tenant .. '/' .. leader)
+    return NO_BATCH, 0
+  end
   if leave_queue(c, job) or redis.call('ZREM', c.p .. 'delayed', job.ref) == 1 then return NO_BATCH, 0 end
   local batch, begun = batch_of(c.p, job.ref)
   if batch.id ~= '' then
@@ -266,7 +340,7 @@ end
 
 local function end_at_once(c, job, status, outcome, ttl)
   local batch, begun = withdraw(c, job)
-  store(c, job, status, 0, outcome, ttl, read_tries(c.p, job.ref) + begun, batch)
+  conclude(c, job, status, 0, outcome, ttl, read_tries(c.p, job.ref) + begun, batch)
 end
 
 local LOST = '{"error":{"message":"the worker was lost while it ran this job, as often as attempts are allowed","type":"server_error","code":"worker_lost","param":null}}'
@@ -307,30 +381,55 @@ local OVERHEAD = 400 -- bytes that a queued job takes beside its text: keys, hea
 
 -- What jobs enqueued together share, worked out once for all that say the same.
 local function sort_of(c, same, queues, tenants)
-  local tenant, digest, wait, deadline, not_before, max, via, idem, hash =
-    string.match(same, '^([^\t]*)\t([^\t]*)\t(%d+)\t(%d+)\t(%d+)\t(%d+)\t([^\t]*)\t([^\t]*)\t([^\t]*)$')
+  local tenant, digest, wait, deadline, not_before, max, via, idem, hash, once =
+    string.match(same, '^([^\t]*)\t([^\t]*)\t(%d+)\t(%d+)\t(%d+)\t(%d+)\t([^\t]*)\t([^\t]*)\t([^\t]*)\t(%x*)$')
   wait, deadline, not_before = tonumber(wait), tonumber(deadline), tonumber(not_before)
   local due = digits(c.at + (deadline > 0 and deadline or not_before + wait))
   local expiry = deadline > 0 and digits(c.at + deadline) or '0'
-  local flag = (deadline > 0 or idem ~= '') and 'x' or '-'
+  local flag = (deadline > 0 or idem ~= '' or once ~= '') and 'x' or '-'
   local group = digest .. ':' .. tenant
   tenants[tenant] = tenants[tenant] or {}
   if not_before == 0 then queues[group] = queues[group] or {} end
   return {
     tenant = tenant, due = due, expiry = expiry, wake = not_before > 0 and digits(c.at + not_before), idem = idem, hash = hash,
+    once = once ~= '' and not_before == 0 and once, digest = digest,
     queue = queues[group], list = tenants[tenant],
     head = table.concat({ flag, due, expiry, digest, tenant, max, idem }, '\t') .. '\n' .. c.at_text .. '\t' .. via .. '\n',
   }
 end
 
+-- A job that is to be computed once: the id of another one, of the same call perhaps, that computes it for both, and that one's value if it has
+-- succeeded; nil, if it is the first, or as many as may follow do already.
+local function leader_of(p, sort, id, fresh)
+  local once = p .. 'once:' .. sort.tenant .. ':' .. sort.once
+  local leader = redis.call('GET', once)
+  if leader then
+    local ref = sort.tenant .. '/' .. leader
+    local value = not fresh[ref] and redis.call('GET', p .. 'job:' .. ref)
+    if value and string.sub(value, 1, 10) == 'succeeded\t' then return leader, value end
+    if (fresh[ref] or lives(value)) and redis.call('ZCARD', p .. 'behind:' .. ref) < FOLLOWERS then return leader end
+  end
+  redis.call('SET', once, id)
+  return nil
+end
+
+-- The value of a job that asks for what another one has computed. It lives as long as that, not longer.
+local function copy_of(c, sort, payload, leader, value)
+  local outcome = string.match(value, '^[^\n]*\n[^\n]*\n[^\n]*\n([^\n]*)')
+  local front, back = end_line(c, 'succeeded', 0, same_as(leader))
+  local birth = string.match(sort.head, '\n(.*)$')
+  return front .. 0 .. back .. sort.digest .. '\t' .. sort.idem .. '\n' .. birth .. string.match(payload, '^[^\n]*\n') .. copied(outcome, leader)
+end
+
 -- ly_enqueue P | max_queued max_memory, then per job: id same payload
--- `same`: tenant digest wait_ms deadline_ms not_before_ms max_attempts via idem hash, joined by tabs
+-- `same`: tenant digest wait_ms deadline_ms not_before_ms max_attempts via idem hash once, joined by tabs
 -- -> index and answer of each job that is not simply queued: 'd' delayed, 'e'..id the same again, 'c' the key or id with another body,
---    'f' too many jobs, 'm' too little memory
+--    'f' too many jobs, 'm' too little memory, 's' succeeded: what it asks for was computed before
 local function enqueue(keys, args)
   local c = begin(keys)
   local p, reply, names, refs = c.p, {}, {}, {}
   local room = tonumber(args[1]) - tonumber(redis.call('HGET', p .. 'counts', 'queued') or 0) - redis.call('ZCARD', p .. 'delayed')
+  room = room - redis.call('HLEN', p .. 'follows')
   local bytes = room_in_memory(tonumber(args[2]))
   local sorts, queues, tenants = {}, {}, {}
   for i = 3, #args, 3 do
@@ -345,7 +444,7 @@ local function enqueue(keys, args)
   end
   local known_ids = 0 -- one question for all: an id that is there already is rare
   chunks(names, function(...) known_ids = known_ids + redis.call('EXISTS', ...) end)
-  local values, fresh, queued, n = {}, {}, 0, 0
+  local values, fresh, queued, n, sooner, copies = {}, {}, 0, 0, {}, {}
   for k = 1, #refs do
     local i = 3 * k
     local id, sort, payload, ref, answer = args[i], sorts[args[i + 1]], args[i + 2], refs[k], nil
@@ -361,20 +460,29 @@ local function enqueue(keys, args)
     elseif bytes < #payload + OVERHEAD then
       answer = 'm'
     else
+      local leader, done
+      if sort.once then leader, done = leader_of(p, sort, id, fresh) end
       room, bytes, fresh[ref] = room - 1, bytes - #payload - OVERHEAD, true
       values[n + 1] = names[k]
-      values[n + 2] = sort.head .. payload
+      values[n + 2] = done and copy_of(c, sort, payload, leader, done) or sort.head .. payload
       n = n + 2
       if idem ~= '' then
         redis.call('SET', p .. 'idem:' .. sort.tenant .. ':' .. idem, id .. '\t' .. sort.hash)
         redis.call('ZREM', p .. 'dead:' .. sort.tenant, id) -- one of this id whose result has expired
       end
-      if sort.expiry ~= '0' then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end
+      if sort.expiry ~= '0' and not done then redis.call('ZADD', p .. 'deadlines', sort.expiry, ref) end
       local list = sort.list
       local m = #list
       list[m + 1] = c.at_text
       list[m + 2] = id
-      if sort.wake then
+      if done then
+        copies[#copies + 1] = { ref, sort }
+        answer = 's'
+      elseif leader then
+        redis.call('HSET', p .. 'follows', ref, leader)
+        redis.call('ZADD', p .. 'behind:' .. sort.tenant .. '/' .. leader, sort.due, id)
+        sooner[#sooner + 1] = { sort, leader }
+      elseif sort.wake then
         redis.call('ZADD', p .. 'delayed', sort.wake, ref)
         answer = 'd'
       else
@@ -403,6 +511,21 @@ local function enqueue(keys, args)
   for tenant, entries in pairs(tenants) do
     chunks(entries, function(...) redis.call('ZADD', p .. 'by_tenant:' .. tenant, ...) end)
   end
+  for _, follower in ipairs(sooner) do -- what computes it is as urgent as they are
+    local sort, leader = unpack(follower)
+    local group = sort.digest .. ':' .. sort.tenant
+    redis.call('ZADD', p .. 'queue:' .. group, 'XX', 'LT', sort.due, leader)
+    c.groups[group] = true
+  end
+  for _, copy in ipairs(copies) do
+    local ref, sort = unpack(copy)
+    local ttl = math.max(1, redis.call('PTTL', p .. 'once:' .. sort.tenant .. ':' .. sort.once))
+    redis.call('PEXPIRE', p .. 'job:' .. ref, ttl)
+    if sort.idem ~= '' then redis.call('PEXPIRE', p .. 'idem:' .. sort.tenant .. ':' .. sort.idem, ttl) end
+    c.ended[#c.ended + 1] = ref
+  end
+  count(c, 'succeeded', #copies)
+  count(c, 'coalesced', #copies)
   count(c, 'queued', queued)
   count(c, 'enqueued', n / 2)
   commit(c)
@@ -448,7 +571,10 @@ local function delete(keys, args)
         redis.call('ZREM', c.p .. 'deadlines', ref)
         redis.call('HDEL', c.p .. 'tries', ref)
         count(c, 'deleted_live', 1)
+        if job.flag == 'x' then pass_on(c, job, 'deleted') end
       end
+      local once = once_of(string.match(value, '^[^\n]*\n[^\n]*\n([^\n]*)'))
+      if once and redis.call('GET', c.p .. 'once:' .. tenant .. ':' .. once) == id then redis.call('DEL', c.p .. 'once:' .. tenant .. ':' .. once) end
       redis.call('DEL', c.p .. 'job:' .. ref)
       if idem ~= '' then redis.call('DEL', c.p .. 'idem:' .. tenant .. ':' .. idem) end
       redis.call('ZREM', c.p .. 'by_tenant:' .. tenant, id)
@@ -477,7 +603,7 @@ local function revive(keys, args)
       local enqueued, via = string.match(birth, '^(%d+)\t(.*)$')
       job.due = digits(c.at + math.max(0, tonumber(job.due) - tonumber(enqueued))) -- as long a wait as it had asked for
       job.deadline = 0 -- it may have passed, and whoever retries wants it run
-      job.flag = job.idem ~= '' and 'x' or '-'
+      job.flag = (job.idem ~= '' or once_of(meta)) and 'x' or '-'
       redis.call('SET', c.p .. 'job:' .. ref, head_of(job) .. '\n' .. c.at_text .. '\t' .. via .. '\n' .. meta .. '\n' .. request)
       redis.call('ZADD', c.p .. 'by_tenant:' .. tenant, c.at_text, id)
       if job.idem ~= '' then redis.call('PERSIST', c.p .. 'idem:' .. tenant .. ':' .. job.idem) end
@@ -595,7 +721,10 @@ local function reap(keys, args)
     redis.call('ZREM', p .. 'deadlines', ref)
     local job = read_job(p, ref)
     local begun = 0
-    if job and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then begun = select(2, batch_of(p, ref)) end
+    if job and not redis.call('ZSCORE', p .. 'queue:' .. group_of(job), job.id) then
+      local leader = redis.call('HGET', p .. 'follows', ref) -- what it waits for may be running
+      begun = select(2, batch_of(p, leader and job.tenant .. '/' .. leader or ref))
+    end
     if begun == 1 then -- it runs: let it finish; should it come back to its queue, the next sweep finds it again
       redis.call('ZADD', p .. 'deadlines', digits(c.at + 1000), ref)
     elseif job then
@@ -844,7 +973,7 @@ local function finish(keys, args)
         c.ended[#c.ended + 1] = ref
         reply[k] = 's'
       elseif status == 'succeeded' or status == 'failed' then
-        store(c, parse_job(ref, value), status, fence, outcome, ttl, attempts + 1, batch)
+        conclude(c, parse_job(ref, value), status, fence, outcome, ttl, attempts + 1, batch)
         reply[k] = 's'
       else
         local delay, job = tonumber(sorts[same][2]), parse_job(ref, value)
@@ -961,7 +1090,7 @@ end
 
 -- ly_show P | ref... -> per job {} | {value of an ended job}
 --                       | {value of a living job, batch, attempts, begun (2: submitted), delayed until, worker, batch size, why, laters,
---                          when the batch was claimed, place in the queue (-1: in none)}
+--                          when the batch was claimed, place in the queue (-1: in none), id of the job whose outcome it waits for}
 local function show(keys, args)
   local p, reply = keys[1], {}
   for _, ref in ipairs(args) do
@@ -974,11 +1103,13 @@ local function show(keys, args)
       local job = parse_job(ref, value)
       local delayed, batch, begun = redis.call('ZSCORE', p .. 'delayed', ref), NO_BATCH, 0
       local place = not delayed and redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
-      if not delayed and not place then batch, begun = batch_of(p, ref) end
+      local leader = job.flag == 'x' and redis.call('HGET', p .. 'follows', ref) or ''
+      if not delayed and not place and leader == '' then batch, begun = batch_of(p, ref) end
       local attempts, laters = read_tries(p, ref)
       local state = batch.submitted and 2 or begun
       reply[#reply + 1] = { value, batch.id, attempts + begun, state, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
-      reply[#reply][10], reply[#reply][11] = tonumber(batch.claimed), place or -1
+      local known = reply[#reply]
+      known[10], known[11], known[12] = tonumber(batch.claimed), place or -1, leader
     end
   end
   return reply
@@ -995,7 +1126,19 @@ local function audit_job(c, found, repair, ref)
   if not job then return end
   local queued = redis.call('ZSCORE', c.p .. 'queue:' .. group_of(job), job.id)
   local delayed = redis.call('ZSCORE', c.p .. 'delayed', ref)
-  if queued and delayed then
+  local leader = redis.call('HGET', c.p .. 'follows', ref)
+  if leader then
+    leader = job.tenant .. '/' .. leader
+    local elsewhere = queued or delayed or batch_of(c.p, ref).id ~= ''
+    local waits = lives(redis.call('GET', c.p .. 'job:' .. leader)) and redis.call('ZSCORE', c.p .. 'behind:' .. leader, job.id)
+    if elsewhere or not waits then
+      finding(found, elsewhere and 'job_in_two_places' or 'job_in_no_place', ref)
+      if repair then
+        stop_following(c, ref, leader)
+        if not elsewhere then push(c, job) end
+      end
+    end
+  elseif queued and delayed then
     finding(found, 'job_in_two_places', ref)
     if repair then redis.call('ZREM', c.p .. 'delayed', ref) end
   elseif not queued and not delayed and batch_of(c.p, ref).id == '' then
@@ -1025,7 +1168,7 @@ local ENTRIES = { -- how to ask an index for a member, and how to remove it
 }
 
 -- ly_audit_entries P | repair, then per entry: index type member ref -> {kind, index member}...
--- Members of a queue, of delayed, deadlines, tries or a batch whose job is not there, or has ended.
+-- Members of a queue, of delayed, deadlines, tries, follows, behind or a batch whose job is not there, or has ended.
 local function audit_entries(keys, args)
   local p, found = keys[1], {}
   for i = 2, #args, 4 do
@@ -1150,7 +1293,7 @@ local function audit_totals(keys, args)
     finding(found, 'count_of_queued', total('queued') .. ' instead of ' .. queued)
     if repair then redis.call('HSET', p .. 'counts', 'queued', queued) end
   end
-  local live = queued + redis.call('ZCARD', p .. 'delayed') + audit_members(c, found, repair)
+  local live = queued + redis.call('ZCARD', p .. 'delayed') + redis.call('HLEN', p .. 'follows') + audit_members(c, found, repair)
   local ended = total('succeeded') + total('failed') + total('cancelled') + total('expired') + total('deleted_live')
   if total('enqueued') + total('revived') ~= ended + live then
     finding(found, 'totals', total('enqueued') .. ' enqueued, ' .. total('revived') .. ' revived, ' .. ended .. ' ended, ' .. live .. ' live')

@@ -17,8 +17,15 @@ from lorayard.ledger import documents, keys
 LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
 
 EndStatus = Literal["succeeded", "failed", "retry", "later"]
-EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory"]
-_ENQUEUE: dict[str, EnqueueStatus] = {"d": "delayed", "e": "exists", "c": "conflict", "f": "full", "m": "memory"}
+EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory", "succeeded"]
+_ENQUEUE: dict[str, EnqueueStatus] = {
+    "d": "delayed",
+    "e": "exists",
+    "c": "conflict",
+    "f": "full",
+    "m": "memory",
+    "s": "succeeded",
+}
 Audited = Literal["jobs", "entries", "batches", "worker", "groups", "totals"]
 PART_JOBS = 1_000
 PART_BYTES = 4 << 20
@@ -32,7 +39,7 @@ class Entry(NamedTuple):
     """A job about to be enqueued, all checks done. Times are milliseconds from now; 0 means none.
 
     `meta` and `request` are one line of JSON each: what stays public of a job, and the OpenAI body. With an idempotency key, `body_hash`
-    is what the key must come with again.
+    is what the key must come with again. `once`: hex digits; jobs of a tenant with the same are computed once, and it stands in `meta` too.
     """
 
     id: str
@@ -47,6 +54,7 @@ class Entry(NamedTuple):
     body_hash: str
     meta: bytes
     request: bytes
+    once: str = ""
 
 
 class Enqueued(NamedTuple):
@@ -214,6 +222,7 @@ class Ledger:
                 e.via,
                 e.idem,
                 e.body_hash,
+                e.once,
             )
             args += (e.id, "\t".join(same), b"%b\n%b" % (e.meta, e.request))
         out = [Enqueued(entry.id, "queued") for entry in entries]
