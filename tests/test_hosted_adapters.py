@@ -153,6 +153,20 @@ def test_what_lies_there_already_is_adopted_and_copies_are_removed(desk: Desk) -
     assert sorted(f["filename"] for f in desk.service.files.values()) == [f"ly-{digest}.zip", "somebody-else.zip"]
 
 
+def test_a_file_that_lies_there_is_registered_and_one_cut_short_is_removed(desk: Desk) -> None:
+    """Somebody was interrupted while he brought it there, and the next between file and registration."""
+    digest = desk.add()
+    data, name = pack(desk.store.get(digest), NAMES), f"ly-{digest}.zip"
+    desk.client.upload(name, data[:1000], "fine_tuning")
+    whole = desk.client.upload(name, data, "fine_tuning")
+    desk.publications.ask(digest, "acme/tone")
+    found = desk.settle(digest)
+    assert found is not None
+    assert (found.state, found.file_id) == ("ready", whole["id"])
+    assert [*desk.service.files] == [whole["id"]]
+    assert desk.service.made[name] == 2, "nothing was uploaded again"
+
+
 @pytest.mark.parametrize(
     ("options", "code"), [({"rank": 12}, "adapter_rank"), ({"base": "meta-llama/Llama-3.2-1B"}, "adapter_base_mismatch")]
 )
