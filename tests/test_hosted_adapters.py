@@ -62,6 +62,16 @@ def test_the_package_computes_what_peft_does_with_plain_alpha_over_rank(options:
     assert pack(adapter, NAMES) == pack(read_adapter(tiny_adapter(**options)), NAMES), "the same bytes each time"
 
 
+def test_modules_of_different_scales_have_one_in_the_package() -> None:
+    adapter = read_adapter(tiny_adapter(modules=("v_proj", "k_proj"), alpha_pattern={"k_proj": 3}))
+    config, tensors = unpacked(pack(adapter, NAMES))
+    assert len({module.scale for module in adapter.modules}) == 2
+    for module in adapter.modules:
+        mine = {name: tensor for name, tensor in tensors.items() if module.kind in name}
+        expected = module.scale * module.b.float32().astype(np.float64) @ module.a.float32()
+        np.testing.assert_allclose(delta(mine, config["lora_alpha"] / config["r"]), expected, rtol=1e-2, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
