@@ -91,7 +91,9 @@ def fault(service: Service, kind: str) -> JSONResponse | None:
         return error(400, "Failed to generate JSON. …", code="json_validate_failed", failed_generation='{"half": ')
     if kind.isdigit():
         said = {"498": "capacity_exceeded", "503": f"{BASE} is currently over capacity. Please try again and back off exponentially."}
-        return error(int(kind), said.get(kind, f"fault {kind}"), "internal_server_error", code=said.get(kind) if kind == "498" else None)
+        headers = {"retry-after": service.retry_after} if service.retry_after and kind in said else None
+        code = said.get(kind) if kind == "498" else None
+        return error(int(kind), said.get(kind, f"fault {kind}"), "internal_server_error", headers, code=code)
     return None
 
 

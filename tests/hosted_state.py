@@ -31,6 +31,7 @@ class Service:
     hosting: bool = True  # an enterprise, which may register adapters
     batch_s: float = 0.2
     expire_after: int = -1  # lines of a batch that are run before its window ends; -1: all
+    retry_after: str = ""  # what a 498 or 503 says
     usage: dict[str, Any] | str | None = None  # instead of what is right, or beside it
     raw: str = ""  # instead of an answer
     broken_models: tuple[str, ...] = ()  # each call of such a one is answered with 500

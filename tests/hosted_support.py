@@ -47,16 +47,19 @@ def settings_of(service: Running, **changes: Any) -> Settings:
     return Settings(**chosen | changes)
 
 
-def tiny_adapter(*, rank: int = 8, base: str = LLAMA, seed: int = 0, **config: Any) -> bytes:
-    """A zip as PEFT would be uploaded: two small matrices in float32 that fit Llama 3.1 8B's v_proj."""
+ROWS = {"v_proj": 1024, "k_proj": 1024}
+
+
+def tiny_adapter(*, rank: int = 8, base: str = LLAMA, seed: int = 0, modules: tuple[str, ...] = ("v_proj",), **config: Any) -> bytes:
+    """A zip as PEFT would be uploaded: two small matrices a module, in float32, that fit Llama 3.1 8B."""
     rng = np.random.default_rng(seed)
-    path = "base_model.model.model.layers.0.self_attn.v_proj"
-    tensors = {
-        f"{path}.lora_A.weight": rng.standard_normal((rank, 4096)).astype(np.float32),
-        f"{path}.lora_B.weight": rng.standard_normal((1024, rank)).astype(np.float32),
-    }
+    tensors = {}
+    for module in modules:
+        path = f"base_model.model.model.layers.0.self_attn.{module}"
+        tensors[f"{path}.lora_A.weight"] = rng.standard_normal((rank, 4096)).astype(np.float32)
+        tensors[f"{path}.lora_B.weight"] = rng.standard_normal((ROWS[module], rank)).astype(np.float32)
     options = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": 2 * rank}
-    options |= {"target_modules": ["v_proj"]} | config
+    options |= {"target_modules": [*modules]} | config
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("adapter_config.json", json.dumps(options))

@@ -62,6 +62,16 @@ def test_the_package_computes_what_peft_does_with_plain_alpha_over_rank(options:
     assert pack(adapter, NAMES) == pack(read_adapter(tiny_adapter(**options)), NAMES), "the same bytes each time"
 
 
+def test_modules_of_different_scales_have_one_in_the_package() -> None:
+    adapter = read_adapter(tiny_adapter(modules=("v_proj", "k_proj"), alpha_pattern={"k_proj": 3}))
+    config, tensors = unpacked(pack(adapter, NAMES))
+    assert len({module.scale for module in adapter.modules}) == 2
+    for module in adapter.modules:
+        mine = {name: tensor for name, tensor in tensors.items() if module.kind in name}
+        expected = module.scale * module.b.float32().astype(np.float64) @ module.a.float32()
+        np.testing.assert_allclose(delta(mine, config["lora_alpha"] / config["r"]), expected, rtol=1e-2, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
@@ -151,6 +161,20 @@ def test_what_lies_there_already_is_adopted_and_copies_are_removed(desk: Desk) -
     assert (found.state, found.model) == ("ready", first["fine_tuned_model"])
     assert [*desk.service.tunings] == [found.tuning_id]
     assert sorted(f["filename"] for f in desk.service.files.values()) == [f"ly-{digest}.zip", "somebody-else.zip"]
+
+
+def test_a_file_that_lies_there_is_registered_and_one_cut_short_is_removed(desk: Desk) -> None:
+    """Somebody was interrupted while he brought it there, and the next between file and registration."""
+    digest = desk.add()
+    data, name = pack(desk.store.get(digest), NAMES), f"ly-{digest}.zip"
+    desk.client.upload(name, data[:1000], "fine_tuning")
+    whole = desk.client.upload(name, data, "fine_tuning")
+    desk.publications.ask(digest, "acme/tone")
+    found = desk.settle(digest)
+    assert found is not None
+    assert (found.state, found.file_id) == ("ready", whole["id"])
+    assert [*desk.service.files] == [whole["id"]]
+    assert desk.service.made[name] == 2, "nothing was uploaded again"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fleet_support import until
 from hosted_service import BASE, Running, serving
 from hosted_support import settings_of
 
-from lorayard.errors import NotFound
+from lorayard.errors import NotFound, Unavailable
 from lorayard.hosted import organisation
 from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import Entry, Ledger
@@ -268,6 +268,39 @@ def test_money_that_was_held_is_free_again_when_a_batch_is_refused(desk: Desk, s
     desk.claim()
     until(desk.settled, 10)
     assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
+
+
+def test_a_batch_that_the_service_has_forgotten_is_run_again_and_its_money_is_free(desk: Desk, service: Running) -> None:
+    service.service.batch_s = 60
+    desk.put("a")
+    desk.claim()
+    until(lambda: desk.settled() or service.service.batches, 10)
+    assert desk.org.spent(desk.org.state(BASE).month)["acme"] > 0
+    service.service.batches.clear()
+    until(desk.settled, 10, every_s=0.02)
+    (document,) = desk.ledger.show("acme", ["a"])
+    assert document is not None
+    assert (document["status"], document["attempts"]) == ("delayed", 0)
+    assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
+    assert service.service.files == {}
+
+
+def test_a_batch_whose_beginning_nobody_heard_of_is_not_begun_again(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.batches.HOLD_S", 0.1)
+    start = desk.keeper._service.start_batch
+
+    def unheard(*args: Any) -> dict[str, Any]:
+        start(*args)
+        raise Unavailable("the reply was lost", code="hosted_away")
+
+    monkeypatch.setattr(desk.keeper._service, "start_batch", unheard)
+    desk.put("a")
+    desk.claim()
+    desk.keeper.sweep()
+    monkeypatch.setattr(desk.keeper._service, "start_batch", start)
+    desk.sweep_until("succeeded", ids=("a",))
+    assert len(service.service.batches) == 1
+    assert sum(service.service.paid.values()) == 1
 
 
 @pytest.mark.parametrize("lost", [False, True])

@@ -144,6 +144,16 @@ def test_the_wait_that_a_refusal_asks_for_is_kept(bench: Bench, service: Running
     assert 0.25 <= after - refused < 0.9
 
 
+def test_who_is_told_to_come_back_later_is_put_off_for_so_long(bench: Bench, service: Running, store: redis.Redis) -> None:
+    service.service.next_faults, service.service.retry_after = ["503"], "7.5"
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    seconds, micros = store.time()
+    assert 6500 < bench.job("j1")["not_before_ms"] - (seconds * 1000 + micros // 1000) <= 7500
+    assert answer(bench.run("j2")), "others are called meanwhile"
+
+
 def test_two_workers_share_one_organisation_s_limits(store: redis.Redis, redis_url: str, service: Running) -> None:
     service.service.rpm = 20
     settings = {"hosted_rpm": 20}

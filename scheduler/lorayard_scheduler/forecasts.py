@@ -20,6 +20,7 @@ ADAPTERS_MOST, GROUPS_MOST, KINDS_MOST = 512, 2_000, 160
 _MEMORY = 400.0  # observations of a kind after which an old one counts half of a new one
 _WEIGHT, _SLOW = 0.1, 0.01  # of the newest observation in what follows the time; in what only tells adapters apart
 _LEARN = 0.004  # by how much a job that ended by its quoted percentile, or did not, moves the quantile that is quoted as such
+_TEMPER = 0.02  # of what a job took longer than the usual one, in what its adapter's next ones are predicted to take
 _PACE_MS = 20_000.0  # over which the pool's speed is measured
 _PACE = 1.3  # what jobs take in a full pool, as a multiple of what they take at best, until that is measured
 _WAITED_MS = 500.0  # a group that waited for less was not held up by anything
@@ -48,6 +49,8 @@ class Forecaster:
         self._services: dict[str, float] = {}
         self._counts: dict[str, list[float]] = {}
         self._levels: dict[str, tuple[float, float]] = {}
+        self._tempers: dict[str, float] = {}
+        self._usual = 0.0  # logarithm of actual by predicted, of all
         self._at_worker = self._hosted = 0.0
         self._pace = _PACE
         self._ended: tuple[float, int] | None = None  # while there is enough to do: when, and how many jobs had ended
@@ -59,7 +62,7 @@ class Forecaster:
         found = cls()
         if known is not None:
             found._turns, found._services, found._counts = known.turns, known.services, known.counts
-            found._levels = known.levels
+            found._levels, found._tempers = known.levels, known.tempers
             found._at_worker, found._hosted = known.at_worker, known.hosted
         return found
 
@@ -91,8 +94,16 @@ class Forecaster:
         levels = zip(self._levels.pop(situation.kind, QUOTED), QUOTED, seen.quoted, strict=True)
         median, p80 = (level + _LEARN * (aim - (seen.took <= by)) for level, aim, by in levels)
         self._levels[situation.kind] = min(0.65, max(0.35, median)), min(0.86, max(0.65, p80))
+        self._temper(seen.digest, math.log(max(1.0, seen.took) / max(1.0, situation.predicted)))
         self._count(("", *situation.names), seen.took / max(1.0, situation.predicted))
         _keep(self._counts, KINDS_MOST)
+
+    def _temper(self, digest: str, log: float) -> None:
+        """What all take longer is for the histograms to tell."""
+        temper = self._tempers.pop(digest, 0.0) + _TEMPER * (log - self._usual)
+        self._tempers[digest] = min(1.5, max(-1.5, temper))
+        self._usual += _SLOW * (log - self._usual)
+        _keep(self._tempers, ADAPTERS_MOST)
 
     def _count(self, names: Iterable[str], factor: float) -> None:
         place = min(BINS - 1, max(0, int((math.log(max(factor, 1e-3)) - LOWEST) / STEP)))
@@ -131,6 +142,7 @@ class Forecaster:
             hosted=self._hosted or 1_000.0,
             counts=self._counts,
             levels=self._levels,
+            tempers=self._tempers,
             paused=list(paused),
         )
         self._note_why(groups, now)

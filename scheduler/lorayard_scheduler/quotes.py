@@ -116,6 +116,7 @@ class Forecast(msgspec.Struct):
     turns: dict[int, float] = {}  # by urgency: how long groups waited for a hand
     at_worker: float = 0.0  # from claim to end, of a mean job
     services: dict[str, float] = {}  # the same, by adapter
+    tempers: dict[str, float] = {}  # by adapter: logarithm of how much longer its jobs take than is usual where they are
     hosted: float = 0.0  # from enqueueing to the end, of jobs that are not for local workers
     counts: dict[str, list[float]] = {}
     levels: dict[str, tuple[float, float]] = {}  # by kind: the quantiles of its histograms that lately were the median and the 80th
@@ -124,6 +125,10 @@ class Forecast(msgspec.Struct):
     def place(self, digest: str, tenant: str, target: float, *, now: float, before: int | None = None, since: Since = NOTHING) -> Situation:
         """Of a job that waits, or would wait, in that queue, to be due in `target`. `before`: the jobs of its group ahead of it, where
         that is known."""
+        place = self._place(digest, tenant, target, now, before, since)
+        return place._replace(predicted=place.predicted * math.exp(self.tempers.get(digest, 0.0)))
+
+    def _place(self, digest: str, tenant: str, target: float, now: float, before: int | None, since: Since) -> Situation:
         if lane_of(digest) not in ("", "auto"):
             return Situation("hosted", self.hosted)
         service = self.services.get(digest, self.at_worker)
