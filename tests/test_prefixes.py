@@ -153,6 +153,14 @@ def test_sharing_changes_no_answer_and_saves_most_of_the_prompts(model: Model, a
     assert cached(shared["acme/8"]) > 30, "what a batch computed serves the next one while the adapter is hot"
 
 
+def test_prompts_that_begin_alike_go_together(model: Model) -> None:
+    ends = ("May I bring a dog?", "Is there a dining car?", "May I smoke?", "Is it late?")
+    jobs = [asked(f"acme/{number}{side}", system, end) for number, end in enumerate(ends) for side, system in enumerate((SYSTEM, OTHER))]
+    done, engine = run(model, [(None, jobs)], width=2, prefixes_kept=1)
+    engine.close()
+    assert sum(cached(outcome) > 8 for outcome in done.values()) == 6, "with room for one beginning, each is computed once"
+
+
 def test_tenants_share_nothing(model: Model) -> None:
     done, engine = run(model, [(None, [asked(f"{tenant}/1", SYSTEM, "May I bring a dog?") for tenant in ("acme", "globex", "initech")])])
     engine.close()
@@ -166,7 +174,7 @@ def test_nothing_is_shared_across_adapters(model: Model, adapters: list[AdapterF
     turns = [(None, question("acme/base")), (adapters[0], question("acme/0")), (adapters[1], question("acme/1"))]
     done, engine = run(model, turns)
     engine.close()
-    assert [cached(done[ref]) for ref in ("acme/base", "acme/0", "acme/1")] == [0, 0, 0]
+    assert [min(cached(done[ref]), cached(done[f"{ref}+"])) for ref in ("acme/base", "acme/0", "acme/1")] == [0, 0, 0]
     alone, other = run(model, turns[2:])
     other.close()
     assert alike(done["acme/1"], alone["acme/1"]), "the second adapter's answer does not depend on the first one's cells"

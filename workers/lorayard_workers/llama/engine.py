@@ -1,10 +1,10 @@
 """The step loop: receive, admit, compose one decode, decode, sample, emit.
 
-Jobs are admitted in the order their works arrived, and within a work the longest first, as long as places are left in the context of their
-adapter. When one is free, the prompts of some jobs more are computed in the same call: prompts cost less in company, and the next places
-that become free are filled at once. A work of another adapter starts in another context when the ones that run leave places, and the
-contexts then step in turn. No later work overtakes one that waits for a context. Prompts that begin alike are computed once
-(`prefixes.py`).
+Jobs are admitted in the order their works arrived, and within a work the longest first and then by their prompts, as long as places are
+left in the context of their adapter. When one is free, the prompts of some jobs more are computed in the same call: prompts cost less in
+company, and the next places that become free are filled at once. A work of another adapter starts in another context when the ones that run
+leave places, and the contexts then step in turn. No later work overtakes one that waits for a context. Prompts that begin alike are
+computed once (`prefixes.py`).
 
 KV cells are set aside for each job's fair share of them, or for its longer prompt, not for all that may follow: few answers are as long as
 they may be. When cells run out nevertheless, the youngest sequence of the context gives its cells back and is computed again later; the
@@ -119,7 +119,8 @@ class Engine:
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
                 unexpected = LorayardError(f"the request could not be read: {type(error).__name__}", code="unreadable_request")
                 queued.refused.append(_failure(work.batch, item.ref, unexpected))
-        queued.waiting = deque(sorted(queued.waiting, key=lambda sequence: -sequence.expected))
+        # the longest first, and of those as long the prompts that begin alike one after the other: their beginning is there still
+        queued.waiting = deque(sorted(queued.waiting, key=lambda waits: (-waits.expected, waits.item.tenant, waits.tokens)))
         self._inbox.put(queued)
 
     def cancel(self, batch: str, refs: list[str]) -> None:
