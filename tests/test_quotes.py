@@ -241,8 +241,9 @@ def test_quotes_learn_from_the_jobs_that_end(yard: Yard) -> None:
     yard.hire("w", costs=SLOW | {"prefill_tokens_per_s": 1e6, "step_ms": {"1": 0.01, "2": 0.01}})  # it takes itself for very fast
     first = quoted(yard)
     before = first["eta"]["median_ms"] - 1000 * time.time()
-    for _ in range(40):
+    for _ in range(20):
         quoted(yard)
+        eventually(lambda: yard.ledger.outstanding("w"))
         yard.run(ms=200)
     forecast = eventually(lambda: found if (found := Quoting(yard.ledger).forecast()) and sum(found.counts.get("", ())) > 3 else None)
     assert forecast.at_worker > 100
