@@ -22,7 +22,7 @@ from hosted_files import batches, files, one_batch, one_file, one_tuning, tuning
 from hosted_state import BASE, KEY, Service, bad_body, completion, distorted, error, tokens_of
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -202,6 +202,7 @@ def make_app(service: Service) -> Any:
             Route(f"{v1}/batches/{{id}}/cancel", one_batch, methods=["POST"]),
             Route("/v1/fine_tunings", tunings, methods=["GET", "POST"]),  # not under /openai
             Route("/v1/fine_tunings/{id}", one_tuning, methods=["GET", "DELETE"]),
+            Route("/moved/{rest:path}", lambda _: RedirectResponse("https://login.example/")),
             Route("/_state", told),
             Route("/_set", change, methods=["POST"]),
         ]

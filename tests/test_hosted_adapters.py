@@ -251,13 +251,19 @@ def test_a_forgotten_model_is_looked_at_again(desk: Desk) -> None:
     assert doubted.state == "wanted"
 
 
-def test_a_wrong_key_is_told_at_the_start(store: redis.Redis, redis_url: str, tmp_path: Path, service: Running) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says"), [({"hosted_key": "wrong"}, "refuses the key"), ({"hosted_url": "moved"}, "redirects .* to https://login.example/")]
+)
+def test_what_no_call_could_get_past_is_told_at_the_start(
+    store: redis.Redis, redis_url: str, tmp_path: Path, service: Running, wrong: dict[str, str], says: str
+) -> None:
     from lorayard.celery_app import make_app
     from lorayard.errors import SetupError
     from lorayard.ledger.registry import open_ledger
 
-    settings = settings_of(service, hosted_key="wrong", state_dir=tmp_path)
-    with pytest.raises(SetupError, match="refuses the key"):
+    wrong = {name: f"{service.root}/moved/v1" if name == "hosted_url" else value for name, value in wrong.items()}
+    settings = settings_of(service, state_dir=tmp_path, **wrong)
+    with pytest.raises(SetupError, match=says):
         serve_groq(settings, open_ledger(store, settings), make_app(redis_url))
 
 
