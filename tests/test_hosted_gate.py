@@ -118,16 +118,25 @@ def test_an_adapter_that_breaks_the_service_keeps_no_other_waiting(store: redis.
         assert bench.control.info.doubted == [bad]
 
 
-@pytest.mark.parametrize(("fault", "code"), [("302", "hosted_redirect"), ("402", "hosted_payment")])
-def test_what_no_job_can_help_ends_one_and_holds_the_others(bench: Bench, service: Running, fault: str, code: str) -> None:
-    service.service.next_faults = [fault]
+def test_a_redirect_ends_one_job_and_holds_the_others(bench: Bench, service: Running) -> None:
+    service.service.next_faults = ["302"]
     document = bench.run("j1")
-    assert (document["status"], document["error"]["code"]) == ("failed", code)
+    assert (document["status"], document["error"]["code"]) == ("failed", "hosted_redirect")
     bench.put(["j2"])
     bench.dispatch()
     time.sleep(0.5)
     assert bench.job("j2")["status"] == "claimed"
     assert sum(service.service.calls.values()) == 1
+    assert 50_000 < bench.org.state(BASE).blocked_ms <= 60_000
+
+
+def test_jobs_wait_while_the_account_wants_payment(bench: Bench, service: Running) -> None:
+    service.service.next_faults = ["402"]
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    document = bench.job("j1")
+    assert (document["attempts"], document["postponed"]) == (0, 1)
     assert 50_000 < bench.org.state(BASE).blocked_ms <= 60_000
 
 

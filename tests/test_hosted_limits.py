@@ -342,7 +342,7 @@ def test_where_a_refusal_says_when_and_which_limit() -> None:
         (400, {"code": 400, "type": "BadRequestError"}, "hosted_rejected", "final"),
         (400, {"code": "blocked_api_access"}, "hosted_blocked", "later"),
         (401, {"code": "invalid_api_key"}, "hosted_key", "later"),
-        (402, {}, "hosted_payment", "final"),
+        (402, {}, "hosted_payment", "later"),
         (403, {"code": "permission_denied"}, "hosted_forbidden", "final"),
         (404, {}, "model_not_found", "patience"),
         (408, {}, "hosted_error", "patience"),

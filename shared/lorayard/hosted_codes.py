@@ -61,7 +61,7 @@ CODES: dict[str, Code] = {
     "model_not_found": Code(("job",), "404: the service does not know the model", _PATIENCE + "; the adapter is looked at"),
     "hosted_key": Code(("job", "publish"), "401: the key is refused", "put off, nobody calls for a minute; no attempt used"),
     "hosted_blocked": Code(("job",), "`blocked_api_access`", "put off, nobody calls for a minute; no attempt used"),
-    "hosted_payment": Code(("job",), "402: the account wants payment", "failed; nobody calls for a minute"),
+    "hosted_payment": Code(("job",), "402: the account wants payment", "put off, nobody calls for a minute; no attempt used"),
     "hosted_redirect": Code(("job",), "3xx: `LORAYARD_HOSTED_URL` is not where the service is", "failed; nobody calls for a minute"),
     "hosted_forbidden": Code(("job",), "403: the key may not use this model", _FAILED),
     "request_too_large": Code(("job",), "413, or more tokens than a whole minute allows", _FAILED),

@@ -149,8 +149,7 @@ def _closed(status: int, message: str, error: Mapping[str, Any], headers: Mappin
     if error.get("code") == "blocked_api_access":
         return Failure("hosted_blocked", message, "later", _BLOCKED_S, trouble=True, blocked=True)
     if status == 402:
-        told = f"the service wants payment: {message}; send the job again when its account has money"
-        return Failure("hosted_payment", told, "final", _BLOCKED_S, trouble=True, blocked=True)
+        return Failure("hosted_payment", f"the service wants payment: {message}", "later", _BLOCKED_S, trouble=True, blocked=True)
     if 300 <= status < 400:
         where = headers.get("location", "")[:200] or "elsewhere"
         told = f"the service redirects (HTTP {status}) to {where}, where nothing is sent: correct LORAYARD_HOSTED_URL"
