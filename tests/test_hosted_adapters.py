@@ -26,13 +26,31 @@ from lorayard.errors import AdapterRejected
 from lorayard.hosted import BASES
 from lorayard.jobs import lane_of
 from lorayard.ledger.policies import Policies, Policy
-from lorayard.ledger.registry import WorkerRegistry
+from lorayard.ledger.registry import WorkerInfo, WorkerRegistry, open_ledger
+from lorayard.settings import Settings
 from lorayard_workers.groq import adapters
 from lorayard_workers.groq.adapters import Provisioner
 from lorayard_workers.groq.client import ServiceClient
-from lorayard_workers.groq.worker import Hosting, serve_groq
+from lorayard_workers.groq.worker import Hosting, announce_base, serve_groq
 
 NAMES = (LLAMA,)
+
+
+def test_a_pool_without_local_workers_takes_adapters_for_the_hosted_base(store: redis.Redis) -> None:
+    """Also one that had a local worker with another model once, as after the demo."""
+    settings = Settings(hosted_model=BASE, local_worker=False)
+    ledger, registry = open_ledger(store, settings), WorkerRegistry(store)
+    registry.announce_base("main", {"names": ["demo"]})
+    registry.beat(WorkerInfo(name="w", pool="main", kind="llama", incarnation="i", host="h", pid=1, ready=True))
+    announce_base(settings, ledger)
+    assert registry.base("main") == {"names": ["demo"]}, "a local worker that lives knows better"
+    registry.strike_off("main", -1)
+    announce_base(Settings(hosted_model=BASE), ledger)
+    assert registry.base("main") == {"names": ["demo"]}, "one may come back"
+    announce_base(settings, ledger)
+    found = registry.base("main")
+    assert found is not None
+    assert LLAMA in found["names"]
 
 
 # -- the package ---------------------------------------------------------------------------------------------------------------------------

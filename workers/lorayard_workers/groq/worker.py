@@ -40,7 +40,7 @@ def serve_groq(settings: Settings, ledger: Ledger, app: Celery) -> None:
     runner = HostedRunner(settings, org, policies, hosting.served, hosting.doubt)
     with ServiceClient(settings) as service, contextlib.ExitStack() as loops:
         _check_key(settings, service)
-        _announce_base(settings, ledger)
+        announce_base(settings, ledger)
         keeper = batches.BatchKeeper(settings, ledger, org, policies, service, hosting.model)
         provisioner = adapters.Provisioner(settings, hosting.publications, service, ArtifactStore.open(settings).get)
         loops.enter_context(Loop("provisioning", provisioner.sweep, adapters.SWEEP_S))
@@ -93,9 +93,12 @@ def _check_key(settings: Settings, service: ServiceClient) -> None:
         log.warning("the hosted service does not answer yet", reason=error.message)
 
 
-def _announce_base(settings: Settings, ledger: Ledger) -> None:
-    """A pool without local workers has nobody else to say what adapters must fit."""
+def announce_base(settings: Settings, ledger: Ledger) -> None:
+    """Say what adapters must fit, where no local worker does: in a pool that never had one, or has none by its settings and none lives."""
     registry, known = WorkerRegistry(ledger.client), BASES.get(settings.hosted_model or "")
-    if known is not None and not registry.base(settings.pool):
+    seconds, micros = ledger.client.time()
+    alive = registry.alive(settings.pool, int(seconds) * 1000 + int(micros) // 1000)
+    left = not settings.local_worker and all(worker.hosted for worker in alive)
+    if known is not None and (left or not registry.base(settings.pool)):
         names = [*known.names, *settings.hosted_base_names, *settings.model_names]
         registry.announce_base(settings.pool, msgspec.to_builtins(msgspec.structs.replace(known, names=names)))
