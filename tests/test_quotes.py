@@ -150,7 +150,7 @@ class Yard:
 
     def until(self, job_id: str, *words: str, who: str = "acme") -> dict[str, Any]:
         """The document, once its explanation has all these words."""
-        give_up = time.monotonic() + 15
+        give_up = time.monotonic() + 60
         while True:
             document = self.show(job_id, who)
             if all(word in (document["explanation"] or "") for word in words):
@@ -194,7 +194,7 @@ def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[Yard]:
 
 
 def eventually(what: Callable[[], Any]) -> Any:
-    give_up = time.monotonic() + 15
+    give_up = time.monotonic() + 60
     while not (found := what()):
         assert time.monotonic() < give_up
         time.sleep(0.05)
@@ -206,7 +206,7 @@ def quoted(yard: Yard, **fields: Any) -> dict[str, Any]:
 
     def row() -> dict[str, Any] | None:
         (found,) = yard.api.post(job(**fields))
-        return found if "eta" in found or "error" in found else None
+        return found if found.get("eta") or "error" in found else None
 
     found: dict[str, Any] = eventually(row)
     return found
@@ -214,7 +214,7 @@ def quoted(yard: Yard, **fields: Any) -> dict[str, Any]:
 
 def test_jobs_are_quoted_when_they_are_submitted_and_polled_until_they_end(yard: Yard) -> None:
     (row,) = yard.api.post(job())
-    assert set(row) == {"id", "status"}, "no worker is there, nobody can tell"
+    assert row["eta"] is None, "no worker is there, nobody can tell"
     assert yard.show(row["id"])["eta"] is None
     yard.hire("w")
     quoted(yard)
@@ -346,7 +346,7 @@ def test_who_waits_for_room_or_a_switch_or_what_is_due_sooner_says_so(yard: Yard
 
 def test_who_floods_waits_for_its_share(yard: Yard) -> None:
     yard.hire("w")
-    ids = yard.enqueue(300, "a")
+    ids = yard.enqueue(1000, "a")
     yard.until(ids[-1], "Waits for its tenant's share, for the tenant has ", " s of work queued")
 
 

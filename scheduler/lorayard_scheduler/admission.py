@@ -198,7 +198,7 @@ class Admission:
         """The queue it goes to, and when it will have ended. A job that minds is refused, or leaves home at once, when that is too late."""
         queue, when = laned(digest, lane), (self._settings.wait_target_ms(spec.priority), _ms(spec.deadline_s), _ms(spec.not_before_s))
         eta = quotes.eta(spec.adapter, queue, *when)
-        if spec.max_risk is None or eta is None or (eta.quote.risk or 0.0) <= spec.max_risk:
+        if spec.max_risk is None or eta is None or round(eta.quote.risk or 0.0, 3) <= spec.max_risk:
             return queue, eta
         if lane == "auto":
             queue = laned(digest, "groq")

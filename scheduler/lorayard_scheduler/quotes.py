@@ -135,6 +135,7 @@ class Forecast(msgspec.Struct):
         group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(digest)
         ahead = (group.jobs if group else 0) + since.group if before is None else before
         queued = self.tenants.get(tenant, 0) + since.tenant
+        came = max(since.pool, ahead)  # what its group has before it may have come since the forecast
         if queued > self.flood_jobs:
             rivals = [jobs for name, jobs in self.tenants.items() if name != tenant and jobs > self.flood_jobs]
             return self._after("flood", service, queued + sum(min(jobs, queued) for jobs in rivals), len(rivals))
@@ -145,11 +146,11 @@ class Forecast(msgspec.Struct):
             )
         if hand is not None:
             if ahead < hand.room and group is None:
-                return Situation("joins", service, self._crowd(since.pool))
+                return Situation("joins", service, self._crowd(came))
             wait = ahead * self.each_ms * self.workers / hand.workers
             return Situation("own", service + wait, _size(service, wait), 0, ahead)
-        if group is None and since.pool < self.room:
-            return Situation("free", service, self._crowd(since.pool))
+        if group is None and came < self.room:
+            return Situation("free", service, self._crowd(came))
         level = urgency(min(target, group.due - group.since) if group else target)
         turn, waited = self.turns.get(level, 0.0), now - group.since if group else 0.0
         part = min(4, int(4 * waited / turn)) if group and turn else -1
