@@ -21,6 +21,7 @@ from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import open_ledger
 from lorayard_workers.groq.batches import BatchKeeper
 from lorayard_workers.groq.client import ServiceClient
+from lorayard_workers.groq.lines import end_of, rows_by_name
 
 DAYS_MS = 3 * 86_400_000
 
@@ -345,3 +346,18 @@ def test_what_is_not_understood_of_one_batch_harms_no_other(desk: Desk, service:
     assert desk.ledger.show("acme", ["a"])[0]["status"] == "submitted"  # type: ignore[index]
     broken = False
     desk.sweep_until("succeeded", "succeeded", ids=("a", "b"))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_answer_goes_before_an_error_of_the_same_line(turned: bool) -> None:
+    """It is paid for. A service, or what is between, may say both."""
+    answer = {"choices": [{"message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}]}
+    rows = [
+        {"custom_id": "a-0", "response": {"status_code": 200, "body": answer}},
+        {"custom_id": "a-0", "response": {"status_code": 500, "body": {"error": {"message": "no"}}}},
+        {"custom_id": "b-0", "response": {"status_code": 302, "body": answer}},
+    ]
+    files = [b"not a line\n" + msgspec.json.encode(row) + b"\n" for row in (reversed(rows) if turned else rows)]
+    found = rows_by_name(files)
+    assert end_of("t/a", found["a"], 0, "m", []).status == "succeeded"
+    assert end_of("t/b", found["b"], 0, "m", []).status == "failed", "as a call that is redirected"

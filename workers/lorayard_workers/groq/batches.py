@@ -26,7 +26,7 @@ from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
-from lorayard_workers.groq.lines import cost_of, end_of, error_line, errors_of, line_of, name_of, rows_of, window
+from lorayard_workers.groq.lines import cost_of, end_of, error_line, errors_of, line_of, name_of, rows_by_name, window
 from lorayard_workers.retries import backoff_ms
 
 log = structlog.get_logger("lorayard.hosted")
@@ -271,12 +271,10 @@ class BatchKeeper:
 
     def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> bool:
         """Money first, once; then every job's end: by its line, where there is one. False while the results are to be waited for."""
-        rows: dict[str, dict[str, Any]] = {}
-        for name in ("output_file_id", "error_file_id"):
-            content = self._content(str(batch[name])) if batch.get(name) else b""
-            if content is None and submitted.refs:
-                return self._missed(submitted, note)
-            rows |= {str(row.get("custom_id")).partition("-")[0]: row for row in rows_of(content or b"")}
+        contents = [self._content(str(batch[name])) for name in ("output_file_id", "error_file_id") if batch.get(name)]
+        if None in contents and submitted.refs:
+            return self._missed(submitted, note)
+        rows = rows_by_name(content for content in contents if content)
         prices = self._prices
         self._charge(submitted, note, rows.values(), prices)
         model, notes = self._model_or_nothing(submitted), self._notes(submitted)

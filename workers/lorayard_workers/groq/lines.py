@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -52,6 +53,29 @@ def rows_of(content: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def rows_by_name(contents: Iterable[bytes]) -> dict[str, dict[str, Any]]:
+    """The line of each job, of all files of a batch. Of several for one job, an answer, which is paid for, goes before an error."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in itertools.chain.from_iterable(map(rows_of, contents)):
+        name = str(row.get("custom_id")).partition("-")[0]
+        if name not in found or (_answers(row) and not _answers(found[name])):
+            found[name] = row
+    return found
+
+
+def _answers(row: dict[str, Any]) -> bool:
+    return complete(_body(row)) and not _refused(_status(row))
+
+
+def _status(row: dict[str, Any]) -> Any:
+    response = row.get("response")
+    return response.get("status_code") if isinstance(response, dict) else None
+
+
+def _refused(status: Any) -> bool:
+    return isinstance(status, int) and status >= 300
+
+
 def _body(row: dict[str, Any]) -> dict[str, Any]:
     response = row.get("response")
     body = response.get("body") if isinstance(response, dict) else None
@@ -66,16 +90,15 @@ def cost_of(row: dict[str, Any], prices: tuple[float, float]) -> int:
 
 def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str]) -> End:
     """What becomes of a job. `notes`: what was changed in its request."""
-    body, response = _body(row), row.get("response")
-    status = response.get("status_code") if isinstance(response, dict) else None
-    if complete(body) and not (isinstance(status, int) and status >= 300):
+    body = _body(row)
+    if _answers(row):
         usage = body.get("usage") or {}
         timings = {name: 1000 * float(usage.get(told) or 0) for name, told in _TIMES}
         answer = {key: value for key, value in body.items() if key not in ("id", "model")}
         done: dict[str, Any] = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
         done |= {"notes": notes} if notes else {}
         return End(ref, "succeeded", msgspec.json.encode(done), tokens=int(usage.get("total_tokens") or 0))
-    why = _why(row, body, status)
+    why = _why(row, body, _status(row))
     more = {"failed_generation": why.failed_generation} if why.failed_generation else {}
     outcome = msgspec.json.encode({"response": None, "error": document(why), **more})
     if why.how == "final":
@@ -87,7 +110,7 @@ def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str
 def _why(row: dict[str, Any], body: dict[str, Any], status: Any) -> Failure:
     error = body.get("error") or row.get("error")
     error = error if isinstance(error, dict) else {}
-    if isinstance(status, int) and status >= 400:
+    if _refused(status):
         return failure(status, error, {})
     message = str(error.get("message") or "the service's line for this job could not be read")[:2000]
     if error.get("code") in ("batch_expired", "batch_cancelled"):
