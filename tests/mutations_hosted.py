@@ -223,7 +223,7 @@ BATCHES = [
         ("a batch whose jobs are all cancelled goes on", "_poll", "self._service.cancel_batch(note.batch_id)", "pass"),
         ("a batch asks for no money", "_hold", "policies.get(tenant, NOTHING_LEAVES).caps", "NOTHING_LEAVES.caps"),
         ("one that is not understood ends the sweep", "sweep", "except Exception:  # harms no other batch", "except KeyError:"),
-        ("results that are late count as lost", "_read_back", "if content is None and submitted.refs:", "if False:"),
+        ("results that are late count as lost", "_read_back", "if None in contents and submitted.refs:", "if False:"),
         ("money that was held stays held", "_clean_up", "self._charge(submitted, note, (), self._prices)", "pass"),
         ("a second batch goes on", "_be_alone", 'self._service.cancel_batch(str(row["id"]))', "pass"),
         ("what was left out of a line is not said", "_read_back", "notes.get(ref, [])", "[]"),
