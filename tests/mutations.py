@@ -231,7 +231,7 @@ COALESCE = of(
     ("who has the answer still waits for it", "pass_on", "redis.call('HDEL', p .. 'follows', ref)\n      store", "store"),
     ("nobody hears of the end", "conclude", "pass_on(c, job, status, outcome, ttl)", ""),
     ("what is deleted takes those behind it along", "delete", "if job.flag == 'x' then pass_on(c, job, 'deleted') end", ""),
-    ("a deleted answer is given to others", "delete", "redis.call('DEL', c.p .. 'once:' .. tenant .. ':' .. once)", ""),
+    ("what was deleted is still known as who computed it", "delete", "redis.call('DEL', c.p .. 'once:' .. tenant .. ':' .. once)", ""),
     ("who waits and is cancelled waits on", "withdraw", "stop_following(c, job.ref, job.tenant .. '/' .. leader)", ""),
     ("who waits makes nothing urgent", "enqueue", "redis.call('ZADD', p .. 'queue:' .. group, 'XX', 'LT', sort.due, leader)", ""),
     ("it is urgent only until it comes back", "push", "then place = first end", "then end"),

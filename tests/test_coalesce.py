@@ -83,6 +83,7 @@ def test_what_was_computed_is_not_computed_again_while_its_result_is_kept(api: A
     ttl = [kept.ttl(f"ly:{{main}}:job:acme/{i}") for i in (first, row["id"])]
     assert 0 < ttl[1] <= ttl[0], "a copy lives no longer than what it is a copy of"
     api.call("DELETE", f"/v1/jobs/{first}")
+    assert list(kept.scan_iter("ly:{main}:once:*")) == [], "nothing holds its id"
     assert document(api, row["id"])["status"] == "succeeded"
     (fresh,) = api.post(same())
     assert fresh["status"] == "queued", "who deletes an answer has the next computed"

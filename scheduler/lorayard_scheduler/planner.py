@@ -411,7 +411,7 @@ class _Plan:
         """One sentence."""
         left = (due - self.now) / 1000
         when = f"due in {left:.1f} s" if left >= 0 else f"due {-left:.1f} s ago"
-        beside = f"{self.waiting} more groups waited" if self.waiting else "nothing else waited"
+        beside = f"{self.waiting} more group{'s' * (self.waiting > 1)} waited" if self.waiting else "nothing else waited"
         return f"{choice.reason}; {when}; {beside}"
 
 

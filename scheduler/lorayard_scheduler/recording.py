@@ -7,6 +7,7 @@ where it has ended, how long it did. There is nothing of prompts and answers in 
 from __future__ import annotations
 
 import csv
+import itertools
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from lorayard_scheduler import traces
 from lorayard_scheduler.simulator import Trace
 
 _PAGE = 500
-_NEEDED = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_MOST = 1e12  # ms: some 30 years
 _MORE = ("Adapter", "Tenant", "WaitTargetMs", "CachedTokens", "WaitedMs", "TotalMs")
 
 
@@ -77,17 +78,18 @@ class Recording(NamedTuple):
 def of_fleet(ledger: Ledger, tenants: Iterable[str], settings: Settings, *, hours: float, most: int) -> Recording:
     """The newest jobs of these tenants, of the last `hours`. Raises `NotFound` where none of them has ended.
 
-    What has not ended is taken to be as long as its adapter's others. Left out is what did not compute here: jobs that were cancelled,
-    expired or failed, those of hosted services, and those that were computed once with others.
+    What has not ended is taken to be as long as its adapter's others. Left out is what may not begin yet, and what did not compute here:
+    jobs that were cancelled, expired or failed, those of hosted services, and those that were computed once with others.
     """
     seconds, micros = ledger.client.time()
-    since = 1000 * int(seconds) + int(micros) // 1000 - hours * 3_600_000
+    now = 1000 * int(seconds) + int(micros) // 1000
+    since = now - hours * 3_600_000
     ended: list[Arrival] = []
     waiting: list[Arrival] = []
     left_out: Counter[str] = Counter()
     for tenant in tenants:
         for document in _newest(ledger, tenant, since, most):
-            if (reason := _left_out(document)) is not None:
+            if (reason := _left_out(document, now)) is not None:
                 left_out[reason] += 1
             elif document["status"] in TERMINAL:
                 ended.append(_ended(document, tenant, settings))
@@ -96,9 +98,11 @@ def of_fleet(ledger: Ledger, tenants: Iterable[str], settings: Settings, *, hour
     if not ended:
         raise NotFound(f"no job of the last {hours:g} h has ended here: submit some, ask for more with --hours, or give --trace FILE")
     arrivals = sorted([*ended, *_as_the_others(waiting, ended)])[-most:]
-    notes = [f"{number} {reason} are left out" for reason, number in sorted(left_out.items())]
+    notes = [
+        f"left out: {number} {reason if number > 1 else reason.replace('jobs', 'job', 1)}" for reason, number in sorted(left_out.items())
+    ]
     if waiting:
-        notes.append(f"{len(waiting)} jobs have not ended: they are taken to be as long as their adapter's others")
+        notes.append(f"not ended yet, and taken to be as long as others of their adapter: {len(waiting)}")
     return Recording(arrivals, notes)
 
 
@@ -114,14 +118,16 @@ def _newest(ledger: Ledger, tenant: str, since: float, most: int) -> Iterator[di
                 yield document
 
 
-def _left_out(document: dict[str, Any]) -> str | None:
-    """Why it did not, or will not, compute on a local worker."""
+def _left_out(document: dict[str, Any], now: float) -> str | None:
+    """Why it did not, or will not, compute on a local worker, or not yet."""
     if document["route"] == "groq" or "hosted_model" in document:
         return "hosted jobs"
     if "coalesced_with" in document:
         return "jobs computed once with others"
     if document["status"] in (Status.CANCELLED, Status.EXPIRED, Status.FAILED):
         return "jobs without an answer"
+    if document["enqueued_ms"] + 1000 * (document["not_before_s"] or 0) > now:
+        return "jobs that may not begin yet"
     return None
 
 
@@ -166,7 +172,7 @@ def write(recording: Recording, path: Path) -> None:
     try:
         with path.open("w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow([*_NEEDED, *_MORE])
+            rows.writerow([*traces.COLUMNS, *_MORE])
             for job in recording.arrivals:
                 at = datetime.fromtimestamp(job.at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
                 measured = ["" if ms is None else f"{ms:.1f}" for ms in (job.waited, job.total)]
@@ -178,16 +184,12 @@ def write(recording: Recording, path: Path) -> None:
 def read(path: Path, mix: traces.Mix) -> Recording:
     """From a CSV with TIMESTAMP, ContextTokens and GeneratedTokens. Where it has no column Adapter, adapters, tenants and wait targets are
     drawn as `mix` says. Raises `BadRequest` that names the line at fault."""
-    try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            if "Adapter" in (rows.fieldnames or ()):
-                arrivals = sorted(_row(path, number, row, mix) for number, row in enumerate(rows, 2))
-                return Recording(_some(path, arrivals), [])
-    except OSError as error:
-        raise BadRequest(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadRequest(f"{path}: not a CSV file ({error})") from None
+    lines = traces.rows(path, traces.COLUMNS)
+    first = next(lines, None)
+    if first is None:
+        raise BadRequest(f"{path}: no arrivals in it")
+    if "Adapter" in first[1]:
+        return Recording(sorted(_row(path, number, row, mix) for number, row in itertools.chain([first], lines)), [])
     drawn = traces.build(*traces.read_sizes(path), mix)
     columns = (drawn.arrivals, drawn.prompts, drawn.outputs, drawn.adapters, drawn.tenants, drawn.targets)
     arrivals = [
@@ -201,29 +203,27 @@ def read(path: Path, mix: traces.Mix) -> Recording:
 
 def _row(path: Path, number: int, row: dict[str, str], mix: traces.Mix) -> Arrival:
     try:
-        prompt = max(1, int(row["ContextTokens"]))
+        prompt, target = traces.tokens(row["ContextTokens"]), _optional(row.get("WaitTargetMs"))
         return Arrival(
             at=1000 * datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp(),
             prompt=prompt,
-            output=max(1, int(row["GeneratedTokens"])),
+            output=traces.tokens(row["GeneratedTokens"]),
             adapter=row["Adapter"] or BASE_DIGEST,
             tenant=row.get("Tenant") or "default",
-            target=float(row.get("WaitTargetMs") or mix.targets_ms[0][1]),
-            cached=max(0, min(prompt - 1, int(row.get("CachedTokens") or 0))),
+            target=mix.targets_ms[0][1] if target is None else target,
+            cached=min(prompt - 1, round(_optional(row.get("CachedTokens")) or 0)),
             waited=_optional(row.get("WaitedMs")),
             total=_optional(row.get("TotalMs")),
         )
-    except (KeyError, ValueError, TypeError) as error:
-        raise BadRequest(
-            f"{path}:{number}: not an arrival ({error}); columns {','.join(_NEEDED)} are wanted, and {','.join(_MORE)}"
-        ) from None
+    except (ValueError, TypeError) as error:
+        wanted = f"columns {','.join(traces.COLUMNS)} are wanted, and {','.join(_MORE)} may be there"
+        raise BadRequest(f"{path}:{number}: not an arrival ({error}); {wanted}") from None
 
 
 def _optional(text: str | None) -> float | None:
-    return float(text) if text else None
-
-
-def _some(path: Path, arrivals: list[Arrival]) -> list[Arrival]:
-    if not arrivals:
-        raise BadRequest(f"{path}: no arrivals in it")
-    return arrivals
+    """Milliseconds, or tokens. Raises `ValueError`."""
+    if not text:
+        return None
+    if not 0 <= (number := float(text)) < _MOST:
+        raise ValueError(f"{text[:20]} is too little, too much or no number")
+    return number

@@ -7,7 +7,7 @@ import math
 import random
 from array import array
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
@@ -34,21 +34,43 @@ class Mix:
     """(probability, wait target) of each priority."""
 
 
-def read_sizes(path: Path) -> tuple[list[float], list[tuple[int, int]]]:
-    """Seconds between arrivals, and (prompt, answer) tokens of each, from a CSV with TIMESTAMP, ContextTokens and GeneratedTokens."""
-    gaps, sizes, before, number = [], [], None, 1
+COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+TOKENS_MOST = 10_000_000
+"""In one prompt, or answer."""
+
+
+def tokens(text: str) -> int:
+    """A length as a CSV has it, at least 1. Raises `ValueError`."""
+    if not 0 <= (length := int(text)) <= TOKENS_MOST:
+        raise ValueError(f"{text[:20]} is no number of tokens: from 0 to {TOKENS_MOST} are")
+    return max(1, length)
+
+
+def rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Lines of a CSV by their numbers, a mark at its beginning or not. Raises `BadRequest` where it cannot be read or lacks a column."""
     try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                number += 1
-                at = datetime.fromisoformat(row["TIMESTAMP"][:26])
-                gaps.append(max(0.0, (at - before).total_seconds()) if before else 0.0)
-                before = at
-                sizes.append((max(1, int(row["ContextTokens"])), max(1, int(row["GeneratedTokens"]))))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            found = csv.DictReader(file)
+            if lacking := [name for name in needed if name not in (found.fieldnames or ())]:
+                raise BadRequest(f"{path}: no column {' or '.join(lacking)} in its first line; {','.join(needed)} are wanted")
+            yield from enumerate(found, 2)
     except OSError as error:
         raise BadRequest(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise BadRequest(f"{path}:{number}: not an arrival ({error}); columns TIMESTAMP,ContextTokens,GeneratedTokens are wanted") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadRequest(f"{path}: not a CSV file ({error})") from None
+
+
+def read_sizes(path: Path) -> tuple[list[float], list[tuple[int, int]]]:
+    """Seconds between arrivals, and (prompt, answer) tokens of each, from a CSV with TIMESTAMP, ContextTokens and GeneratedTokens."""
+    gaps, sizes, before = [], [], None
+    for number, row in rows(path, COLUMNS):
+        try:
+            at = datetime.fromisoformat(row["TIMESTAMP"][:26])
+            sizes.append((tokens(row["ContextTokens"]), tokens(row["GeneratedTokens"])))
+        except (ValueError, TypeError) as error:
+            raise BadRequest(f"{path}:{number}: not an arrival ({error}); columns {','.join(COLUMNS)} are wanted") from None
+        gaps.append(max(0.0, (at - before).total_seconds()) if before else 0.0)
+        before = at
     if not sizes:
         raise BadRequest(f"{path}: no arrivals in it")
     return gaps, sizes
