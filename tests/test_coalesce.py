@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import redis
 from api_support import Api, job, run, serving
+from ledger_support import make_entry
 
 from lorayard.ledger.audit import audit
 
@@ -152,6 +153,21 @@ def test_the_one_is_as_urgent_as_the_most_urgent_that_waits_for_it(api: Api) -> 
     post(api, same(priority="high"))
     assert api.run("acme", 1) == [first]
     assert statuses(api, other) == ["queued"]
+
+
+def test_it_comes_back_as_urgent_as_who_waits_for_it(api: Api) -> None:
+    (first,) = post(api, same(priority="low"))
+    post(api, same(priority="high"))
+    assert run(api.ledger, "acme", end="later") == [first]
+    (other,) = post(api, job("another", priority="normal"))
+    assert api.run("acme", 1) == [first]
+    assert statuses(api, other) == ["queued"]
+
+
+def test_who_waits_counts_in_a_full_backlog(api: Api) -> None:
+    entries = [make_entry(f"j{i}", once="a1") for i in range(2)] + [make_entry("j2")]
+    assert [answer.status for answer in api.ledger.enqueue(entries[:2], max_queued=2)] == ["queued"] * 2
+    assert [answer.status for answer in api.ledger.enqueue(entries[2:], max_queued=2)] == ["full"]
 
 
 def test_what_would_differ_each_time_is_refused(api: Api) -> None:
