@@ -61,7 +61,7 @@ class Client:
     def submit(self, jobs: Sequence[dict[str, Any] | str | bytes]) -> list[dict[str, Any]]:
         """Enqueue job objects (or their JSON). One answer a job, in order: `{"id", "status", "eta"}` or `{"index", "error"}`.
 
-        `eta` is None where nobody can tell, else `{"median_ms", "p80_ms", "risk"}`: half of such jobs have ended by the one moment,
+        `eta` is left out where nobody can tell, else `{"median_ms", "p80_ms", "risk"}`: half of such jobs have ended by the one moment,
         four of five by the other (ms since 1970), and `risk` is the probability of missing the deadline, None without one.
         A job that is refused harms no other. Sent in chunks; `index` counts over all of them.
         """

@@ -178,4 +178,7 @@ def _answers(answers: list[Answer], many: bool) -> Json:
 def _row(index: int, answer: Answer) -> dict[str, Any]:
     if isinstance(answer, LorayardError):
         return {"index": index, "error": answer.document()}
-    return {"id": answer.id, "status": answer.status, "eta": answer.eta}
+    row: dict[str, Any] = {"id": answer.id, "status": answer.status}
+    if answer.eta is not None:
+        row["eta"] = answer.eta
+    return row
