@@ -88,12 +88,12 @@ def test_a_worker_that_leaves_a_batch_lying_gets_nothing_new_until_it_is_heard_o
 ) -> None:
     ledger.enqueue([make_entry("j")], max_queued=99)
     hear(ledger, backlog)
-    backlog.meet([info("a", seen_ms=backlog.now)])
+    backlog.meet([info("a", seen_ms=1)])
     assert carry_out(ledger, backlog) == [("a", "base", 1)]
     store.hincrby(f"ly:{{main}}:batch:b{backlog.now}-0", "c", -UNTAKEN_MS - 500)
     ledger.enqueue([make_entry("k", digest="e"), make_entry("l", digest="f")], max_queued=99)
     hear(ledger, backlog)
-    backlog.meet([info("a", seen_ms=backlog.now), info("b", seen_ms=backlog.now)])
+    backlog.meet([info("a", seen_ms=1), info("b", seen_ms=backlog.now)])
     assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}, "b does all of it"
     backlog.meet([info("a", seen_ms=backlog.now + 1), info("b", seen_ms=backlog.now)])
     assert "a" in backlog.roster.workers

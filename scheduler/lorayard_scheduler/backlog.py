@@ -19,7 +19,8 @@ from lorayard_scheduler.roster import Held, Roster, WorkerView
 _LOCAL: tuple[Lane, ...] = ("", "auto")
 """The lanes that local workers may claim."""
 UNTAKEN_MS = 1_000
-"""Batches are taken within milliseconds. A worker that has left one lying for so long gets nothing new until it is heard of again."""
+"""Batches are taken within milliseconds. A worker that has left one lying for so long, and told nothing since, gets nothing new until it is
+heard of again."""
 
 
 class Backlog:
@@ -107,7 +108,7 @@ class Backlog:
             held[flight.worker].append(Held(flight.batch, flight.digest, flight.left, waiting=waiting, due=due))
             self._flying.update(flight.by)
             if not flight.taken and self.now - flight.claimed > UNTAKEN_MS:
-                self._doubt(flight.worker)
+                self._doubt(flight)
         if len(self._dues) > 2 * len(flights) + 100:
             current = {flight.batch for flight in flights}
             self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
@@ -135,9 +136,12 @@ class Backlog:
         if alive:
             self._measure()
 
-    def _doubt(self, name: str) -> None:
-        self._doubted.setdefault(name, self.now)
-        self.roster.drop(name)
+    def _doubt(self, flight: InFlight) -> None:
+        """Of a worker that was heard of since then, only the word was lost."""
+        info = self._infos.get(flight.worker)
+        if info is not None and info.seen_ms < flight.claimed:
+            self._doubted.setdefault(flight.worker, self.now)
+            self.roster.drop(flight.worker)
 
     def _see(self, name: str) -> None:
         info = self._infos.get(name)
