@@ -174,7 +174,7 @@ def test_nothing_is_shared_across_adapters(model: Model, adapters: list[AdapterF
     turns = [(None, question("acme/base")), (adapters[0], question("acme/0")), (adapters[1], question("acme/1"))]
     done, engine = run(model, turns)
     engine.close()
-    assert [min(cached(done[ref]), cached(done[f"{ref}+"])) for ref in ("acme/base", "acme/0", "acme/1")] == [0, 0, 0]
+    assert [cached(done[f"{ref}+"]) for ref in ("acme/base", "acme/0", "acme/1")] == [0, 0, 0], "by its prompt the first of its work"
     alone, other = run(model, turns[2:])
     other.close()
     assert alike(done["acme/1"], alone["acme/1"]), "the second adapter's answer does not depend on the first one's cells"

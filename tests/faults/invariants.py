@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import redis
+from fleet_support import LEFTOVERS
 
 from faults.witness import Witness
 from faults.yard import Yard
@@ -138,25 +139,11 @@ def _counted(scan: Scan) -> str:
 
 def _stranded(yard: Yard) -> str:
     prefix = f"ly:{{{yard.settings.pool}}}:"
-    kinds = (
-        "batch:",
-        "members:",
-        "queue:",
-        "outstanding:",
-        "groups",
-        "leases",
-        "delayed",
-        "deadlines",
-        "begun:",
-        "tries",
-        "follows",
-        "behind:",
-    )
     try:
         names = [key.decode().removeprefix(prefix) for key in yard.store.scan_iter(prefix + "*", count=2000)]
     except redis.RedisError as error:
         return str(error)
-    return ", ".join([name for name in names if name.startswith(kinds)][:8])
+    return ", ".join([name for name in names if name.startswith(LEFTOVERS)][:8])
 
 
 def _queued(yard: Yard) -> str:

@@ -165,7 +165,7 @@ def test_cancel_at_every_state(row: Row, rng: random.Random, fleet: Fleet, quick
 @fault(quick=True)
 def test_recalls(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None:
     """Whatever has not begun is recalled from its worker, at random, before and after it is taken, and while it begins"""
-    yard, witness = fleet(workers=2, width=4)
+    yard, witness = fleet(workers=2, width=4, lease_ms=20_000, delivery_ms=20_000)  # none lapses, however busy the machine
 
     def recall() -> None:
         batches = [batch.decode() for name in ("worker-1", "worker-2") for batch in yard.outstanding(name)]
@@ -180,5 +180,4 @@ def test_recalls(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> Non
             until(lambda: not any(yard.outstanding(name) for name in ("worker-1", "worker-2")), 60)
         witness.wait()
         assert row.injected["jobs recalled"] == yard.counts().get("recalled", 0) > 0
-        row.injected["leases lapsed"] += yard.counts().get("leases_lapsed", 0)  # where the machine is too busy for leases, those do
-    assert set(row.attempts) == {1} or row.injected["leases lapsed"], "it costs no attempt"
+    assert set(row.attempts) == {1}, "it costs no attempt"
