@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import redis
+from api_support import Api
+from api_support import serving as serving_api
+from hosted_service import Running, serving
 from hypothesis import Phase, settings
 
 from lorayard import embedded
@@ -33,6 +36,27 @@ def store(redis_url: str) -> Iterator[redis.Redis]:
     with connect(redis_url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture(scope="module")
+def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """An API with the settings we ship, for the tests of a file."""
+    with serving_api(redis_url, tmp_path_factory.mktemp("api")) as api:
+        yield api
+
+
+@pytest.fixture
+def api(server: Api, store: redis.Redis) -> Api:
+    """The file's API over an empty store."""
+    server.new_keys()
+    return server
+
+
+@pytest.fixture
+def service() -> Iterator[Running]:
+    """The stand-in for a hosted service."""
+    with serving() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -36,12 +36,6 @@ def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield api
 
 
-@pytest.fixture
-def api(server: Api, store: redis.Redis) -> Api:
-    server.new_keys()
-    return server
-
-
 @pytest.fixture(scope="module")
 def base(demo_gguf: Path) -> BaseModel:
     """The demo model, as its worker tells of it."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
-import redis
-from api_support import Api, job, serving
+from api_support import Api, job
 from test_api import error
 from test_cli import Cli, fails
 
@@ -17,18 +15,6 @@ from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
 from lorayard.celery_app import make_app
 from lorayard.client import Client
 from lorayard.ledger.audit import audit
-
-
-@pytest.fixture(scope="module")
-def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with serving(redis_url, tmp_path_factory.mktemp("api")) as api:
-        yield api
-
-
-@pytest.fixture
-def api(server: Api, store: redis.Redis) -> Api:
-    server.new_keys()
-    return server
 
 
 @pytest.fixture

@@ -72,12 +72,6 @@ def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield api
 
 
-@pytest.fixture
-def api(server: Api, store: redis.Redis) -> Api:
-    server.new_keys()
-    return server
-
-
 class Cli:
     """`lorayard` as a tenant's, talking to the test's API; in this process, for starting one takes longer than the command."""
 

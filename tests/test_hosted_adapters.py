@@ -14,7 +14,7 @@ import pytest
 import redis
 from api_support import Api, job
 from api_support import serving as serving_api
-from hosted_service import BASE, KEY, Running, serving
+from hosted_service import BASE, KEY, Running
 from hosted_support import LLAMA, settings_of, tiny_adapter
 from safetensors.numpy import load
 
@@ -114,12 +114,6 @@ def test_numbers_beyond_float16_are_refused() -> None:
 
 
 # -- bringing it there ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def service() -> Iterator[Running]:
-    with serving() as running:
-        yield running
 
 
 class Desk:

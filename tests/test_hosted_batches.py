@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import redis
 from fleet_support import until
-from hosted_service import BASE, Running, serving
+from hosted_service import BASE, Running
 from hosted_support import settings_of
 
 from lorayard.errors import NotFound, Unavailable
@@ -24,12 +24,6 @@ from lorayard_workers.groq.client import ServiceClient
 from lorayard_workers.groq.lines import end_of, rows_by_name
 
 DAYS_MS = 3 * 86_400_000
-
-
-@pytest.fixture
-def service() -> Iterator[Running]:
-    with serving() as running:
-        yield running
 
 
 class Desk:

@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import redis
 from fleet_support import until
-from hosted_service import BASE, Running, serving
+from hosted_service import BASE, Running
 from hosted_support import Bench, answer, bench_of, settings_of
 
 from lorayard.errors import LorayardError
 from lorayard.ledger.policies import Policy
 from lorayard_workers.groq.answers import failure
-
-
-@pytest.fixture
-def service() -> Iterator[Running]:
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

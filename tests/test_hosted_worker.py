@@ -9,16 +9,10 @@ from typing import Any
 import pytest
 import redis
 from fleet_support import until
-from hosted_service import BASE, Running, serving
+from hosted_service import BASE, Running
 from hosted_support import Bench, answer, bench_of
 
 from lorayard.ledger.audit import audit
-
-
-@pytest.fixture
-def service() -> Iterator[Running]:
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import redis
-from api_support import ANSWER, Api, job, serving
+from api_support import ANSWER, Api, job
 from test_cli import Cli, fails
 
 from lorayard.errors import BadRequest, NotFound, SetupError
@@ -23,18 +21,6 @@ from lorayard_scheduler.traces import Mix
 
 COSTS = {"switch_ms": {"hot": 0, "loaded": 20, "disk": 50}, "prefill_tokens_per_s": 1000, "step_ms": {"1": 10, "4": 16}}
 START = 1_700_000_000_000.0
-
-
-@pytest.fixture(scope="module")
-def server(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with serving(redis_url, tmp_path_factory.mktemp("replay")) as api:
-        yield api
-
-
-@pytest.fixture
-def api(server: Api, store: redis.Redis) -> Api:
-    server.new_keys()
-    return server
 
 
 @pytest.fixture
