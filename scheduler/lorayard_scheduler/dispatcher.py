@@ -166,12 +166,12 @@ class Dispatcher:
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
-        on = dispatch.digest in self._backlog.roster.on
-        held = self._forecaster.dispatched(self._backlog.groups, dispatch, self._backlog.now, in_hand=on)
+        hosted = self._hosted.is_hosted(dispatch.worker)
+        held = "" if hosted else self._held_up(dispatch)  # a hosted worker's own reason says what it waited for
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,
-            most=OUTSTANDING if self._hosted.is_hosted(dispatch.worker) else self._policy.batches,
+            most=OUTSTANDING if hosted else self._policy.batches,
             batch=batch,
             digest=dispatch.digest,
             delivery_ms=self._settings.delivery_ms,
@@ -187,6 +187,10 @@ class Dispatcher:
         self._backlog.dispatched(batch, dispatch.digest, dispatch.takes)
         self._messages.put((batch, dispatch.worker, time.monotonic()))
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
+
+    def _held_up(self, dispatch: Dispatch) -> str:
+        on = dispatch.digest in self._backlog.roster.on
+        return self._forecaster.dispatched(self._backlog.groups, dispatch, self._backlog.now, in_hand=on)
 
     def _send(self) -> None:
         """Celery's wake-ups, for whoever has not heard the ledger's; apart, so that no plan waits behind a broker that does not answer."""
