@@ -18,6 +18,8 @@ from lorayard_scheduler.roster import Held, Roster, WorkerView
 
 _LOCAL: tuple[Lane, ...] = ("", "auto")
 """The lanes that local workers may claim."""
+_TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
+"""Of a worker's counters, in the order of `Work`."""
 UNTAKEN_MS = 1_000
 """Batches are taken within milliseconds. A worker that has left one lying for so long, and told nothing since, gets nothing new until it is
 heard of again."""
@@ -163,7 +165,7 @@ class Backlog:
         work = _mean_work(info.counters for info in infos)
         scale = Scale(self._policy.patience_ms, self._policy.flood_ms, self._costs_of(infos[0]), work, len(infos))
         before = self.groups.scale
-        if (scale.costs, scale.workers) != (before.costs, before.workers) or abs(work.tokens / before.work.tokens - 1) > 0.25:
+        if (scale.costs, scale.workers) != (before.costs, before.workers) or not work.resembles(before.work):
             self.groups.rescale(scale)
 
     # -- what was done --------------------------------------------------------------------------------------------------------------------
@@ -208,10 +210,11 @@ def _differs(now: WorkerInfo, before: WorkerInfo) -> bool:
 
 
 def _mean_work(counters: Iterable[dict[str, Any]]) -> Work:
-    """The mean job of those that the workers have finished."""
+    """The mean job of those that the workers have finished. What they found computed already is what jobs of an adapter share: a little
+    less than that, for somebody was the first."""
     total: Counter[str] = Counter()
     for counter in counters:
-        total.update({name: counter.get(name, 0) for name in ("finished", "prompt_tokens", "generated_tokens")})
+        total.update({name: counter.get(name, 0) for name in ("finished", *_TOKENS)})
     if total["finished"] < 10:
         return Work()
-    return Work(total["prompt_tokens"] / total["finished"], 0.0, total["generated_tokens"] / total["finished"])
+    return Work(*(total[name] / total["finished"] for name in _TOKENS))

@@ -33,6 +33,11 @@ class Work:
         """What a tenant is charged."""
         return self.prompt + self.output
 
+    def resembles(self, other: Work) -> bool:
+        """Whether no plan would be much different with the other: what is computed for a job, and what it is charged, within a quarter."""
+        mine, theirs = ((work.tokens, work.tokens - work.shared) for work in (self, other))
+        return all(abs(a - b) <= 0.25 * b for a, b in zip(mine, theirs, strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Costs:
