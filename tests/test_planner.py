@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.groups import Groups, Scale
-from lorayard_scheduler.planner import Dispatch, Policy, View, plan
+from lorayard_scheduler.planner import Dispatch, Policy, View, plan, rows
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 
 NOW = 1_000_000.0
@@ -104,9 +104,10 @@ def test_a_hot_adapter_is_withdrawn_from_a_worker_when_another_can_take_the_rest
 
 
 def test_batches_are_as_large_as_pays() -> None:
-    assert Costs(8, {"loaded": 0.0}, 1000.0, {1: 10.0, 8: 80.0}, measured=True).paying(WORK, 16) == 1, "company saves nothing"
     assert COSTS.paying(WORK, 16) > 8, "a narrow end of a batch is paid for by a longer one"
-    assert COSTS.paying(Work(2000, 0, 10), 16) == 1, "prompts are read one after another"
+    long = Work(2000, 0, 10)  # read one after another
+    assert (COSTS.lone(WORK), COSTS.lone(long)) == (False, True)
+    assert [rows(COSTS, long, POLICY, waits_ms) for waits_ms in (0.0, POLICY.batch_ms)] == [1, COSTS.paying(long, 8)]
 
 
 def test_a_narrow_batch_ranks_later_and_no_later_than_patience_allows() -> None:

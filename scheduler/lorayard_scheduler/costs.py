@@ -107,12 +107,13 @@ class Costs:
         return self.prefill_ms(work.prompt - work.shared) + work.output * self.steps[self.width] / self.width
 
     def paying(self, work: Work, most: int) -> int:
-        """How many jobs a batch should have, up to `most`: few enough that more would save each less than 4 %; one, where a job alone costs
-        hardly more than in the best company, 10 %: others, that may be free sooner, can have the next."""
+        """How many jobs a batch should have, up to `most`: few enough that more would save each less than 4 %."""
         best = self.job_ms(work)
-        if self.batch_ms(1, work, "loaded") <= 1.1 * best:
-            return 1
         return next((n for n in range(2, most) if self.batch_ms(n, work, "loaded") <= 1.04 * n * best), most)
+
+    def lone(self, work: Work) -> bool:
+        """Whether a job alone costs hardly more than in the best company: 10 %."""
+        return self.batch_ms(1, work, "loaded") <= 1.1 * self.job_ms(work)
 
     def batch_ms(self, jobs: int, work: Work, temperature: Temperature) -> float:
         """What a batch takes by itself. Hot: its adapter is bound and the shared prefix computed; otherwise both come first."""

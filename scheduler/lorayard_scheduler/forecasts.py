@@ -119,7 +119,7 @@ class Forecaster:
         """`ended`: how many jobs local workers have ended, ever. Work grows with the number of groups that wait."""
         groups, roster, scale = view.groups, view.roster, view.groups.scale
         job_ms = scale.costs.job_ms(scale.work)
-        most = rows(scale.costs, scale.work, policy)
+        most = rows(scale.costs, scale.work, policy, groups.waits_ms)
         job_ms /= max(1, len(roster.workers))
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
         first = next(groups.by_rank(False, math.inf), None)

@@ -120,6 +120,11 @@ class Groups:
             else:
                 yield from found.values()
 
+    @property
+    def waits_ms(self) -> float:
+        """How long all that waits would take all workers, at best."""
+        return self.jobs * self._job_ms
+
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 

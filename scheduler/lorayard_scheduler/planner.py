@@ -115,23 +115,26 @@ class _Prices:
 
     __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
 
-    def __init__(self, costs: Costs, work: Work, policy: Policy) -> None:
+    def __init__(self, costs: Costs, work: Work, policy: Policy, busy: bool) -> None:
         self.most = 2 * costs.width
         hot = [costs.batch_ms(n, work, "hot") for n in range(1, self.most + 1)]
         self.dearer: dict[Temperature, list[int]] = {}
         for temperature in TEMPERATURES:
             here = (costs.batch_ms(n, work, temperature) / ms for n, ms in enumerate(hot, 1))
             self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
-        self.rows = rows(costs, work, policy)
+        self.rows = rows(costs, work, policy, math.inf if busy else 0.0)
         self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
         few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
         self.flood_rows = min(few, self.rows) if costs.measured else self.rows
 
 
-def rows(costs: Costs, work: Work, policy: Policy) -> int:
-    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for."""
+def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:
+    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for. One, where
+    company saves little and what waits is work for less than a batch: others, that may be free sooner, can have the next."""
     most = math.ceil(costs.knee * policy.rows_per_width)
     if costs.measured:
+        if waits_ms < policy.batch_ms and costs.lone(work):
+            return 1
         most = min(costs.paying(work, most), int(policy.batch_ms / costs.job_ms(work)))
     return max(1, most)
 
@@ -174,15 +177,16 @@ class _Plan:
         self.seats: dict[str, _Seat] = {}
         self.known: dict[Costs, _Prices] = {}
         self.idle = view.roster.idle
+        self.busy = view.groups.waits_ms >= policy.batch_ms
         self.alone = now - view.groups.steady_at > policy.flood_ms  # those who flood
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
+        steady = self.queues[False]
+        left_ms = steady.first[0].rank / TICKS - self.now if steady.reach() else math.inf
+        self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
         if not (names := self._candidates()):
             return []
-        steady = self.queues[False]
-        left_ms = steady.first[0].rank / TICKS - self.now if steady.first or steady.reach() else math.inf
-        self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
         self.late = left_ms < 0
         self.ahead = _FIRST if self.calm else round(TICKS * self.policy.stay_ms) if self.late else 0  # of what joins
         dispatches: list[Dispatch] = []
@@ -226,7 +230,7 @@ class _Plan:
     def _prices(self, costs: Costs) -> _Prices:
         prices = self.known.get(costs)
         if prices is None:
-            prices = self.known[costs] = _prices(costs, self.groups.scale.work, self.policy)
+            prices = self.known[costs] = _prices(costs, self.groups.scale.work, self.policy, self.busy)
         return prices
 
     def _room(self, name: str) -> int:
@@ -249,21 +253,34 @@ class _Plan:
             if self.groups.has(digest):
                 able = [(loads[name], name) for name in roster.on[digest] if loads[name] < self._prices(workers[name].costs).rows]
                 names.update((name, None) for _, name in (heapq.nsmallest(most, able) if len(able) > most else able))
-        if roster.free:
+        free = list(islice(self._free(), most))
+        if free:
             for queue in self.queues:
                 while len(queue.first) < most and queue.reach():
                     pass
                 for group in queue.first[:most]:
-                    if warm := roster.warm.get(group.digest):
-                        names.update(islice(warm.items(), most))
-            names.update((name, None) for _, name in islice(roster.free, most))
+                    for name in islice(roster.warm.get(group.digest, ()), most):
+                        if self._wants(name):
+                            names[name] = None
+            names.update(dict.fromkeys(free))
         self.candidates = names
         return sorted(names)
 
-    def _others(self) -> Iterator[str]:
-        for _, name in islice(self.roster.free, self.policy.workers_most, None):
-            if name not in self.candidates:
+    def _wants(self, name: str) -> bool:
+        """Whether the worker, if it has a hand free, needs another adapter yet."""
+        return not self.calm or self.roster.loads[name] <= self._prices(self.roster.workers[name].costs).lead
+
+    def _free(self) -> Iterator[str]:
+        """Workers that may begin another adapter, the least loaded first."""
+        most = max((self._prices(costs).lead for costs in self.roster.kinds), default=0.0) if self.calm else math.inf
+        for load, name in self.roster.free:
+            if load > most:
+                return
+            if self._wants(name):
                 yield name
+
+    def _others(self) -> Iterator[str]:
+        return (name for name in self._free() if name not in self.candidates)
 
     # -- which group ----------------------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -57,8 +58,10 @@ class Roster:
         self.on: dict[str, dict[str, None]] = {}  # digest -> workers that have jobs of it
         self.warm: dict[str, dict[str, None]] = {}  # digest -> workers where it is hot or loaded
         self.decks: dict[str, float] = {}  # workers with jobs that could be recalled: the latest due time of their batches
+        self.kinds: Counter[Costs] = Counter()  # how many workers have these costs
         self.idle = 0
         self.news: set[str] = set()  # workers put, or gone, since the last plan
+        self._costs: dict[str, Costs] = {}
         self._warm: dict[str, tuple[Collection[str], Collection[str]]] = {}
         for worker in workers:
             self.put(worker)
@@ -69,6 +72,8 @@ class Roster:
             self._leave(name)
         self.news.add(name)
         self.workers[name] = worker
+        self.kinds[worker.costs] += 1
+        self._costs[name] = worker.costs
         load, hand = sum([held.jobs for held in worker.held]), frozenset([held.digest for held in worker.held])
         self.loads[name], self.hands[name] = load, hand
         if len(hand) < self.adapters_at_once:
@@ -91,7 +96,10 @@ class Roster:
 
     def _leave(self, name: str) -> None:
         """The indexes by load and by what it has in hand."""
-        load, hand = self.loads[name], self.hands[name]
+        load, hand, costs = self.loads[name], self.hands[name], self._costs[name]
+        self.kinds[costs] -= 1
+        if not self.kinds[costs]:
+            del self.kinds[costs]
         if len(hand) < self.adapters_at_once:
             self.free.remove((load, name))
         self.idle -= not load
