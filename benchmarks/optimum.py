@@ -23,7 +23,7 @@ SWITCH_MS = 400
 _SWITCH = dict.fromkeys(("loaded", "disk", "remote"), float(SWITCH_MS)) | {"hot": 0.0}
 _WORKER = WorkerSpec(Costs(1, _SWITCH, 1000.0, {1: 10.0}, measured=True), contexts=1)
 """A millisecond for a prompt token, ten for one of the answer."""
-POLICY = Policy(reserve_ms=1_650.0, patience_ms=150.0, stay_ms=2_200.0, lead_ms=0.0)
+POLICY = Policy(reserve_ms=1_650.0, patience_ms=150.0, stay_ms=3_300.0, lead_ms=0.0)
 """The defaults, shortened as the waits: these jobs are due 4.4 s after they came in the mean, not two minutes."""
 _HORIZON_MS = 60_000
 
