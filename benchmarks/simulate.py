@@ -1,6 +1,8 @@
 """The planner against how others schedule, on simulated workers: load served, waits and switches, at loads as shares of capacity.
 
-    python -m benchmarks.simulate [--quick] [--json PATH] [--trace CSV] [--costs JSON] [--only PART...]
+    python -m benchmarks.simulate [--quick] [--json PATH] [--trace CSV] [--costs JSON] [--only PART... [--loads LOAD...]]
+
+With `--only`, what `--json`'s file has of other parts and loads is kept, so that the whole can be run piece by piece.
 
 Arrivals are Poisson, sizes those of the trace (examples/data/azure_llm_2023, or LORAYARD_DATA), adapters Zipf(1.0), four tenants with as
 many adapters each. Capacity is what a policy serves that empties one adapter's queue before the next, from an endless backlog: full width,
@@ -108,23 +110,21 @@ def tuned(cell: Cell, sizes: Sequence[tuple[int, int]], load: float, minutes: fl
     """Every rival with the best settings of its grid, on a trace of its own."""
     trace, found = cell.trace(sizes, load, minutes, seed=2), {}
     for name, (rival, grid) in GRID.items():
-        lines = (
-            [(row(cell, load, name, settings, cell.run(trace, rival(**settings))), settings) for settings in grid] if len(grid) > 1 else []
-        )
-        found[name] = (rival, min(lines, key=lambda pair: better(pair[0]))[1] if lines else grid[0])
+        lines = [row(cell, load, name, settings, cell.run(trace, rival(**settings))) for settings in grid if len(grid) > 1]
+        found[name] = (rival, min(lines, key=better)["settings"] if lines else grid[0])
     return found
 
 
 def run(cell: Cell, sizes: Sequence[tuple[int, int]], loads: Sequence[float], minutes: float, out: Console) -> dict[str, Any]:
-    """One cell: a line for each load and policy, and the ratios. A rival that was late at two loads is left out of those not compared."""
-    rivals = {load: tuned(cell, sizes, load, minutes / 2) for load in COMPARED}
+    """One cell: a line for each load and policy. A rival that was late at two loads is left out of those not compared."""
+    nearest = {load: min(COMPARED, key=lambda compared: abs(compared - load)) for load in loads}
+    rivals = {load: tuned(cell, sizes, load, minutes / 2) for load in sorted(set(nearest.values()))}
     rows, late = [], dict.fromkeys(GRID, 0)
     table = Table("load", "policy", "settings", "in time", "p50 s", "p99 s", "switches", title=cell.name)
     for load in loads:
         trace = cell.trace(sizes, load, minutes)
-        near = rivals[min(COMPARED, key=lambda compared: abs(compared - load))]
         field: dict[str, Maker] = {OURS: (Lorayard, {})}
-        field |= {name: maker for name, maker in near.items() if late[name] < 2 or load in COMPARED}
+        field |= {name: maker for name, maker in rivals[nearest[load]].items() if late[name] < 2 or load in COMPARED}
         for policy, (make, settings) in field.items():
             line = row(cell, load, policy, settings, cell.run(trace, make(**settings)))
             rows.append(line)
@@ -133,27 +133,36 @@ def run(cell: Cell, sizes: Sequence[tuple[int, int]], loads: Sequence[float], mi
             times = f"{line['in_time']:.1%}", f"{line['p50_s']:.1f}", f"{line['p99_s']:.1f}"
             table.add_row(f"{load:.2f}", policy, str(settings or ""), *times, str(line["switches"]))
     out.print(table)
-    return {"cells": rows, **compared(cell.name, rows)}
+    return {"cells": rows}
 
 
-def compared(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Ours against the best rival: the highest load served in time, p99 of waits, switches."""
-    served = {
-        ours: max((r["load"] for r in rows if (r["policy"] == OURS) == ours and r["in_time"] >= 0.99), default=0.0)
-        for ours in (True, False)
-    }
+def compared(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Ours against the best rival, by cell: the highest load served in time, p99 of waits, switches."""
     result: dict[str, dict[str, Any]] = {"max_load_vs_best_rival": {}, "p99_vs_best_rival": {}, "switches_vs_fcfs": {}}
+    for name in dict.fromkeys(cell_of(line) for line in lines):
+        _compare(name, [line for line in lines if cell_of(line) == name], result)
+    return result
+
+
+def cell_of(line: Mapping[str, Any]) -> str:
+    return Cell(line["model"], line["adapters"], line["workers"]).name
+
+
+def _compare(name: str, rows: Sequence[Mapping[str, Any]], result: dict[str, dict[str, Any]]) -> None:
+    in_time = [(r["policy"] == OURS, r["load"]) for r in rows if r["in_time"] >= 0.99]
+    served = {ours: max((load for mine, load in in_time if mine == ours), default=0.0) for ours in (True, False)}
     if served[False]:
         ratio = served[True] / served[False]
         result["max_load_vs_best_rival"][name] = {"ours": served[True], "best_rival": served[False], "ratio": ratio}
     for load in COMPARED:
         found = {r["policy"]: r for r in rows if r["load"] == load}
+        if not found:
+            continue
         best = min((r for r in found.values() if r["policy"] != OURS), key=lambda r: r["p99_s"])
         ratio = found[OURS]["p99_s"] / best["p99_s"]
         result["p99_vs_best_rival"][f"{name} at {load}"] = {"rival": best["policy"], "ratio": ratio}
         if load == 0.9:
             result["switches_vs_fcfs"][name] = found[OURS]["switches"] / found["first come first served"]["switches"]
-    return result
 
 
 def bounds(out: Console, runs: int) -> dict[str, Any]:
@@ -246,9 +255,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trace", type=Path, help="a CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
     parser.add_argument("--costs", type=Path, help="what `lorayard bench costs` printed; its first worker is the model `own`")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="cells as gpu-64x8, bound, flood, speed; added to what is in --json's file"
-    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="gpu-64x8 and other cells, bound, flood, speed, eta, real")
+    parser.add_argument("--loads", nargs="+", type=float, default=LOADS, help="of cells; default: %(default)s")
     options = parser.parse_args()
     models = ["cpu", "gpu"]
     if options.costs:
@@ -270,7 +278,7 @@ def main() -> None:
     }
     for name, cell in cells.items():
         minutes = 5.0 if options.quick else MINUTES.get((cell.model, cell.workers), 60.0)
-        parts[name] = partial(run, cell, sizes, COMPARED if options.quick else LOADS, minutes, out)
+        parts[name] = partial(run, cell, sizes, COMPARED if options.quick else options.loads, minutes, out)
     usual = [name for name in parts if name != "real" and not (options.quick and name in cells and name != "gpu-64x8")]
     wanted = options.only or usual
     if unknown := [name for name in wanted if name not in parts]:
@@ -278,13 +286,13 @@ def main() -> None:
     metrics: dict[str, Any] = {}
     if options.only and options.json and options.json.exists():
         metrics = json.loads(options.json.read_text())["metrics"]
-        metrics["cells"] = [
-            line for line in metrics.get("cells", []) if f"{line['model']}-{line['adapters']}x{line['workers']}" not in wanted
-        ]
+        kept = metrics.get("cells", [])
+        metrics["cells"] = [line for line in kept if cell_of(line) not in wanted or line["load"] not in options.loads]
     for name in wanted:
         for key, value in parts[name]().items():
             before = metrics.get(key)
             metrics[key] = before + value if isinstance(before, list) else before | value if isinstance(before, dict) else value
+        metrics |= compared(metrics.get("cells", []))
     write(options.json, "simulate", metrics)
 
 
