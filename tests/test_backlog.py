@@ -132,6 +132,22 @@ def test_lanes_are_seen_by_those_who_may_claim_them(ledger: Ledger, backlog: Bac
     assert backlog.roster.workers["w"].temperature("d@auto") == "hot"
 
 
+def test_an_auto_job_joins_a_worker_that_has_its_adapter_before_others_that_have_time(ledger: Ledger, backlog: Backlog) -> None:
+    low = [make_entry(f"low{n}", wait_ms=3_600_000) for n in range(14)]
+    ledger.enqueue([*low, make_entry("other", digest="e")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info()])
+    assert sorted(carry_out(ledger, backlog)) == [("w", "base", 14), ("w", "e", 1)]
+    ledger.enqueue([make_entry(f"more{n}", wait_ms=3_600_000) for n in range(5)], max_queued=99)
+    ledger.enqueue([make_entry("auto", digest="base@auto"), make_entry("third", digest="f", wait_ms=60_000)], max_queued=99)
+    hear(ledger, backlog)
+    assert backlog.roster.hands["w"] == {"base", "e"}
+    assert carry_out(ledger, backlog) == [("w", "base@auto", 1)]
+    hear(ledger, backlog)
+    assert backlog.roster.hands["w"] == {"base", "e"}, "it took no hand"
+    assert [(held.digest, held.jobs) for held in backlog.roster.workers["w"].held] == [("base", 14), ("e", 1), ("base", 1)]
+
+
 def test_costs_are_taken_over_when_they_have_changed_enough(backlog: Backlog) -> None:
     report = {"switch_ms": {"loaded": 10.0}, "prefill_tokens_per_s": 1000.0, "step_ms": {"1": 10.0, "8": 20.0}}
     backlog.meet([info(costs=report)])

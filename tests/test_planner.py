@@ -9,9 +9,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorayard.jobs import adapter_of
 from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.groups import Groups, Scale
-from lorayard_scheduler.planner import Dispatch, Policy, View, plan, rows
+from lorayard_scheduler.planner import Dispatch, Policy, View, plan
+from lorayard_scheduler.policy import rows
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 
 NOW = 1_000_000.0
@@ -151,6 +153,18 @@ def test_a_batch_takes_no_longer_than_it_is_meant_to() -> None:
     assert first.jobs == 16, "what nothing is known of is not judged"
 
 
+def test_all_lanes_of_an_adapter_are_the_same_adapter_and_a_batch_is_of_one_lane() -> None:
+    busy = worker("w", ("a", 2), ("b", 1))
+    seen = view([("a", "t", 8, 90_000), ("a@auto", "t", 2, 4_000), ("c", "t", 8, 5_000)], [busy])
+    assert chosen(plan(seen, NOW, POLICY)) == [("w", "a@auto", 2)], "it joins what a worker has in hand, and what is due later does not"
+    calm = view([("a", "t", 3, 90_000), ("a@auto", "u", 2, 60_000)], [busy])
+    assert chosen(plan(calm, NOW, POLICY)) == [("w", "a@auto", 2), ("w", "a", 3)]
+    idle = view([("a", "t", 2, 10_000), ("a@auto", "t", 2, 11_000), ("b", "t", 2, 12_000), ("c", "t", 2, 13_000)], [worker()])
+    assert chosen(plan(idle, NOW, POLICY)) == [("w", "a", 2), ("w", "a@auto", 2), ("w", "b", 2)], "together they take one hand"
+    workers = [worker(f"w{i:02}") for i in range(40)] + [worker("z", loaded=["a"])]
+    assert chosen(plan(view([("a@auto", "t", 1, 1000)], workers), NOW, POLICY)) == [("z", "a@auto", 1)], "it is warm there"
+
+
 def test_tenants_of_one_adapter_share_a_batch_the_least_served_first() -> None:
     groups = [("a", "x", 9, 0), ("a", "y", 9, 0)]
     (first, *_) = plan(view(groups, [worker()]), NOW, POLICY)
@@ -208,8 +222,9 @@ def test_a_flooded_adapter_lets_others_of_its_tenant_have_a_turn() -> None:
 
 
 names = st.sampled_from("abcdef")
+queued = names | st.sampled_from(["a@auto", "b@auto"])
 groups_st = st.lists(
-    st.tuples(names, st.sampled_from("xyz"), st.integers(0, 40) | st.just(FLOOD), st.integers(-(10**6), 10**6)),
+    st.tuples(queued, st.sampled_from("xyz"), st.integers(0, 40) | st.just(FLOOD), st.integers(-(10**6), 10**6)),
     max_size=18,
     unique_by=lambda g: g[:2],
 )
@@ -249,10 +264,11 @@ def test_any_plan_can_be_carried_out_and_leaves_no_worker_idle(
     while dispatches:
         for d in dispatches:
             assert 0 < d.jobs <= 8
-            if d.digest in hands[d.worker] | more[d.worker]:
+            adapter = adapter_of(d.digest)
+            if adapter in hands[d.worker] | more[d.worker]:
                 assert load[d.worker] + d.jobs <= 8, "what joins has a place"
             else:
-                more[d.worker].add(d.digest)
+                more[d.worker].add(adapter)
             load[d.worker] += d.jobs
             for tenant, n in d.takes:
                 taken[d.digest, tenant] += n
@@ -269,7 +285,7 @@ def test_any_plan_can_be_carried_out_and_leaves_no_worker_idle(
 def carry_out(seen: View, dispatches: Iterable[Dispatch]) -> None:
     for d in dispatches:
         there = seen.roster.workers[d.worker]
-        there.held = (*there.held, Held(f"n{len(there.held)}", d.digest, d.jobs))
+        there.held = (*there.held, Held(f"n{len(there.held)}", adapter_of(d.digest), d.jobs))
         seen.roster.put(there)
         for tenant, n in d.takes:
             seen.groups.take(d.digest, tenant, n, NOW)
@@ -277,7 +293,7 @@ def carry_out(seen: View, dispatches: Iterable[Dispatch]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(names, st.sampled_from("xyz"), st.integers(0, 40) | st.just(FLOOD), st.integers(0, 10**6)), max_size=60))
+@given(st.lists(st.tuples(queued, st.sampled_from("xyz"), st.integers(0, 40) | st.just(FLOOD), st.integers(0, 10**6)), max_size=60))
 def test_the_index_is_what_it_would_be_if_made_anew(changes: list[tuple[str, str, int, int]]) -> None:
     """However groups came and went, ranks, heads and floods depend on what there is only."""
     index = view([], []).groups

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lorayard.jobs import Lane, lane_of, laned
+from lorayard.jobs import Lane, adapter_of, lane_of
 from lorayard.ledger.ledger import Event, Group, InFlight, Ledger
 from lorayard.ledger.ledger import View as LedgerView
 from lorayard.ledger.registry import WorkerInfo
@@ -107,7 +107,7 @@ class Backlog:
         for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
             due = self._dues.get(flight.batch, 0.0)
             waiting = flight.waiting if due else 0
-            held[flight.worker].append(Held(flight.batch, flight.digest, flight.left, waiting=waiting, due=due))
+            held[flight.worker].append(Held(flight.batch, adapter_of(flight.digest), flight.left, waiting=waiting, due=due))
             self._flying.update(flight.by)
             if not flight.taken and self.now - flight.claimed > UNTAKEN_MS:
                 self._doubt(flight)
@@ -148,8 +148,7 @@ class Backlog:
     def _see(self, name: str) -> None:
         info = self._infos.get(name)
         if info is not None and name not in self._doubted:
-            hot, loaded = (tuple(laned(digest, lane) for digest in digests for lane in _LOCAL) for digests in (info.hot, info.loaded))
-            self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), hot, loaded))
+            self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), tuple(info.hot), tuple(info.loaded)))
 
     def _costs_of(self, info: WorkerInfo) -> Costs:
         """What is measured again and again is taken over when it has changed enough to matter."""
@@ -173,7 +172,7 @@ class Backlog:
     def missed(self, digest: str, takes: Iterable[tuple[str, int]]) -> None:
         """A batch could not be claimed: its groups are not what they seemed."""
         self._dirty |= {(digest, tenant) for tenant, _ in takes}
-        self.groups.news.add(digest)
+        self.groups.news.add(adapter_of(digest))
         self.stale = True
 
     def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorayard_scheduler.costs import Costs, Work
-from lorayard_scheduler.planner import Policy, rows
+from lorayard_scheduler.policy import Policy, rows
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from celery import Celery
 
 from lorayard.celery_app import RUN_BATCH, worker_queue
 from lorayard.errors import Unavailable
+from lorayard.jobs import adapter_of
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
@@ -189,7 +190,7 @@ class Dispatcher:
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
 
     def _held_up(self, dispatch: Dispatch) -> str:
-        on = dispatch.digest in self._backlog.roster.on
+        on = adapter_of(dispatch.digest) in self._backlog.roster.on
         return self._forecaster.dispatched(self._backlog.groups, dispatch, self._backlog.now, in_hand=on)
 
     def _send(self) -> None:

@@ -11,7 +11,8 @@ from typing import TypeVar
 import msgspec
 
 from lorayard_scheduler.groups import TICKS, Groups
-from lorayard_scheduler.planner import Dispatch, Policy, View, rows
+from lorayard_scheduler.planner import Dispatch, Policy, View
+from lorayard_scheduler.policy import rows
 from lorayard_scheduler.quotes import BINS, EDGES_MS, LOWEST, QUOTED, STEP, Forecast, Hand, Situation, Waits, urgency
 from lorayard_scheduler.reasons import held_up
 

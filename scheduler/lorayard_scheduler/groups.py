@@ -13,6 +13,9 @@ Every group has one *rank*, in milliseconds of the ledger's clock, the least fir
 
 A rank changes only with its group; one change costs the logarithm of the number of groups.
 
+*Lanes.* Jobs are queued by digest and lane (`lorayard.jobs.Lane`), and a batch is of one lane. An adapter's groups in all lanes of local
+workers are found by its digest alone: to a worker that has it in hand they are all of the same adapter.
+
 *Tenants.* One whose jobs would occupy all workers for longer than `flood_ms` floods. While somebody floods, tenants are counted against
 each other by served tokens (virtual token counter), and all others come before those who flood.
 """
@@ -29,6 +32,7 @@ from operator import attrgetter
 import msgspec
 from sortedcontainers import SortedKeyList, SortedList
 
+from lorayard.jobs import adapter_of
 from lorayard_scheduler.costs import Costs, Work
 
 TICKS = 1 << 18
@@ -48,8 +52,8 @@ class Tenant:
 
 
 class Group(msgspec.Struct, gc=False, eq=False):
-    """Queued jobs of one adapter and tenant. Times in milliseconds; `turn` is when some of its jobs last went to a worker, 0 if none did
-    since it began to wait; `rank` is what the module says, in ticks."""
+    """Queued jobs of one adapter, lane (both in `digest`) and tenant. Times in milliseconds; `turn` is when some of its jobs last went to a
+    worker, 0 if none did since it began to wait; `rank` is what the module says, in ticks."""
 
     digest: str
     tenant: Tenant
@@ -85,7 +89,7 @@ class Groups:
         self.jobs = 0
         self.steady_at = -math.inf  # when somebody who does not flood last had jobs
         self.news: set[str] = set()  # adapters for which there were new jobs since the last plan
-        self._by_digest: dict[str, Group | dict[str, Group]] = {}  # mostly one tenant asks for an adapter
+        self._by_adapter: dict[str, Group | dict[tuple[str, str], Group]] = {}  # mostly one tenant asks for it, in one lane
         self._number = 0
         self._heads: tuple[SortedList, SortedList] = (SortedList(), SortedList())  # (head, tenant's name); of those that flood
         self._served: dict[str, float] = {}  # of tenants that do not wait as well
@@ -98,23 +102,23 @@ class Groups:
 
     # -- what is known --------------------------------------------------------------------------------------------------------------------
 
-    def has(self, digest: str) -> bool:
+    def has(self, adapter: str) -> bool:
         """Whether any jobs wait for this adapter."""
-        return digest in self._by_digest
+        return adapter in self._by_adapter
 
-    def of(self, digest: str) -> list[Group]:
-        """Of every tenant that has jobs waiting for this adapter."""
-        found = self._by_digest.get(digest)
+    def of(self, adapter: str) -> list[Group]:
+        """Of every tenant that has jobs waiting for this adapter, in whatever lane."""
+        found = self._by_adapter.get(adapter)
         return [] if found is None else [found] if isinstance(found, Group) else list(found.values())
 
     def get(self, digest: str, tenant: str) -> Group | None:
-        found = self._by_digest.get(digest)
+        found = self._by_adapter.get(adapter_of(digest))
         if isinstance(found, Group):
-            return found if found.tenant.name == tenant else None
-        return None if found is None else found.get(tenant)
+            return found if found.tenant.name == tenant and found.digest == digest else None
+        return None if found is None else found.get((digest, tenant))
 
     def __iter__(self) -> Iterator[Group]:
-        for found in self._by_digest.values():
+        for found in self._by_adapter.values():
             if isinstance(found, Group):
                 yield found
             else:
@@ -173,10 +177,10 @@ class Groups:
             if group is not None:
                 self._remove(group)
         elif group is None:
-            self.news.add(digest)
+            self.news.add(adapter_of(digest))
             self._add(digest, tenant, jobs, float(due), 0.0)
         elif group.jobs != jobs or group.due != due:
-            self.news.add(digest)
+            self.news.add(adapter_of(digest))
             self._change(group, jobs, float(due), group.turn)
         if jobs > 0 and not self.tenants[tenant].floods:
             self.steady_at = now
@@ -228,7 +232,7 @@ class Groups:
         if scale == self.scale:
             return
         groups = [(g.digest, g.tenant.name, g.jobs, g.due, g.turn) for g in self]
-        self.tenants, self.floods, self._heads, self._by_digest = {}, {}, (SortedList(), SortedList()), {}
+        self.tenants, self.floods, self._heads, self._by_adapter = {}, {}, (SortedList(), SortedList()), {}
         self.jobs = self._number = 0
         self._measure(scale)
         for group in groups:
@@ -256,26 +260,28 @@ class Groups:
             tenant = self.tenants[name] = Tenant(name, self.served(name))
         tie = zlib.crc32(digest.encode(), zlib.crc32(name.encode())) % TICKS
         group = Group(digest, tenant, jobs, due, turn, self._rank(jobs, due, turn) + tie)
-        known = self._by_digest.get(digest)
+        adapter = adapter_of(digest)
+        known = self._by_adapter.get(adapter)
         if known is None:
-            self._by_digest[digest] = group
+            self._by_adapter[adapter] = group
         elif isinstance(known, Group):
-            self._by_digest[digest] = {known.tenant.name: known, name: group}
+            self._by_adapter[adapter] = {(known.digest, known.tenant.name): known, (digest, name): group}
         else:
-            known[name] = group
+            known[digest, name] = group
         self._number += 1
         self._count(tenant, jobs)
         tenant.order.add(group)
         self._file(tenant)
 
     def _remove(self, group: Group) -> None:
-        tenant, known = group.tenant, self._by_digest[group.digest]
+        tenant, adapter = group.tenant, adapter_of(group.digest)
+        known = self._by_adapter[adapter]
         if isinstance(known, Group):
-            del self._by_digest[group.digest]
+            del self._by_adapter[adapter]
         else:
-            del known[tenant.name]
+            del known[group.digest, tenant.name]
             if len(known) == 1:
-                self._by_digest[group.digest] = next(iter(known.values()))
+                self._by_adapter[adapter] = next(iter(known.values()))
         self._number -= 1
         tenant.order.remove(group)
         self._count(tenant, -group.jobs)

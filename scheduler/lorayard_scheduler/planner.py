@@ -8,9 +8,10 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    that first has to bind, load or fetch the adapter and to compute its prefix, it is later by the same measure: `patience_ms` for every
    factor e of what a job costs.
 3. *Joining.* Jobs of an adapter that a worker has in hand cost least there: they fill what its width has free and what others leave. They
-   join, half a batch at least or all there are, before anything else, until something that waits comes within `reserve_ms` of its due
-   time: from then on only what ranks before it does, so that adapters in hand end and make room. Once something is overdue, which no
-   planner can help, switches are what makes all wait longer: then jobs join that are due up to `stay_ms` later than what waits.
+   join, half a batch at least or all there are or what is nearly due, before anything else, until something that waits comes within
+   `reserve_ms` of its due time: from then on only what ranks before it does, so that adapters in hand end and make room. Once something is
+   overdue, which no planner can help, switches are what makes all wait longer: then jobs join that are due up to `stay_ms` later than what
+   waits.
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others.
 
 A batch is as large as pays on the worker and is meant to take no longer than `batch_ms`. A worker has jobs of at most two adapters at once:
@@ -19,6 +20,8 @@ than `lead_ms` before it would run dry: what is not given away yet can go to who
 
 A plan ends where it would go on by a due time that is not known: that of what is left of a group, where others wait too. Who carries the
 plan out reads these groups again and asks for the next.
+
+Wherever this says adapter, it means all lanes in which jobs may be queued for it (`lorayard.jobs.Lane`); a batch is of one lane.
 
 One batch costs a look at the worker's own adapters and at the first few groups by rank: the logarithm of the number of groups, whatever the
 number of jobs.
@@ -31,31 +34,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
-from lorayard_scheduler.costs import TEMPERATURES, Costs, Temperature, Work
+from lorayard.jobs import adapter_of
+from lorayard_scheduler.costs import Costs, Temperature
 from lorayard_scheduler.groups import TICKS, Group, Groups
+from lorayard_scheduler.policy import Policy as Policy
+from lorayard_scheduler.policy import Prices, prices_of
 from lorayard_scheduler.roster import Roster, WorkerView
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Times in milliseconds of the ledger's clock."""
-
-    reserve_ms: float = 45_000.0
-    batch_ms: float = 30_000.0
-    patience_ms: float = 4_000.0
-    stay_ms: float = 90_000.0
-    lead_ms: float = 2_000.0
-    flood_ms: float = 120_000.0
-    flood_reading_ms: float = 200.0  # of prompts in a batch of a flood, beside others
-    slack_tokens: float = 20_000.0
-    rows_per_width: float = 2.0  # jobs in a batch at most, as a multiple of the width beyond which the worker gains little
-    batches: int = 16  # that a worker may have at once
-    groups_most: int = 64  # groups looked at for one batch
-    workers_most: int = 8  # workers with a free hand looked at for the first of them
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Jobs of one adapter for one worker: how many of each tenant, the most due first. `why` is for people."""
+    """Jobs of one adapter and lane (both in `digest`) for one worker: how many of each tenant, the most due first. `why` is for people."""
 
     worker: str
     digest: str
@@ -103,43 +90,9 @@ class _Seat:
 
     __slots__ = ("given", "hand", "load", "name", "prices", "worker")
 
-    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: _Prices) -> None:
+    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices) -> None:
         self.worker, self.name, self.load, self.hand, self.prices = worker, worker.name, load, hand, prices
         self.given = len(worker.held)
-
-
-class _Prices:
-    """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
-    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; few of a
-    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet."""
-
-    __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
-
-    def __init__(self, costs: Costs, work: Work, policy: Policy, busy: bool) -> None:
-        self.most = 2 * costs.width
-        hot = [costs.batch_ms(n, work, "hot") for n in range(1, self.most + 1)]
-        self.dearer: dict[Temperature, list[int]] = {}
-        for temperature in TEMPERATURES:
-            here = (costs.batch_ms(n, work, temperature) / ms for n, ms in enumerate(hot, 1))
-            self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
-        self.rows = rows(costs, work, policy, math.inf if busy else 0.0)
-        self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
-        few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
-        self.flood_rows = min(few, self.rows) if costs.measured else self.rows
-
-
-def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:
-    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for. One, where
-    company saves little and what waits is work for less than a batch: others, that may be free sooner, can have the next."""
-    most = math.ceil(costs.knee * policy.rows_per_width)
-    if costs.measured:
-        if waits_ms < policy.batch_ms and costs.lone(work):
-            return 1
-        most = min(costs.paying(work, most), int(policy.batch_ms / costs.job_ms(work)))
-    return max(1, most)
-
-
-_prices = lru_cache(maxsize=4096)(_Prices)
 
 
 class _Queue:
@@ -175,7 +128,7 @@ class _Plan:
         self.left: dict[Group, int] = {}  # of groups of which something is dispatched
         self.charged: dict[str, float] = {}  # tokens dispatched, by tenant
         self.seats: dict[str, _Seat] = {}
-        self.known: dict[Costs, _Prices] = {}
+        self.known: dict[Costs, Prices] = {}
         self.idle = view.roster.idle
         self.busy = view.groups.waits_ms >= policy.batch_ms
         self.alone = now - view.groups.steady_at > policy.flood_ms  # those who flood
@@ -185,6 +138,7 @@ class _Plan:
         steady = self.queues[False]
         left_ms = steady.first[0].rank / TICKS - self.now if steady.reach() else math.inf
         self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
+        self.soon = TICKS * (self.now + self.policy.reserve_ms)  # what ranks before this is
         if not (names := self._candidates()):
             return []
         self.late = left_ms < 0
@@ -227,10 +181,10 @@ class _Plan:
             seat = self.seats[name] = _Seat(worker, self.roster.loads[name], self.roster.hands[name], self._prices(worker.costs))
         return seat
 
-    def _prices(self, costs: Costs) -> _Prices:
+    def _prices(self, costs: Costs) -> Prices:
         prices = self.known.get(costs)
         if prices is None:
-            prices = self.known[costs] = _prices(costs, self.groups.scale.work, self.policy, self.busy)
+            prices = self.known[costs] = prices_of(costs, self.groups.scale.work, self.policy, self.busy)
         return prices
 
     def _room(self, name: str) -> int:
@@ -249,9 +203,9 @@ class _Plan:
         roster, most = self.roster, self.policy.workers_most
         names = dict.fromkeys([name for name in roster.news if name in roster.workers])
         loads, workers = roster.loads, roster.workers
-        for digest in roster.on.keys() & self.groups.news:
-            if self.groups.has(digest):
-                able = [(loads[name], name) for name in roster.on[digest] if loads[name] < self._prices(workers[name].costs).rows]
+        for adapter in roster.on.keys() & self.groups.news:
+            if self.groups.has(adapter):
+                able = [(loads[name], name) for name in roster.on[adapter] if loads[name] < self._prices(workers[name].costs).rows]
                 names.update((name, None) for _, name in (heapq.nsmallest(most, able) if len(able) > most else able))
         free = list(islice(self._free(), most))
         if free:
@@ -259,7 +213,7 @@ class _Plan:
                 while len(queue.first) < most and queue.reach():
                     pass
                 for group in queue.first[:most]:
-                    for name in islice(roster.warm.get(group.digest, ()), most):
+                    for name in islice(roster.warm.get(adapter_of(group.digest), ()), most):
                         if self._wants(name):
                             names[name] = None
             names.update(dict.fromkeys(free))
@@ -310,15 +264,15 @@ class _Plan:
             number += 1
             if group.rank >= best:
                 break
-            digest = group.digest
+            adapter = adapter_of(group.digest)
             jobs = changed.get(group, group.jobs)
-            if not jobs or digest in hand or (contended and self._over(group)):
+            if not jobs or adapter in hand or (contended and self._over(group)):
                 continue
-            temperature = worker.temperature(digest)
+            temperature = worker.temperature(adapter)
             rank = group.rank + dearer[temperature][jobs if jobs < widest else widest]
             if rank >= best:
                 continue
-            if self.calm and digest in self.roster.on and self._in_good_hands(seat, group):
+            if self.calm and adapter in self.roster.on and self._in_good_hands(seat, group, adapter):
                 if rank < left_best:
                     left, left_best = group, rank
             elif full:
@@ -338,11 +292,12 @@ class _Plan:
         room = rows - seat.load
         if room <= 0:
             return best, chosen, reason
-        for digest in seat.hand or (seat.worker.hot if self.late else ()):
-            groups = self.groups.of(digest)
-            if 2 * room < rows and sum([self._jobs(group) for group in groups]) > room:
-                continue  # not by dribs and drabs: every batch has its price
+        for adapter in seat.hand or (seat.worker.hot if self.late else ()):
+            groups = self.groups.of(adapter)
+            drabs = 2 * room < rows and sum([self._jobs(group) for group in groups]) > room
             for group in groups:
+                if drabs and (self.late or group.rank > self.soon):
+                    continue  # every batch has its price
                 jobs = self._jobs(group)
                 rank = group.rank - self.groups.narrow(jobs) - self.ahead
                 if jobs and rank < best and group.tenant.floods == floods and not self._over(group):
@@ -358,10 +313,10 @@ class _Plan:
         tenant = group.tenant
         return tenant.served + self.charged.get(tenant.name, 0.0) > self.limit
 
-    def _in_good_hands(self, seat: _Seat, group: Group) -> bool:
-        """Whether another worker has had this adapter in hand before, has room to finish the group, and will."""
+    def _in_good_hands(self, seat: _Seat, group: Group, adapter: str) -> bool:
+        """Whether another worker has had its adapter in hand before, has room to finish the group, and will."""
         jobs = self._jobs(group)
-        return any(name != seat.name and jobs <= self._room(name) for name in self.roster.on[group.digest])
+        return any(name != seat.name and jobs <= self._room(name) for name in self.roster.on[adapter])
 
     def _rows(self, seat: _Seat, floods: bool) -> int:
         return seat.prices.flood_rows if floods and not self.alone else seat.prices.rows
@@ -386,12 +341,16 @@ class _Plan:
         """Fill one batch: the eligible tenants with jobs for this adapter in turns, the least served first. None: a part of them went
         already, and when the rest is due is not known, nor whether something else is due sooner."""
         digest, tokens = choice.digest, self.groups.scale.work.tokens
-        able = [g for g in self.groups.of(digest) if g.tenant.floods == choice.floods and self._jobs(g) and not self._over(g)]
+        adapter = adapter_of(digest)
+        able = [
+            g for g in self.groups.of(adapter)
+            if g.digest == digest and g.tenant.floods == choice.floods and self._jobs(g) and not self._over(g)
+        ]  # fmt: skip
         if self.left and self.waiting > 1 and any(group in self.left for group in able):
             return None
         waiting = {g.tenant.name: self._jobs(g) for g in able}
         rows = self._rows(seat, choice.floods)
-        if digest in seat.hand:
+        if adapter in seat.hand:
             rows -= seat.load
         rows = min(rows, self._share(seat, digest, sum(waiting.values())))
         if len(waiting) == 1:
@@ -405,7 +364,7 @@ class _Plan:
         self.idle -= not seat.load
         seat.load += sum(takes.values())
         seat.given += 1
-        seat.hand |= {digest}
+        seat.hand |= {adapter}
         return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])), choice.rank)
 
     def _take(self, group: Group, jobs: int, tokens: float) -> None:
@@ -439,8 +398,6 @@ _WARMTH: Mapping[Temperature, str] = {
     "remote": "its turn, its adapter to be fetched",
 }
 _JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
-_FEW = 4
-"""Jobs together cost much less than each alone."""
 _FIRST = TICKS << 45
 """More than any rank."""
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from lorayard.jobs import lane_of
+from lorayard.jobs import adapter_of, lane_of
 
 LOWEST, STEP, BINS = -3.0, 0.15, 54
 """Of the histograms: over the logarithm of actual by predicted."""
@@ -99,7 +99,7 @@ NOTHING = Since()
 
 
 class Forecast(msgspec.Struct):
-    """Of one pool at a moment (`at`, by the ledger's clock). Groups are named DIGEST:TENANT, lanes as in the ledger."""
+    """Of one pool at a moment (`at`, by the ledger's clock). Groups are named DIGEST:TENANT, lanes as in the ledger; hands by adapter."""
 
     at: float
     workers: int = 0  # local ones
@@ -132,7 +132,7 @@ class Forecast(msgspec.Struct):
         if lane_of(digest) not in ("", "auto"):
             return Situation("hosted", self.hosted)
         service = self.services.get(digest, self.at_worker)
-        group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(digest)
+        group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(adapter_of(digest))
         ahead = (group.jobs if group else 0) + since.group if before is None else before
         queued = self.tenants.get(tenant, 0) + since.tenant
         came = max(since.pool, ahead)  # what its group has before it may have come since the forecast

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
 
+from lorayard.jobs import adapter_of
 from lorayard_scheduler.groups import TICKS, Group
 from lorayard_scheduler.planner import Policy, View
 from lorayard_scheduler.roster import Held, WorkerView
@@ -58,7 +59,7 @@ def _first(view: View, group: Group, policy: Policy) -> Iterable[WorkerView]:
     """Where it would mostly begin first: workers that have a hand free and least to do, or its adapter in hand."""
     roster, most = view.roster, policy.workers_most
     names = [name for _, name in islice(roster.free, most)]
-    return [roster.workers[name] for name in dict.fromkeys([*names, *islice(roster.on.get(group.digest, ()), most)])]
+    return [roster.workers[name] for name in dict.fromkeys([*names, *islice(roster.on.get(adapter_of(group.digest), ()), most)])]
 
 
 def _decks(view: View, policy: Policy) -> list[WorkerView]:
@@ -106,7 +107,7 @@ def _begins(view: View, worker: WorkerView, held: Iterable[Held], group: Group) 
     for batch in held:
         loads[batch.digest] += batch.jobs
     costs, work = worker.costs, view.groups.scale.work
-    if group.digest in loads or len(loads) < view.roster.adapters_at_once:
+    if adapter_of(group.digest) in loads or len(loads) < view.roster.adapters_at_once:
         hand = 0.0
     else:
         hand = min(costs.batch_ms(jobs, work, "hot") for jobs in loads.values())

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from sortedcontainers import SortedList
 
+from lorayard.jobs import adapter_of
 from lorayard_scheduler.costs import Costs, Temperature
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A batch that a worker has been given, with so many jobs that have not ended; `rank` is what its group had then.
+    """A batch that a worker has been given, with so many jobs of an adapter that have not ended; `rank` is what its group had then.
     `waiting` of them have not begun and could be recalled; the most due was due at `due`, ms."""
 
     batch: str
-    digest: str
+    digest: str  # the adapter's, without a lane: to a worker, all lanes are alike
     jobs: int
     rank: int = 0
     waiting: int = 0
@@ -36,6 +37,8 @@ class WorkerView:
     on_disk: Collection[str] | None = None  # None: unknown, and taken for granted
 
     def temperature(self, digest: str) -> Temperature:
+        """Of an adapter, or of the one that jobs are queued for by this digest."""
+        digest = adapter_of(digest)
         if digest in self.hot:
             return "hot"
         if digest in self.loaded:

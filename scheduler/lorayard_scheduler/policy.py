@@ -1,0 +1,65 @@
+"""What the planner is asked to keep to, and what batches cost on workers of one kind, as far as that decides how many jobs go where."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lorayard_scheduler.costs import TEMPERATURES, Costs, Temperature, Work
+from lorayard_scheduler.groups import TICKS
+
+_FEW = 4
+"""Jobs together cost much less than each alone."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Times in milliseconds of the ledger's clock."""
+
+    reserve_ms: float = 45_000.0
+    batch_ms: float = 30_000.0
+    patience_ms: float = 4_000.0
+    stay_ms: float = 90_000.0
+    lead_ms: float = 2_000.0
+    flood_ms: float = 120_000.0
+    flood_reading_ms: float = 200.0  # of prompts in a batch of a flood, beside others
+    slack_tokens: float = 20_000.0
+    rows_per_width: float = 2.0  # jobs in a batch at most, as a multiple of the width beyond which the worker gains little
+    batches: int = 16  # that a worker may have at once
+    groups_most: int = 64  # groups looked at for one batch
+    workers_most: int = 8  # workers with a free hand looked at for the first of them
+
+
+class Prices:
+    """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
+    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; few of a
+    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet."""
+
+    __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
+
+    def __init__(self, costs: Costs, work: Work, policy: Policy, busy: bool) -> None:
+        self.most = 2 * costs.width
+        hot = [costs.batch_ms(n, work, "hot") for n in range(1, self.most + 1)]
+        self.dearer: dict[Temperature, list[int]] = {}
+        for temperature in TEMPERATURES:
+            here = (costs.batch_ms(n, work, temperature) / ms for n, ms in enumerate(hot, 1))
+            self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
+        self.rows = rows(costs, work, policy, math.inf if busy else 0.0)
+        self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
+        few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
+        self.flood_rows = min(few, self.rows) if costs.measured else self.rows
+
+
+def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:
+    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for. One, where
+    company saves little and what waits is work for less than a batch: others, that may be free sooner, can have the next."""
+    most = math.ceil(costs.knee * policy.rows_per_width)
+    if costs.measured:
+        if waits_ms < policy.batch_ms and costs.lone(work):
+            return 1
+        most = min(costs.paying(work, most), int(policy.batch_ms / costs.job_ms(work)))
+    return max(1, most)
+
+
+prices_of = lru_cache(maxsize=4096)(Prices)
