@@ -90,6 +90,14 @@ def test_a_busy_worker_gets_a_second_adapter_shortly_before_it_runs_dry_or_when_
     assert chosen(plan(view([soon], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "other", 8)]
 
 
+def test_a_busy_worker_gets_no_other_adapter_while_jobs_of_its_own_wait() -> None:
+    """Between the load at which it needs more and half a batch, where what joins is too little to be a batch otherwise."""
+    policy, more = replace(POLICY, lead_ms=5 * COSTS.job_ms(WORK)), ("a", "t", 17, 90_000)
+    other = ("other", "t", 8, 80_000)
+    assert plan(view([more, other], [worker("w", ("a", 6))]), NOW, policy) == []
+    assert chosen(plan(view([more, other], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "a", 3)]
+
+
 def test_a_plan_ends_where_it_would_go_by_a_due_time_that_is_not_known() -> None:
     seen = view([("a", "t", 12, 10_000), ("b", "t", 8, 11_000)], [worker("w1"), worker("w2")])
     first = plan(seen, NOW, POLICY)
@@ -155,7 +163,7 @@ def test_a_batch_takes_no_longer_than_it_is_meant_to() -> None:
 
 def test_all_lanes_of_an_adapter_are_the_same_adapter_and_a_batch_is_of_one_lane() -> None:
     busy = worker("w", ("a", 2), ("b", 1))
-    seen = view([("a", "t", 8, 90_000), ("a@auto", "t", 2, 4_000), ("c", "t", 8, 5_000)], [busy])
+    seen = view([("a", "t", 8, 90_000), ("a@auto", "t", 2, 1_000), ("c", "t", 8, 1_500)], [busy])
     assert chosen(plan(seen, NOW, POLICY)) == [("w", "a@auto", 2)], "it joins what a worker has in hand, and what is due later does not"
     calm = view([("a", "t", 3, 90_000), ("a@auto", "u", 2, 60_000)], [busy])
     assert chosen(plan(calm, NOW, POLICY)) == [("w", "a@auto", 2), ("w", "a", 3)]

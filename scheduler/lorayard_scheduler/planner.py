@@ -8,10 +8,10 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    that first has to bind, load or fetch the adapter and to compute its prefix, it is later by the same measure: `patience_ms` for every
    factor e of what a job costs.
 3. *Joining.* Jobs of an adapter that a worker has in hand cost least there: they fill what its width has free and what others leave. They
-   join, half a batch at least or all there are or what is nearly due, before anything else, until something that waits comes within
-   `reserve_ms` of its due time: from then on only what ranks before it does, so that adapters in hand end and make room. Once something is
-   overdue, which no planner can help, switches are what makes all wait longer: then jobs join that are due up to `stay_ms` later than what
-   waits.
+   join before anything else, half a batch at least, or all there are, or what is nearly due, or as soon as the worker needs more, until
+   something that waits comes within `reserve_ms` of its due time: from then on only what ranks before it does, so that adapters in hand
+   end and make room. Once something is overdue, which no planner can help, switches are what makes all wait longer: then jobs join that
+   are due up to `stay_ms` later than what waits.
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others.
 
 A batch is as large as pays on the worker and is meant to take no longer than `batch_ms`. A worker has jobs of at most two adapters at once:
@@ -292,9 +292,10 @@ class _Plan:
         room = rows - seat.load
         if room <= 0:
             return best, chosen, reason
+        ending = self.calm and seat.load <= seat.prices.lead  # it needs more, and better of what it has than of another adapter
         for adapter in seat.hand or (seat.worker.hot if self.late else ()):
             groups = self.groups.of(adapter)
-            drabs = 2 * room < rows and sum([self._jobs(group) for group in groups]) > room
+            drabs = 2 * room < rows and not ending and sum([self._jobs(group) for group in groups]) > room
             for group in groups:
                 if drabs and (self.late or group.rank > self.soon):
                     continue  # every batch has its price
