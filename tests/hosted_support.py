@@ -152,7 +152,7 @@ def answer(document: dict[str, Any]) -> str:
     return str(document["response"]["choices"][0]["message"]["content"])
 
 
-def write_adapter(folder: Path, data: bytes) -> Path:
-    path = folder / "adapter.zip"
+def write_adapter(folder: Path, data: bytes, name: str = "adapter") -> Path:
+    path = folder / f"{name}.zip"
     path.write_bytes(data)
     return path
