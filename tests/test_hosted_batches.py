@@ -11,7 +11,7 @@ import redis
 from fleet_support import until
 from hosted_desk import Desk
 from hosted_service import BASE, Running
-from hosted_support import settings_of
+from hosted_support import deepen, settings_of
 
 from lorayard.errors import Unavailable
 from lorayard.ledger.organisation import NANO
@@ -54,6 +54,15 @@ def test_what_was_left_out_of_a_line_is_said(desk: Desk) -> None:
     assert one["notes"] == ["frequency_penalty left out: it is what the service does anyway"]
     assert "notes" not in other
     assert one["latencies_ms"]["remote_queue"] == 3
+
+
+def test_a_request_that_cannot_be_read_keeps_no_other_out_of_its_batch(desk: Desk, service: Running) -> None:
+    desk.put("a", "b")
+    deepen(desk.ledger, "a")
+    desk.claim()
+    one, _ = desk.sweep_until("queued", "succeeded", ids=("a", "b"))
+    assert (one["attempts"], one["postponed_why"]["code"]) == (1, "internal_error")
+    assert sum(service.service.paid.values()) == 1
 
 
 def test_a_line_that_is_in_no_file_uses_an_attempt(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import redis
 from fleet_support import until
 from hosted_service import BASE, Running
-from hosted_support import Bench, answer, bench_of
+from hosted_support import Bench, answer, bench_of, deepen
 
 from lorayard.ledger.audit import audit
 
@@ -115,6 +115,15 @@ def test_calls_that_are_given_up_come_again_at_no_cost(bench: Bench, service: Ru
     bench.control._runner.kill("a test")
     until(lambda: bench.job("j1")["status"] == "delayed")
     assert (bench.job("j1")["attempts"], bench.job("j1")["postponed"]) == (0, 1)
+
+
+def test_a_request_that_cannot_be_read_holds_none_beside_it(bench: Bench) -> None:
+    bench.put(["deep", "j1"])
+    deepen(bench.ledger, "deep")
+    bench.dispatch()
+    assert answer(bench.ended("j1"))
+    until(lambda: bench.job("deep")["status"] == "delayed")
+    assert (bench.job("deep")["attempts"], bench.job("deep")["postponed_why"]["code"]) == (1, "internal_error")
 
 
 def test_a_cancelled_call_is_stopped_and_its_place_free(bench: Bench, service: Running) -> None:

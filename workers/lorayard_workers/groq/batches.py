@@ -213,10 +213,16 @@ class BatchKeeper:
                 self._finish(submitted, [End(job.ref, "failed", error_line(message, "hosted_not_allowed"))])
                 continue
             try:
-                endpoint = job.meta.get("endpoint", ENDPOINT)
-                yield job.ref, hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=endpoint)[0]
+                body, _ = hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=job.meta.get("endpoint", ENDPOINT))
+                prompt_tokens(body)
             except BadRequest as error:
                 self._finish(submitted, [End(job.ref, "failed", msgspec.json.encode({"error": error.document()}))])
+            except Exception:  # nested deeper than can be read, say: all of its batch would wait for ever
+                log.exception("a job of a batch cannot be read", job=job.ref)
+                broken = LorayardError("an internal error; the worker's log has it")
+                self._finish(submitted, [End(job.ref, "retry", msgspec.json.encode({"error": broken.document()}))])
+            else:
+                yield job.ref, body
 
     def _hold(self, submitted: Submitted, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Held:
         """Money for each, at its most; for whom there is none, waits."""
@@ -323,7 +329,7 @@ class BatchKeeper:
         """What was changed in the jobs' requests, and how often they were put off, by ref."""
         known = {}
         for job in self._ledger.contents(submitted.batch, self._token):
-            with contextlib.suppress(BadRequest):
+            with contextlib.suppress(Exception):  # of some it could not be read when the lines were made
                 known[job.ref] = hosted_body(msgspec.json.decode(job.request), self._settings)[1], job.laters
         return known
 

@@ -132,6 +132,9 @@ class HostedRunner:
             except BadRequest as error:
                 self.refuse(call, error.document())
                 continue
+            except Exception:  # nested deeper than can be read, say: its whole batch would be held for ever
+                self._broke(call)
+                continue
             self._calls[call.key] = call
             calls.append(call)
         self.gate.add(calls)
@@ -189,9 +192,13 @@ class HostedRunner:
             else:
                 self._failed(call, result)
         except Exception:  # the job would be held for ever
-            log.exception("a call went wrong here", job=call.item.ref)
             self.gate.breaker.released(call.item.ref)
-            self.end(call, error=LorayardError("an internal error; the worker's log has it").document(), retryable=True)
+            self._broke(call)
+
+    def _broke(self, call: Call) -> None:
+        """To be called where an exception is handled that should not be."""
+        log.exception("a call went wrong here", job=call.item.ref)
+        self.end(call, error=LorayardError("an internal error; the worker's log has it").document(), retryable=True)
 
     def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
         """However it ended; also where it was cancelled before its task could begin."""
