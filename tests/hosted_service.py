@@ -126,8 +126,8 @@ async def chat(request: Request) -> Response:
     if service.window and entry[0] >= service.window[0][0]:
         service.window_tokens += answer["usage"]["total_tokens"] - entry[1]
     entry[1] = row[2] = answer["usage"]["total_tokens"]
-    if kind in ("reset", "truncated", "garbage"):
-        return Fault(kind, json.dumps(answer).encode())
+    if kind in ("reset", "truncated", "garbage", "drip"):
+        return Fault(kind, json.dumps(answer).encode(), service.hang_s)
     if not await request.is_disconnected():  # who has given up gets no answer
         service.answered[str(body["messages"][-1]["content"])] += 1
     if service.raw:
@@ -149,9 +149,9 @@ def _draw(service: Service) -> str:
 class Fault(Response):
     """An answer that does not arrive whole."""
 
-    def __init__(self, kind: str, body: bytes) -> None:
+    def __init__(self, kind: str, body: bytes, hang_s: float) -> None:
         super().__init__(body, media_type="application/json")
-        self.kind = kind
+        self.kind, self.hang_s = kind, hang_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         transport = scope["transport"]()
@@ -163,6 +163,12 @@ class Fault(Response):
             await Response(half, media_type="application/json")(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if self.kind == "drip":  # a byte at a time, each in time
+            for n in range(min(len(half), int(self.hang_s / 0.05))):
+                await send({"type": "http.response.body", "body": half[n : n + 1], "more_body": True})
+                await asyncio.sleep(0.05)
+            transport.close()
+            return
         await send({"type": "http.response.body", "body": half, "more_body": True})
         transport.close()
 

@@ -20,7 +20,7 @@ REFUSED = ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "t
 @dataclass
 class Service:
     """`faults` is kind -> probability a call; `next_faults` come first, one a call. Kinds: 429, 498, 499, 500, 502, 503, timeout, reset,
-    truncated, garbage, json (400 with failed_generation)."""
+    truncated, drip, garbage, json (400 with failed_generation)."""
 
     rpm: int = 0
     tpm: int = 0

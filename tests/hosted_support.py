@@ -152,7 +152,14 @@ def answer(document: dict[str, Any]) -> str:
     return str(document["response"]["choices"][0]["message"]["content"])
 
 
-def write_adapter(folder: Path, data: bytes) -> Path:
-    path = folder / "adapter.zip"
+def write_adapter(folder: Path, data: bytes, name: str = "adapter") -> Path:
+    path = folder / f"{name}.zip"
     path.write_bytes(data)
     return path
+
+
+def deepen(ledger: Ledger, job_id: str) -> None:
+    """The job's request becomes one that is nested deeper than can be read."""
+    key = f"ly:{{{ledger.pool}}}:job:acme/{job_id}"
+    raw: Any = ledger.client.get(key)
+    ledger.client.set(key, raw.replace(b'"max_tokens":8', b'"max_tokens":8,"tools":' + b"[" * 90_000 + b"]" * 90_000))

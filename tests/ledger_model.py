@@ -61,6 +61,7 @@ class Job:
     attempts: int = 0
     batch: Batch | None = None
     laters: int = 0
+    why: str = ""  # code and message of the last error it came back with
     wake: int = 0
     look: int = 0  # when its deadline is looked at next
     fence: int = 0  # that stored the result
@@ -428,6 +429,7 @@ class Model:
             job.laters += 1
         if end.status == "later" or (end.status == "retry" and job.attempts < job.entry.max_attempts):
             self._let_go(job)
+            job.why = _why(end.outcome) or job.why
             if end.delay_ms:
                 job.status, job.wake = Status.DELAYED, self.now + end.delay_ms
             self.totals["postponed" if end.status == "later" else "retried"] += 1
@@ -529,7 +531,7 @@ class Model:
         b, e = job.batch, job.entry
         ran = (b.claimed, b.taken, job.attempts, b.worker, b.name, b.size, b.why) if b else (0, 0, job.attempts, "", "", 0, why)
         parts = (status.value, fence, self.now, *ran, e.digest, e.idem)
-        job.result = Result("\t".join(map(str, parts)), outcome)
+        job.result = Result("\t".join(map(str, parts)), outcome and self._told(job, outcome))
         job.status, job.fence, job.batch = status, fence, None
         self.totals[status.value] += 1
         if job.dead:
@@ -537,6 +539,11 @@ class Model:
             self.totals["dead"] += 1
         if e.once:
             self._pass_on(job)
+
+    @staticmethod
+    def _told(job: Job, outcome: bytes) -> bytes:
+        more = {"postponed_why": msgspec.Raw(job.why.encode())} if job.why else {}
+        return msgspec.json.encode(more | ({"postponed": job.laters} if job.laters else {}) | msgspec.json.decode(outcome))
 
     def outlive(self) -> None:
         """Time goes by until all that has a time to live is gone."""
@@ -561,7 +568,7 @@ class Model:
             "paused": set(self.halted),
             "served": {tenant: str(tokens) for tenant, tokens in self.served.items() if tokens},
             "counts": {name: str(n) for name, n in (self.totals | Counter(queued=self.queued())).items() if n},
-            "tries": {j.ref: f"{n}\t{j.laters}" for j in self.live() if (n := j.attempts - (j.status in BEGUN)) or j.laters},
+            "tries": {j.ref: self._tries(j) for j in self.live() if j.attempts - (j.status in BEGUN) or j.laters},
             "leader": {"id": self.leader, "epoch": str(self.epoch), "until": str(self.leads_until)},
         }
         values |= {name: str(number) for name, number in (("fence", self.fences), ("reaped", self.reaped)) if number}
@@ -584,6 +591,10 @@ class Model:
         for job in self.jobs.values():
             values[f"job:{job.ref}"] = self._job_text(job)
         return {name: (value, self._mortal(name)) for name, value in values.items() if value}
+
+    @staticmethod
+    def _tries(job: Job) -> str:
+        return "\t".join([str(job.attempts - (job.status in BEGUN)), str(job.laters), *([job.why] if job.why else [])])
 
     @staticmethod
     def _batch_fields(b: Batch) -> dict[str, str]:
@@ -615,3 +626,14 @@ class Model:
         if kind == "stop":
             return rest not in self.batches
         return kind == "job" and self.jobs[rest].result is not None
+
+
+def _why(outcome: bytes) -> str:
+    """Of the error in an outcome, as the ledger keeps it: a message of 300 bytes at most, of whole characters."""
+    error = msgspec.json.decode(outcome).get("error")
+    if not error:
+        return ""
+    message = error["message"].encode()
+    if len(message) > 300:
+        message = message[:300].decode(errors="ignore").encode() + "…".encode()
+    return msgspec.json.encode({"code": error["code"], "message": message.decode()}).decode()

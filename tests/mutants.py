@@ -41,7 +41,7 @@ SUITES = {
     "hosted": ("tests/test_hosted_worker.py",),
     "gate": ("tests/test_hosted_gate.py",),
     "provisioning": ("tests/test_hosted_adapters.py", "tests/test_hosted_kills.py"),
-    "batches": ("tests/test_hosted_batches.py", "tests/test_hosted_kills.py"),
+    "batches": ("tests/test_hosted_batches.py", "tests/test_hosted_batch_money.py", "tests/test_hosted_kills.py"),
     "plans": ("tests/test_hosted_planner.py",),
     "loop": ("tests/test_ledger_loop.py",),
     "commands": ("tests/test_hosted_fleet.py",),

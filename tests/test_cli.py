@@ -186,6 +186,11 @@ def test_flower_is_not_opened_to_everyone_without_a_password(tmp_path: Path) -> 
         ({"hosted_model": "m", "hosted_key": "k\u00e9y"}, ["LORAYARD_HOSTED_KEY", "characters"]),
         ({"hosted_model": "m", "hosted_prices": "0.05"}, ["LORAYARD_HOSTED_PRICES", "0.05"]),
         ({"hosted_model": "m", "hosted_prices": "m=0.05"}, ["LORAYARD_HOSTED_PRICES", "write it as JSON"]),
+        *(
+            ({"hosted_model": "m", "hosted_prices": wrong}, ["LORAYARD_HOSTED_PRICES:", 'as JSON, {"MODEL": [DOLLARS_IN, DOLLARS_OUT]}'])
+            for wrong in ('{"a": [1]}', '{"a": 1}', "[1, 2]", '{"a": [1, "x"]}', '{"a": [true, 1]}', '{"a": {"in": 1, "out": 2}}')
+        ),
+        ({"hosted_model": "m", "hosted_prices": '{"a": [1, -2]}'}, ["LORAYARD_HOSTED_PRICES, at a 1:", "greater than or equal to 0"]),
         ({"hosted_model": "m", "hosted_key": "k", "hosted_daily_usd": "5"}, ["LORAYARD_HOSTED_PRICES", '{"m": [0.05, 0.08]}']),
     ],
 )

@@ -365,6 +365,11 @@ def test_lanes_keep_hosted_and_local_jobs_apart(api: Api, store: redis.Redis, se
 def test_spent_money_is_told_at_submit(api: Api, store: redis.Redis) -> None:
     Policies(store).set("acme", Policy(hosted=True, daily_usd=0.0))
     assert error(api.call("POST", "/v1/jobs", json=job(route="groq"))) == (403, "budget_exhausted")
+    told = api.post(job(route="groq"))[0]["error"]["message"]
+    assert told == (
+        "route 'groq': tenant acme's money of the day is spent ($0.00 for hosted calls): 'lorayard tenants set acme --daily-usd DOLLARS'"
+        " gives more; left out, the job runs on local workers"
+    )
     assert "id" in api.post(job(route="auto"))[0]
     assert [g.digest for g in api.ledger.snapshot().groups] == ["base"], "at home it costs nothing"
 

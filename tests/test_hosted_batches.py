@@ -9,68 +9,15 @@ import msgspec
 import pytest
 import redis
 from fleet_support import until
+from hosted_desk import Desk
 from hosted_service import BASE, Running
-from hosted_support import settings_of
+from hosted_support import deepen, settings_of
 
-from lorayard.errors import NotFound, Unavailable
-from lorayard.hosted import organisation
-from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.errors import Unavailable
 from lorayard.ledger.organisation import NANO
-from lorayard.ledger.policies import Policies, Policy
-from lorayard.ledger.registry import open_ledger
-from lorayard_workers.groq.batches import BatchKeeper
+from lorayard.ledger.policies import Policy
 from lorayard_workers.groq.client import ServiceClient
 from lorayard_workers.groq.lines import end_of, rows_by_name
-
-DAYS_MS = 3 * 86_400_000
-
-
-class Desk:
-    """A keeper, and the test as scheduler and worker."""
-
-    def __init__(self, store: redis.Redis, service: Running, client: ServiceClient) -> None:
-        self.settings = settings_of(service, hosted_batch_poll_s=0.02)
-        self.ledger: Ledger = open_ledger(store, self.settings)
-        self.org = organisation(self.settings, store)
-        self.policies = Policies(store)
-        self.policies.set("acme", Policy(hosted=True))
-        self.policies.set("zeta", Policy(hosted=True))
-        self.keeper = BatchKeeper(self.settings, self.ledger, self.org, self.policies, client, lambda _: BASE)
-        self.epoch = self.ledger.lead("test", 10**9)
-        self._batches = 0
-
-    def put(self, *ids: str, tenant: str = "acme", deadline_ms: int = DAYS_MS, **request: Any) -> None:
-        entry = Entry("", tenant, "base@batch", 0, deadline_ms, 0, 3, "http", "", "", b"{}", b"")
-        bodies = {i: {"messages": [{"role": "user", "content": f"{tenant} {i}"}], "max_tokens": 8} | request for i in ids}
-        self.ledger.enqueue([entry._replace(id=i, request=msgspec.json.encode(body)) for i, body in bodies.items()], max_queued=9999)
-
-    def claim(self) -> str:
-        """What is queued is claimed, taken and handed over; the batch's name."""
-        self._batches += 1
-        name = f"b{self._batches}"
-        takes = [("acme", 99), ("zeta", 99)]
-        self.ledger.claim(epoch=self.epoch, worker="g", most=9, batch=name, digest="base@batch", delivery_ms=9999, why="", takes=takes)
-        taken = self.ledger.take(name, "g", "i", 9999)
-        assert taken is not None
-        self.left = self.keeper.handover(taken)
-        return name
-
-    def settled(self) -> bool:
-        self.keeper.sweep()
-        return not self.ledger.client.zcard(f"ly:{{{self.ledger.pool}}}:submitted")
-
-    def sweep_until(self, *statuses: str, tenant: str = "acme", ids: tuple[str, ...] = ("a", "b", "c")) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-
-        def as_expected() -> bool:
-            over = self.settled()
-            found[:] = [d for d in self.ledger.show(tenant, ids) if d is not None]
-            return over and [d["status"] for d in found] == list(statuses)
-
-        until(as_expected, 20, every_s=0.02)
-        assert audit(self.ledger) == []
-        return found
 
 
 @pytest.fixture
@@ -109,6 +56,15 @@ def test_what_was_left_out_of_a_line_is_said(desk: Desk) -> None:
     assert one["latencies_ms"]["remote_queue"] == 3
 
 
+def test_a_request_that_cannot_be_read_keeps_no_other_out_of_its_batch(desk: Desk, service: Running) -> None:
+    desk.put("a", "b")
+    deepen(desk.ledger, "a")
+    desk.claim()
+    one, _ = desk.sweep_until("queued", "succeeded", ids=("a", "b"))
+    assert (one["attempts"], one["postponed_why"]["code"]) == (1, "internal_error")
+    assert sum(service.service.paid.values()) == 1
+
+
 def test_a_line_that_is_in_no_file_uses_an_attempt(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that the service calls complete and that has no line for a job is not run for ever."""
     content = desk.keeper._service.content
@@ -119,7 +75,8 @@ def test_a_line_that_is_in_no_file_uses_an_attempt(desk: Desk, service: Running,
         desk.claim()
         until(desk.settled, 10, every_s=0.02)
     (document,) = desk.sweep_until("failed", ids=("a",))
-    assert document["error"]["code"] == "hosted_batch_line"
+    assert document["error"]["code"] == document["postponed_why"]["code"] == "hosted_batch_line"
+    assert desk.spent() == desk.cost() == 3 * desk.at_most("a") > 0, "the service says that it has run them"
 
 
 def test_a_line_that_fails_harms_no_other(desk: Desk, service: Running) -> None:
@@ -137,7 +94,9 @@ def test_when_the_window_ends_what_was_run_counts_and_the_rest_comes_again(desk:
     desk.claim()
     documents = desk.sweep_until("succeeded", "succeeded", "delayed")
     assert (documents[2]["attempts"], documents[2]["postponed"]) == (0, 1)
+    assert documents[2]["postponed_why"]["code"] == "hosted_batch_unfinished"
     assert sum(service.service.paid.values()) == 2
+    assert desk.spent() == round(NANO * sum(d["cost_usd"] for d in documents[:2]))
     service.service.expire_after = -1
     until(lambda: desk.ledger.reap().woken, 5)
     desk.claim()
@@ -224,62 +183,6 @@ def test_a_service_that_refuses_the_key_is_waited_for(desk: Desk, monkeypatch: p
     desk.sweep_until("succeeded", ids=("a",))
 
 
-@pytest.mark.parametrize(
-    "usage", [{"prompt_tokens": -(10**9)}, {"completion_tokens": 10**18, "total_tokens": -5}, {"prompt_time": "abc"}, "abc"], ids=str
-)
-def test_a_usage_that_cannot_be_harms_nothing(desk: Desk, service: Running, usage: Any) -> None:
-    service.service.usage = usage
-    desk.put("a", "b")
-    desk.claim()
-    for document in desk.sweep_until("succeeded", "succeeded", ids=("a", "b")):
-        assert 0 <= document["cost_usd"] < 0.001
-    assert 0 <= desk.org.spent(desk.org.state(BASE).month).get("*", 0) < 10**6
-
-
-def test_a_batch_spends_no_more_than_there_is(desk: Desk, service: Running) -> None:
-    """Each line is reserved at its most; what they took is put in its place, and what that leaves is for the others."""
-    desk.policies.set("acme", Policy(hosted=True, monthly_usd=0.001))
-    ids = [f"j{n}" for n in range(90)]
-    desk.put(*ids, max_tokens=1000)
-    desk.claim()
-
-    def over() -> bool:
-        return desk.settled() and all(d and d["status"] in ("succeeded", "delayed") for d in desk.ledger.show("acme", ids))
-
-    until(over, 20)
-    documents = [d for d in desk.ledger.show("acme", ids) if d]
-    cost = sum(d["cost_usd"] for d in documents if d["status"] == "succeeded")
-    done = sum(d["status"] == "succeeded" for d in documents)
-    assert 20 <= done <= 25, "of 0.001 $, at 0.00004 $ each at most"
-    assert cost <= 0.001
-    spent = desk.org.spent(desk.org.state(BASE).month)
-    assert spent["acme"] == spent["*"]
-    assert spent["acme"] / NANO == pytest.approx(cost, rel=1e-6), "what was held for the rest is free again"
-
-
-def test_money_that_was_held_is_free_again_when_a_batch_is_refused(desk: Desk, service: Running) -> None:
-    service.service.refuse_batch = True
-    desk.put("a")
-    desk.claim()
-    until(desk.settled, 10)
-    assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
-
-
-def test_a_batch_that_the_service_has_forgotten_is_run_again_and_its_money_is_free(desk: Desk, service: Running) -> None:
-    service.service.batch_s = 60
-    desk.put("a")
-    desk.claim()
-    until(lambda: desk.settled() or service.service.batches, 10)
-    assert desk.org.spent(desk.org.state(BASE).month)["acme"] > 0
-    service.service.batches.clear()
-    until(desk.settled, 10, every_s=0.02)
-    (document,) = desk.ledger.show("acme", ["a"])
-    assert document is not None
-    assert (document["status"], document["attempts"]) == ("delayed", 0)
-    assert desk.org.spent(desk.org.state(BASE).month)["acme"] == 0
-    assert service.service.files == {}
-
-
 def test_a_batch_whose_beginning_nobody_heard_of_is_not_begun_again(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorayard_workers.groq.batches.HOLD_S", 0.1)
     start = desk.keeper._service.start_batch
@@ -296,28 +199,6 @@ def test_a_batch_whose_beginning_nobody_heard_of_is_not_begun_again(desk: Desk, 
     desk.sweep_until("succeeded", ids=("a",))
     assert len(service.service.batches) == 1
     assert sum(service.service.paid.values()) == 1
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_results_that_are_not_there_are_waited_for(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
-    monkeypatch.setattr("lorayard_workers.groq.batches.MISSES", 3)
-    content = desk.keeper._service.content
-    asked = 0
-
-    def late(file_id: str) -> bytes:
-        nonlocal asked
-        asked += 1
-        if lost or asked < 3:
-            raise NotFound("no such file")
-        return content(file_id)
-
-    monkeypatch.setattr(desk.keeper._service, "content", late)
-    desk.put("a")
-    desk.claim()
-    (document,) = desk.sweep_until("delayed" if lost else "succeeded", ids=("a",))
-    assert sum(service.service.paid.values()) == 1
-    assert document["attempts"] == 1
-    assert desk.org.spent(desk.org.state(BASE).month)["acme"] > 0, "the line was run, and is paid for"
 
 
 def test_what_is_not_understood_of_one_batch_harms_no_other(desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,3 +236,8 @@ def test_an_answer_goes_before_an_error_of_the_same_line(turned: bool) -> None:
     found = rows_by_name(files)
     assert end_of("t/a", found["a"], 0, "m", []).status == "succeeded"
     assert end_of("t/b", found["b"], 0, "m", []).status == "failed", "as a call that is redirected"
+
+
+def test_a_line_that_never_goes_well_uses_attempts_in_the_end() -> None:
+    (row,) = rows_by_name([b'{"custom_id": "a-0-7", "response": {"status_code": 500, "body": {"error": {"message": "no"}}}}']).values()
+    assert [end_of("t/a", row, 0, "m", [], laters).status for laters in (0, 7, 8)] == ["later", "later", "retry"], "as a call"

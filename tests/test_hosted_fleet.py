@@ -72,15 +72,25 @@ def command(fleet: FleetProcess, *arguments: str, code: int = 0, timeout_s: floa
     return done.stdout if code == 0 else done.stderr
 
 
+def of_adapter(service: Running, path: Path) -> tuple[list[str], list[str]]:
+    """File names and fine-tunings at the service of one adapter: what others have left there is not its own."""
+    name = f"ly-{read_adapter(path).digest}"
+    files = [str(row["filename"]) for row in service.service.files.values() if name in row["filename"]]
+    return files, [str(row["data"]["name"]) for row in service.service.tunings.values() if row["data"]["name"] == name]
+
+
 def ask(text: str, **fields: Any) -> dict[str, Any]:
     return {"request": {"messages": [{"role": "user", "content": text}], "max_tokens": 8}} | fields
 
 
 @pytest.mark.fleet
 def test_a_team_without_gpus_serves_its_adapters_through_the_service(fleet: FleetProcess, service: Running, tmp_path: Path) -> None:
+    paid = sum(service.service.paid.values())
+    command(fleet, "tenants", "set", "default", "--local")
     assert "not allowed its data to leave" in submit_refused(fleet, ask("x", route="groq"))
     assert "default: set" in command(fleet, "tenants", "set", "default", "--hosted")
-    command(fleet, "adapters", "add", "tone", str(write_adapter(tmp_path, tiny_adapter())))
+    tone = write_adapter(tmp_path, tiny_adapter())
+    command(fleet, "adapters", "add", "tone", str(tone))
     assert "'lorayard adapters publish tone --to groq'" in submit_refused(fleet, ask("x", route="groq", adapter="tone"))
     told = command(fleet, "adapters", "publish", "tone", "--to", "groq")
     assert told.startswith(f"tone: ready as ft:{BASE}:")
@@ -95,19 +105,21 @@ def test_a_team_without_gpus_serves_its_adapters_through_the_service(fleet: Flee
         assert document["route"] == job["route"]
         assert document["worker"] == "w-hosted"
         assert document["why"].startswith("hosted: ")
-    assert sum(service.service.paid.values()) == 1, "the one with time went through a batch"
-    assert set(service.service.answered.values()) == {1}
+    assert sum(service.service.paid.values()) == paid + 1, "the one with time went through a batch"
+    assert {service.service.answered[job["request"]["messages"][0]["content"]] for job in jobs[:-1]} == {1}
     listed = json.loads(command(fleet, "adapters", "hosted", "--json"))
-    assert [row["state"] for row in listed["data"]] == ["ready"]
+    assert {row["name"]: row["state"] for row in listed["data"]}["tone"] == "ready"
     assert command(fleet, "adapters", "verify", "tone").startswith("tone: ready")
-    command(fleet, "adapters", "add", "odd", str(write_adapter(tmp_path, tiny_adapter(rank=12))))
+    command(fleet, "adapters", "add", "odd", str(write_adapter(tmp_path, tiny_adapter(rank=12), "odd")))
     assert "its jobs keep to local workers" in command(fleet, "adapters", "publish", "odd", "--to", "groq", code=2)
-    command(fleet, "adapters", "add", "voice", str(write_adapter(tmp_path, tiny_adapter(seed=3))), "--to", "groq")
+    voice = write_adapter(tmp_path, tiny_adapter(seed=3), "voice")
+    command(fleet, "adapters", "add", "voice", str(voice), "--to", "groq")
     with fleet.client() as client:
         until(lambda: client.publication("voice")["state"] == "ready")
+    assert all(map(len, [*of_adapter(service, tone), *of_adapter(service, voice)])), "both are there"
     command(fleet, "adapters", "unpublish", "voice")
     command(fleet, "adapters", "unpublish", "tone")
-    until(lambda: not service.service.tunings and not service.service.files)
+    until(lambda: of_adapter(service, tone) == of_adapter(service, voice) == ([], []))
     fleet.assert_settled()
 
 
@@ -122,14 +134,15 @@ def test_an_adapter_published_three_times_at_once_is_there_once_and_nobody_waits
     fleet: FleetProcess, service: Running, tmp_path: Path
 ) -> None:
     command(fleet, "tenants", "set", "default", "--hosted")
-    command(fleet, "adapters", "add", "trio", str(write_adapter(tmp_path, tiny_adapter(seed=5))))
+    trio = write_adapter(tmp_path, tiny_adapter(seed=5))
+    command(fleet, "adapters", "add", "trio", str(trio))
     with ThreadPoolExecutor(3) as pool:
         told = list(pool.map(lambda _: command(fleet, "adapters", "publish", "trio", "--to", "groq", timeout_s=60), range(3)))
     assert len(set(told)) == 1
     assert told[0].startswith(f"trio: ready as ft:{BASE}:")
-    assert (len(service.service.files), len(service.service.tunings)) == (1, 1)
+    assert tuple(map(len, of_adapter(service, trio))) == (1, 1)
     command(fleet, "adapters", "unpublish", "trio")
-    until(lambda: not service.service.tunings and not service.service.files)
+    until(lambda: of_adapter(service, trio) == ([], []))
 
 
 @pytest.mark.fleet

@@ -59,6 +59,26 @@ def test_money_that_is_spent_puts_jobs_off_until_there_is_more(bench: Bench, ser
     assert bench.job("j1")["attempts"] == 0
 
 
+def test_a_cap_that_is_lowered_and_leave_that_is_withdrawn_hold_at_once(
+    store: redis.Redis, redis_url: str, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.runner.BEAT_S", 60)
+    with bench_of(store, redis_url, service) as bench:
+        assert answer(bench.run("j0"))
+        bench.policies.set("acme", Policy(hosted=True, daily_usd=0))
+        bench.put(["j1"])
+        bench.dispatch()
+        until(lambda: bench.job("j1")["status"] == "delayed")
+        why = bench.job("j1")["postponed_why"]
+        assert why["code"] == "budget_exhausted"
+        assert "'lorayard tenants set acme --daily-usd DOLLARS'" in why["message"]
+        bench.policies.set("acme", Policy())
+        assert bench.run("j2")["error"]["code"] == "hosted_not_allowed"
+        assert [body["messages"][0]["content"] for body in service.service.bodies] == ["j0"]
+        day = bench.org.state(BASE).day
+        until(lambda: bench.org.spent(day) == dict.fromkeys(("acme", "*"), sum(bench.org.costs(day[:7]).values())), 3)
+
+
 def test_leave_that_was_given_a_moment_ago_counts(bench: Bench) -> None:
     bench.policies.set("omega", Policy(hosted=True))
     bench.put(["j1"], tenant="omega")
@@ -130,7 +150,7 @@ def test_jobs_wait_while_the_account_wants_payment(bench: Bench, service: Runnin
     bench.dispatch()
     until(lambda: bench.job("j1")["status"] == "delayed")
     document = bench.job("j1")
-    assert (document["attempts"], document["postponed"]) == (0, 1)
+    assert (document["attempts"], document["postponed"], document["postponed_why"]["code"]) == (0, 1, "hosted_payment")
     assert 50_000 < bench.org.state(BASE).blocked_ms <= 60_000
 
 
@@ -175,10 +195,10 @@ def test_two_workers_share_one_organisation_s_limits(store: redis.Redis, redis_u
 def test_a_job_that_the_ledger_will_not_reserve_for_harms_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     reserve = bench.org.reserve_in
 
-    async def refusing(caller: Any, base: str, wants: Any) -> Any:
+    async def refusing(caller: Any, base: str, wants: Any, look: Any) -> Any:
         if any(want.tokens > 5000 for want in wants):
             raise LorayardError("the ledger refuses it", code="ledger_error")
-        return await reserve(caller, base, wants)
+        return await reserve(caller, base, wants, look)
 
     monkeypatch.setattr(bench.org, "reserve_in", refusing)
     bench.put(["bad"], max_tokens=6000)

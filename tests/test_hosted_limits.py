@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorayard.errors import LorayardError, Unavailable
+from lorayard.hosted import dollars
 from lorayard.hosted_codes import CODES
-from lorayard.ledger.organisation import LIBRARY, MARGIN_MS, Caps, Grant, Organisation, Rates, Refused, Settled, Want
+from lorayard.ledger.organisation import LIBRARY, MARGIN_MS, Caps, Grant, Organisation, Rates, Refused, Settled, Spent, Want
 from lorayard_workers.groq.answers import complete, failure, limits_told, read_error, seconds
 from lorayard_workers.groq.limiter import Breaker, Concurrency, Estimate
 
@@ -88,7 +89,7 @@ def test_tokens_are_reserved_at_most_and_settled_by_what_was_used(org: Org) -> N
 
 def test_a_call_that_no_minute_has_room_for_is_refused_and_the_next_goes_on(org: Org) -> None:
     answers = org.reserve("b", [WANT._replace(tokens=2001), WANT]).answers
-    assert answers[0] == Refused("tokens", 2000)
+    assert answers[0] == Refused(None, 2000)
     assert isinstance(answers[1], Grant)
 
 
@@ -141,6 +142,9 @@ def test_budgets_of_tenant_and_organisation_end_with_their_day_and_month(store: 
     assert [type(a) for a in org.reserve("b", [poor, poor, poor]).answers] == [Grant, Grant, Refused]
     assert org.ask(WANT, WANT, WANT)[0] == 2, "another tenant has what the organisation has left"
     assert org.over("b", "acme", Caps(day=1000)) == "day"
+    assert org.short("b", "acme", Caps(day=1000)) == Spent("day", "acme", 1000)
+    assert org.short("b", "zeta", Caps()) == Spent("day", "*", 2000)
+    assert org.reserve("b", [poor, WANT]).answers == [Refused(Spent("day", "acme", 1000)), Refused(Spent("day", "*", 2000))]
     org.go(24 * 3_600_000)
     assert org.ask(WANT, WANT)[0] == 1, "a new day, the same month"
     assert org.over("b", "zeta", Caps()) == "month"
@@ -303,6 +307,13 @@ def test_the_estimate_is_rather_more_than_less() -> None:
 
 
 @pytest.mark.parametrize(
+    ("usd", "text"), [(0, "0.00"), (0.00001, "0.00001"), (0.000111234, "0.000111234"), (0.5, "0.50"), (5, "5.00"), (12.34567, "12.3457")]
+)
+def test_money_is_written_so_that_little_is_not_nothing(usd: float, text: str) -> None:
+    assert dollars(usd) == text
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         *(("2", 2), ("2.5", 2.5), ("2m59.56s", 179.56), ("185ms", 0.185), ("1h25m3.847s", 5103.847), ("1m7.391999999s", 67.391999999)),
@@ -311,6 +322,15 @@ def test_the_estimate_is_rather_more_than_less() -> None:
 )
 def test_durations_as_go_writes_them(text: str, value: float | None) -> None:
     assert seconds(text) == (None if value is None else pytest.approx(value))
+
+
+def test_a_date_is_read_by_the_clock_that_wrote_it() -> None:
+    assert seconds("Tue, 24 Nov 2026 10:00:07 GMT", "Tue, 24 Nov 2026 10:00:00 GMT") == 7
+    assert seconds("Tue, 24 Nov 2026 10:00:07 GMT", "Tue, 24 Nov 2026 10:00:09 GMT") == 0
+    assert seconds("Tue, 24 Nov 99999 10:00:07 GMT") is None
+    assert seconds("Tue, 24 Nov 2000 10:00:07 GMT", "no date") == 0
+    headers = {"retry-after": "Tue, 24 Nov 2026 10:00:07 GMT", "date": "Tue, 24 Nov 2026 10:00:00 GMT"}
+    assert failure(429, {}, headers).after_s == 7
 
 
 @given(st.text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import redis
 from fleet_support import until
 from hosted_service import BASE, Running
-from hosted_support import Bench, answer, bench_of
+from hosted_support import Bench, answer, bench_of, deepen
 
 from lorayard.ledger.audit import audit
 
@@ -53,7 +54,20 @@ def test_a_field_the_service_refuses_never_reaches_it(bench: Bench, service: Run
     assert not service.service.bodies
 
 
-@pytest.mark.parametrize("fault", ["429", "498", "499", "500", "503", "timeout", "reset", "truncated", "garbage"])
+FAULTS = {
+    "429": "rate_limited",
+    "498": "over_capacity",
+    "503": "over_capacity",
+    **dict.fromkeys(("408", "409", "425", "499", "500"), "hosted_error"),
+    "timeout": "timeout",
+    "drip": "timeout",
+    "reset": "connection_lost",
+    "truncated": "connection_lost",
+    "garbage": "bad_answer",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_not_the_job_s_fault_costs_no_attempt(store: redis.Redis, redis_url: str, service: Running, fault: str) -> None:
     service.service.next_faults, service.service.hang_s = [fault], 3
     with bench_of(store, redis_url, service, hosted_timeout_s=0.5) as bench:
@@ -62,6 +76,7 @@ def test_what_is_not_the_job_s_fault_costs_no_attempt(store: redis.Redis, redis_
         document = bench.job("j1")
         assert answer(document) == f"{BASE} says: j1"
         assert document["attempts"] == 1
+        assert (document["postponed"], document["postponed_why"]["code"]) == (1, FAULTS[fault]), "why it waited stays in its story"
         assert service.service.answered["j1"] == 1
         assert sum(service.service.calls.values()) == 2
         assert audit(bench.ledger) == []
@@ -100,6 +115,15 @@ def test_calls_that_are_given_up_come_again_at_no_cost(bench: Bench, service: Ru
     bench.control._runner.kill("a test")
     until(lambda: bench.job("j1")["status"] == "delayed")
     assert (bench.job("j1")["attempts"], bench.job("j1")["postponed"]) == (0, 1)
+
+
+def test_a_request_that_cannot_be_read_holds_none_beside_it(bench: Bench) -> None:
+    bench.put(["deep", "j1"])
+    deepen(bench.ledger, "deep")
+    bench.dispatch()
+    assert answer(bench.ended("j1"))
+    until(lambda: bench.job("deep")["status"] == "delayed")
+    assert (bench.job("deep")["attempts"], bench.job("deep")["postponed_why"]["code"]) == (1, "internal_error")
 
 
 def test_a_cancelled_call_is_stopped_and_its_place_free(bench: Bench, service: Running) -> None:
@@ -163,14 +187,86 @@ def test_a_usage_that_cannot_be_harms_nothing(bench: Bench, service: Running, us
 
 @pytest.mark.parametrize(
     "raw",
-    ["[" * 5000, '{"choices": [' + "[" * 5000, "{}", '{"choices": []}', '{"choices": [{"message": 1}]}', "null", "\x00"],
-    ids=range(7),
+    [
+        *("[" * 5000, '{"choices": [' + "[" * 5000, "{}", '{"choices": []}', '{"choices": [{"message": 1}]}', "null", "\x00"),
+        *('{"choices": [{"message": {}}]}', '{"choices": [{"message": {"role": "assistant", "content": null, "tool_calls": []}}]}'),
+        '{"choices": [{"message": {"content": "he"}}, {"message": {"content": null}}]}',
+        '{"choices": [{"message": {"content": "he"}, "finish_reason": "error"}]}',
+        '{"choices": [{"message": {"content": "he"}}], "error": {"message": "it broke"}}',
+        '{"choices": [{"message": {"content": "he"}, "error": {"message": "it broke"}}]}',
+    ],
+    ids=range(13),
 )
 def test_an_answer_that_is_none_is_put_off(bench: Bench, service: Running, raw: str) -> None:
     service.service.raw = raw
     bench.put(["j1"])
     bench.dispatch()
     until(lambda: bench.job("j1")["status"] == "delayed")
+    assert bench.job("j1")["postponed_why"]["code"] == "bad_answer"
     service.service.raw = ""
     bench.work_off()
     assert bench.job("j1")["attempts"] == 1
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": ""}, {"content": None, "tool_calls": [{"id": "t"}]}, {"reasoning": "hm"}, {"refusal": "no"}], ids=str
+)
+def test_an_answer_without_a_text_may_be_one(bench: Bench, service: Running, message: dict[str, Any]) -> None:
+    service.service.raw = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "error": None})
+    document = bench.run("j1")
+    assert document["status"] == "succeeded"
+    assert document["response"]["choices"][0]["message"] == message
+
+
+def test_an_answer_that_never_ends_is_none(bench: Bench, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorayard_workers.groq.client.MOST_BYTES", 100)
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    assert "longer than" in bench.job("j1")["postponed_why"]["message"]
+
+
+def test_a_call_that_is_cancelled_before_it_begins_leaves_its_place(
+    bench: Bench, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word may come between the moment when it is let through and its task's first step."""
+    runner: Any = bench.control._runner
+    begin = runner.begin
+
+    def cancelled_at_once(calls: list[Any]) -> None:
+        begin(calls)
+        for call in calls:
+            runner._cancel(call.batch, [call.item.ref])
+
+    monkeypatch.setattr(runner, "begin", cancelled_at_once)
+    bench.put(["j1", "j2"])
+    bench.dispatch()
+    until(lambda: {"j1", "j2"} & {ref.partition("/")[2] for held in bench.control._held.values() for ref in held.begun})
+    until(lambda: not runner._running, 3)
+    until(lambda: bench.org.spent(bench.org.state(BASE).month).get("acme") == 0, 3)
+    monkeypatch.setattr(runner, "begin", begin)
+    assert answer(bench.run("j3"))
+    assert sum(service.service.calls.values()) == 1
+
+
+def test_what_may_have_been_charged_counts_for_its_adapter_too(store: redis.Redis, redis_url: str, service: Running) -> None:
+    service.service.next_faults = ["reset"]
+    with bench_of(store, redis_url, service) as bench:
+        bench.put(["j1"])
+        bench.dispatch()
+        until(lambda: bench.job("j1")["status"] == "delayed")
+        service.service.service_s = 5
+        bench.put(["j2"])
+        bench.dispatch()
+        until(lambda: service.service.under_way == 1)
+        bench.ledger.cancel("acme", ["j2"])
+        month = bench.org.state(BASE).month
+        until(lambda: len(bench.control._runner._running) == 0)  # type: ignore[attr-defined]
+        spent = bench.org.spent(month)["acme"]
+        assert spent > 0
+        until(lambda: bench.org.costs(month) == {("acme", "base"): spent}, 3)
+        service.service.service_s = 0.0
+        bench.put([f"k{n}" for n in range(3)])
+        bench.dispatch()
+        until(lambda: service.service.answered["k2"])
+    assert sum(bench.org.costs(month).values()) == bench.org.spent(month)["acme"], "settled before the worker leaves"

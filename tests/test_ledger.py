@@ -281,6 +281,42 @@ def test_retry_waits_and_counts_and_later_counts_nothing(yard: Yard) -> None:
     assert (b["status"], b["attempts"]) == ("queued", 0)
 
 
+def test_why_a_job_came_back_is_told_while_it_waits_and_after_its_end(yard: Yard) -> None:
+    def why(code: str, message: str) -> bytes:
+        return msgspec.json.encode({"error": {"message": message, "type": "server_error", "code": code, "param": None}})
+
+    def finish(job_id: str, status: EndStatus, outcome: bytes) -> dict[str, Any]:
+        batch = yard.claim()
+        taken = yard.ledger.take(batch, "w1", "i", 5000)
+        assert taken is not None
+        yard.ledger.finish(batch, taken.fence, [End(f"acme/{job_id}", status, outcome, delay_ms=0)])
+        (document,) = yard.ledger.show("acme", [job_id])
+        assert document is not None
+        return document
+
+    yard.put("a")
+    assert finish("a", "later", why("over_capacity", 'fault "498" at a/b\n'))["postponed_why"] == {
+        "code": "over_capacity",
+        "message": 'fault "498" at a/b\n',
+    }
+    document = finish("a", "later", why("rate_limited", "ü" * 500))
+    assert document["postponed_why"] == {"code": "rate_limited", "message": "ü" * 150 + "…"}
+    document = finish("a", "later", b"{}")
+    assert (document["postponed"], document["postponed_why"]["code"]) == (3, "rate_limited"), "nothing else was told since"
+    document = finish("a", "succeeded", OUTCOME)
+    assert (document["postponed"], document["postponed_why"]["code"], document["error"]) == (3, "rate_limited", None)
+    yard.put("b", deadline_ms=5000)
+    assert finish("b", "retry", why("bad", "no"))["postponed_why"] == {"code": "bad", "message": "no"}
+    yard.advance(5001)
+    assert yard.ledger.reap().expired == 1
+    (ended,) = yard.ledger.show("acme", ["b"])
+    assert ended is not None
+    assert (ended["status"], ended["error"]["code"], ended["postponed_why"]["code"]) == ("expired", "expired", "bad")
+    yard.put("c")
+    assert "postponed_why" not in finish("c", "succeeded", OUTCOME)
+    assert audit(yard.ledger) == []
+
+
 def test_what_fails_before_it_starts_is_not_tried_for_ever(yard: Yard) -> None:
     yard.put("a", max_attempts=2)
     for expected in ("retried", "stored"):

@@ -92,6 +92,17 @@ def test_a_reply_that_comes_too_late_is_nobody_s(client: redis.Redis, store: red
     assert within(client, ask) == [b"0", b"1", b"2"]
 
 
+def test_commands_sent_together_run_in_order_and_an_error_of_one_is_no_other_s_reply(client: redis.Redis, store: redis.Redis) -> None:
+    async def ask(caller: LoopCaller) -> Any:
+        first = await caller.call(("FCALL", "echo", 1, "k", "x"), ("GET", "k"))
+        for commands in ((("FCALL", "no_such", 1, "k"), ("GET", "k")), (("GET", "k"), ("FCALL", "no_such", 1, "k"))):
+            with pytest.raises(redis.ResponseError, match="Function not found"):
+                await caller.call(*commands)
+        return [*first, await caller.fcall("echo", 1, "k", "y")]
+
+    assert within(client, ask) == [b"x", b"x", b"y"]
+
+
 def test_the_loop_goes_on_while_a_reply_is_awaited(client: redis.Redis, store: redis.Redis) -> None:
     async def ask(caller: LoopCaller) -> int:
         await caller.fcall("echo", 1, "k", "x")
@@ -120,8 +131,10 @@ def test_limits_are_asked_for_as_from_a_thread(client: redis.Redis, store: redis
     org = Organisation(client, "x", rates=Rates(rpm=3))
 
     async def ask(caller: LoopCaller) -> Any:
-        first = await org.reserve_in(caller, "b", [WANT])  # the server has the library by this
-        return [*first.answers, *(await org.reserve_in(caller, "b", [WANT] * 5)).answers]
+        first, seen = await org.reserve_in(caller, "b", [WANT], ["ECHO", "x"])  # the server has the library by this
+        assert seen == b"x"
+        second, _ = await org.reserve_in(caller, "b", [WANT] * 5, ["ECHO", "x"])
+        return [*first.answers, *second.answers]
 
     if store.function_list("lorayard_limits"):
         store.function_delete("lorayard_limits")

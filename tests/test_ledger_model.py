@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -35,7 +36,12 @@ SCHEDULERS = ("s1", "s2")
 KEEPERS = ("k1", "k2")
 DELIVERY, LEASE = 3000, 5000
 TIMES = (1, 500, 1000, 2500, LEASE)
-OUTCOMES = (b'{"response":{"n":1}}', b'{"response":{"n":2}}')
+OUTCOMES = (
+    b'{"response":{"n":1}}',
+    b'{"response":{"n":2}}',
+    b'{"error":{"message":"no","code":"bad"}}',
+    msgspec.json.encode({"error": {"message": "ü" * 149 + "–x", "code": "worse", "type": "server_error"}}),
+)
 
 GOES_ON = ("reap", "tend")
 """Calls with a limit, which do more of the same when repeated."""
@@ -414,6 +420,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert document is not None
             assert (document["status"], document["attempts"]) == (job.status, job.attempts)
             assert document.get("postponed", job.laters) == job.laters
+            if "postponed_why" in document:
+                assert document["postponed_why"] == (msgspec.json.decode(job.why) if job.why else None)
             if job.batch:
                 assert (document["batch"], document["worker"]) == (job.batch.name, job.batch.worker)
 

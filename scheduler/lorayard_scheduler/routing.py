@@ -10,8 +10,9 @@ from lorayard.adapters import Manifest
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.bodies import read_body
 from lorayard.errors import BadRequest, Forbidden, LorayardError
-from lorayard.hosted import hosted_body, organisation
+from lorayard.hosted import hosted_body, no_money, organisation
 from lorayard.jobs import JobSpec, Lane
+from lorayard.ledger.organisation import Spent
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 
@@ -33,14 +34,14 @@ class Routing:
         policy = self._policies.get(tenant) if settings.hosted_model else NOTHING_LEAVES
         if not settings.hosted_model or self._org is None or not policy.hosted:
             return Routes(settings, tenant, policy, {}, None)
-        spent = self._org.over(settings.hosted_model, tenant, policy.caps)
+        spent = self._org.short(settings.hosted_model, tenant, policy.caps)
         return Routes(settings, tenant, policy, Publications(self._client, settings.hosted_org, settings.hosted_model).all(), spent)
 
 
 class Routes:
-    """`spent`: of which of day and month nothing is left to the tenant."""
+    """`spent`: of which money nothing is left to the tenant."""
 
-    def __init__(self, settings: Settings, tenant: str, policy: Policy, there: dict[str, Publication], spent: str | None) -> None:
+    def __init__(self, settings: Settings, tenant: str, policy: Policy, there: dict[str, Publication], spent: Spent | None) -> None:
         self._settings = settings
         self._tenant = tenant
         self._policy = policy
@@ -81,11 +82,8 @@ class Routes:
                 param="route",
             )
         if self._spent:
-            raise Forbidden(
-                f"route 'groq': the {self._spent}'s money for hosted calls is spent; leave route out, or wait for the next {self._spent}",
-                code="budget_exhausted",
-                param="route",
-            )
+            at_home = "; left out, the job runs on local workers" if self._settings.local_worker else ""
+            raise Forbidden(f"route 'groq': {no_money(self._spent)}{at_home}", code="budget_exhausted", param="route")
 
     def _is_there(self, manifest: Manifest | None, route: str) -> None:
         if manifest is None:

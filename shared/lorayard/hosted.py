@@ -12,7 +12,7 @@ import msgspec
 from lorayard.adapters import BaseModel
 from lorayard.bodies import CHAT
 from lorayard.errors import BadRequest, SetupError
-from lorayard.ledger.organisation import NANO, Caps, Organisation, Rates
+from lorayard.ledger.organisation import NANO, Caps, Organisation, Rates, Spent
 from lorayard.settings import Settings
 
 _LLAMA_31 = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct")  # Hugging Face has it under both names
@@ -164,6 +164,24 @@ def price(settings: Settings) -> tuple[float, float]:
     """Nano-dollars for a token of a prompt, and of an answer; 0 where nobody said."""
     usd_in, usd_out = settings.hosted_prices.get(settings.hosted_model or "", (0.0, 0.0))
     return usd_in * NANO / 1e6, usd_out * NANO / 1e6
+
+
+def no_money(spent: Spent) -> str:
+    """Whose money it is that is not enough, and how there is more."""
+    which, period = spent.which, {"day": "daily", "month": "monthly"}[spent.which]
+    if spent.whose == "*":
+        whose, more = "the organisation", f"LORAYARD_HOSTED_{period.upper()}_USD, set for all of the fleet's processes, gives more"
+    else:
+        whose, more = f"tenant {spent.whose}", f"'lorayard tenants set {spent.whose} --{period}-usd DOLLARS' gives more"
+    next_one = f", and so does the next {which} (UTC)" if spent.cap else ""
+    return f"{whose}'s money of the {which} is spent (${dollars(spent.cap / NANO)} for hosted calls): {more}{next_one}"
+
+
+def dollars(usd: float) -> str:
+    """To be read: never fewer decimals than it takes to show that it is not nothing."""
+    text = f"{usd:.4f}" if usd >= 1 else f"{usd:.9f}"
+    whole, _, part = text.partition(".")
+    return f"{whole}.{part.rstrip('0').ljust(2, '0')}"
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from lorayard import embedded
 from lorayard.client import Client
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
-from lorayard.hosted import organisation
+from lorayard.hosted import dollars, organisation
 from lorayard.ledger.connection import connect
 from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies
@@ -80,12 +80,12 @@ def hosted(as_json: AsJson = False) -> None:
     costs = document["month_usd_by_adapter"]
     table = Table("adapter", "state", "model", "this month $", "reason")
     for row in document["data"]:
-        cost = f"{costs.get(row['digest'], 0):.4f}"
+        cost = dollars(costs.get(row["digest"], 0))
         table.add_row(row["name"], row["state"], row.get("model", ""), cost, row.get("error", ""))
     out.print(table)
     allowed = "may leave" if document["policy"]["hosted"] else "may not leave: the operator can allow it with 'lorayard tenants set'"
     spent = document["spent_usd"]
-    out.print(f"Data {allowed}. Spent: ${spent['day']:.4f} today, ${spent['month']:.4f} this month (UTC).", highlight=False)
+    out.print(f"Data {allowed}. Spent: ${dollars(spent['day'])} today, ${dollars(spent['month'])} this month (UTC).", highlight=False)
 
 
 def _settled(client: Client, name: str, asked_ms: int) -> dict[str, Any]:
@@ -175,10 +175,9 @@ def tenants_list(as_json: AsJson = False) -> None:
         return
     table = Table("tenant", "may leave", "$ a day", "spent today", "$ a month", "spent this month")
     for r in rows:
-        caps = ["any" if r[name] is None else f"{r[name]:.2f}" for name in ("daily_usd", "monthly_usd")]
-        table.add_row(
-            r["tenant"], "yes" if r["hosted"] else "no", caps[0], f"{r['spent_day_usd']:.4f}", caps[1], f"{r['spent_month_usd']:.4f}"
-        )
+        caps = ["any" if r[name] is None else dollars(r[name]) for name in ("daily_usd", "monthly_usd")]
+        spent = [dollars(r[name]) for name in ("spent_day_usd", "spent_month_usd")]
+        table.add_row(r["tenant"], "yes" if r["hosted"] else "no", caps[0], spent[0], caps[1], spent[1])
     out.print(table)
 
 

@@ -10,7 +10,7 @@ import msgspec
 import redis
 
 from lorayard.adapters.hosting import Publications
-from lorayard.hosted import organisation
+from lorayard.hosted import no_money, organisation
 from lorayard.jobs import lane_of
 from lorayard.ledger import keys
 from lorayard.ledger.organisation import ANY, Organisation
@@ -23,7 +23,6 @@ Finding = tuple[str, Level, str]
 """Name, level, and what was seen with what to do."""
 
 _UNTENDED_MS = 300_000
-_PERIOD = {"day": "DAILY", "month": "MONTHLY"}
 
 
 def hosted_findings(settings: Settings, client: redis.Redis) -> Iterator[Finding]:
@@ -67,14 +66,12 @@ def _held_back(workers: list[WorkerInfo]) -> Iterator[Finding]:
 
 def _money(org: Organisation, model: str, policies: Policies) -> Iterator[Finding]:
     """The organisation's first: nobody has any then."""
-    if which := org.over(model, "*", ANY):
-        more = f"wait, or raise LORAYARD_HOSTED_{_PERIOD[which]}_USD"
-        yield "hosted money", "warning", f"the organisation's money of the {which} is spent: {more}"
+    if spent := org.short(model, "*", ANY):
+        yield "hosted money", "warning", no_money(spent)
         return
     for tenant, policy in sorted(policies.all().items()):
-        if policy.hosted and (which := org.over(model, tenant, policy.caps)):
-            more = f"wait, or 'lorayard tenants set {tenant} --{_PERIOD[which].lower()}-usd' gives more"
-            yield "hosted money", "warning", f"{tenant}'s money of the {which} is spent: {more}"
+        if policy.hosted and (spent := org.short(model, tenant, policy.caps)):
+            yield "hosted money", "warning", no_money(spent)
 
 
 def _batches(client: redis.Redis, prefix: str, now: int) -> Iterator[Finding]:

@@ -135,10 +135,15 @@ class Settings(BaseSettings):
     def _read_prices(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
+        shape = 'write it as JSON, {"MODEL": [DOLLARS_IN, DOLLARS_OUT]}, for a million tokens'
         try:
-            return json.loads(value or "{}")
+            prices = json.loads(value or "{}")
         except ValueError:
-            raise ValueError('write it as JSON, {"MODEL": [DOLLARS_IN, DOLLARS_OUT]}, for a million tokens') from None
+            raise ValueError(shape) from None
+        pairs = prices.values() if isinstance(prices, dict) else [None]
+        if not all(isinstance(pair, list) and [type(usd) in (int, float) for usd in pair] == [True, True] for pair in pairs):
+            raise ValueError(shape)
+        return prices
 
     @field_validator("gpu_shares", mode="before")
     @classmethod
@@ -152,8 +157,9 @@ class Settings(BaseSettings):
             return cls()
         except ValidationError as error:
             first = error.errors()[0]
-            name = "LORAYARD_" + "_".join(str(part) for part in first["loc"]).upper()
-            raise SetupError(f"{name}: {first['msg']} (got {first.get('input')!r})") from None
+            name, *inside = map(str, first["loc"])
+            where = f"LORAYARD_{name.upper()}" + (f", at {' '.join(inside)}" if inside else "")
+            raise SetupError(f"{where}: {first['msg']} (got {first.get('input')!r})") from None
 
     @cached_property
     def worker(self) -> str:

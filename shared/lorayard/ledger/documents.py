@@ -12,6 +12,9 @@ from lorayard.ledger.explained import never_ran, waited
 _MORE = ("hosted_model", "cost_usd", "notes", "failed_generation", "coalesced_with")
 """Of a job that was run elsewhere: by which model, for how much money, what was changed in its request. Which job it was computed with."""
 
+_STORY = ("postponed", "postponed_why")
+"""Of a job that came back from a worker: how often at no cost of an attempt; code and message of the last error it came back with."""
+
 _REMOTE = ("remote_queue", "network")
 """Stages that only those have: in the service's own queue, and all else between sending the request and its answer."""
 
@@ -23,7 +26,8 @@ def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:
     add up: `stored` is what remains of `total` (enqueued to committed, by the ledger's clock) after the stages before it.
 
     `explanation` is a sentence: what the job waited for. Of one that waits still it is None here, for the ledger does not know;
-    `position` is how many jobs of its queue are before it.
+    `position` is how many jobs of its queue are before it. `postponed_why` is `{"code", "message"}` of the error that a job which is to run
+    again last came back with, at an attempt or (`postponed` times) at none; it stays when the job ends.
     """
     if not reply:
         return None
@@ -88,7 +92,7 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
 
 
 def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
-    value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank, leader = reply
+    value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank, leader, last = reply
     head, birth, meta, _ = value.split(b"\n", 3)
     _, due, deadline, digest, _, _, _ = head.decode().split("\t")
     enqueued, via = birth.decode().split("\t")
@@ -99,7 +103,7 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
         status = Status.DELAYED
     doc = _base(job_id, pool, status, msgspec.json.decode(meta), digest, via)
     doc |= {"attempts": attempts, "postponed": laters, "enqueued_ms": int(enqueued), "due_ms": int(due), "lane": lane_of(digest)}
-    doc["deadline_ms"] = int(deadline) or None
+    doc |= {"postponed_why": msgspec.json.decode(last) if last else None, "deadline_ms": int(deadline) or None}
     if batch:
         doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
         doc |= {"claimed_ms": claimed, "latencies_ms": {"queued": float(claimed - int(enqueued))}}
@@ -134,6 +138,8 @@ def _ended(job_id: str, pool: str, value: bytes) -> dict[str, Any]:
         "width": outcome.get("width"),
         **{name: outcome[name] for name in _MORE if name in outcome},
     }
+    if "coalesced_with" not in outcome:  # else it is the other's story
+        doc |= {name: outcome[name] for name in _STORY if name in outcome}
     doc["explanation"] = waited(doc) if times["claimed_ms"] else never_ran(doc)
     response = outcome.get("response")
     if response is not None:

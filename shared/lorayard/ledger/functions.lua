@@ -26,7 +26,8 @@
 --                                stands in their meta lines); with a TTL once it has succeeded
 --   follows              HASH    ref -> id of the job whose outcome a living one waits for, instead of being in a queue
 --   behind:REF           ZSET    id -> due ms, of those that follow it
---   tries                HASH    ref -> attempts \t laters, of living jobs that came back from a worker
+--   tries                HASH    ref -> attempts \t laters \t why, of living jobs that came back from a worker; why is the last error that one
+--                                came back with: JSON of its code and message, or nothing
 --   dead:TENANT          ZSET    id -> ms; dead letters: failed at the attempt cap
 --   idem:TENANT:KEY      STRING  id \t digest of the body
 --   by_tenant:TENANT     ZSET    id -> enqueued ms
@@ -159,11 +160,11 @@ local function leave_queue(c, job) -- true if it was queued
   return true
 end
 
--- How often it was started and came back, and how often it was put off.
+-- How often it was started and came back, how often it was put off, and the last error it came back with.
 local function parse_tries(text)
-  if not text then return 0, 0 end
-  local attempts, laters = string.match(text, '^(%d+)\t(%d+)$')
-  return tonumber(attempts), tonumber(laters)
+  if not text then return 0, 0, '' end
+  local attempts, laters, why = string.match(text, '^(%d+)\t(%d+)\t?(.*)$')
+  return tonumber(attempts), tonumber(laters), why
 end
 
 local function read_tries(p, ref)
@@ -176,8 +177,37 @@ local function all_tries(p, refs)
   return gather('HMGET', p .. 'tries', refs)
 end
 
-local function write_tries(p, ref, attempts, laters)
-  if attempts + laters > 0 then redis.call('HSET', p .. 'tries', ref, attempts .. '\t' .. laters) end
+local function write_tries(p, ref, attempts, laters, why)
+  if attempts + laters > 0 then
+    redis.call('HSET', p .. 'tries', ref, attempts .. '\t' .. laters .. (why == '' and '' or '\t' .. why))
+  end
+end
+
+local WHY_BYTES = 300 -- of a message: whole queues may be put off at once
+
+-- Of an outcome: code and message of its error, as JSON; nothing where it tells none.
+local function why_of(outcome)
+  local readable, told = pcall(cjson.decode, outcome)
+  local error = readable and type(told) == 'table' and told.error
+  if type(error) ~= 'table' or type(error.code) ~= 'string' or type(error.message) ~= 'string' then return '' end
+  local message, last = error.message, WHY_BYTES
+  if #message > last then
+    while string.byte(message, last + 1) >= 128 and string.byte(message, last + 1) < 192 do last = last - 1 end -- no half of a character
+    message = string.sub(message, 1, last) .. '…'
+  end
+  return '{"code":' .. cjson.encode(error.code) .. ',"message":' .. cjson.encode(message) .. '}'
+end
+
+-- An outcome with more before it: `fields` is JSON without its braces.
+local function with(fields, outcome)
+  return '{' .. fields .. (outcome == '{}' and '}' or ',' .. string.sub(outcome, 2))
+end
+
+-- The outcome of a job that came back before: it says how often it was put off, and why the last time.
+local function with_tries(tries, outcome)
+  local _, laters, why = parse_tries(tries)
+  if laters > 0 then outcome = with('"postponed":' .. laters, outcome) end
+  return why == '' and outcome or with('"postponed_why":' .. why, outcome)
 end
 
 -- -- one batch ---------------------------------------------------------------------------------------------------------------------------
@@ -241,7 +271,6 @@ local function store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
   local front, back = end_line(c, status, fence, batch)
   local value = front .. attempts .. back .. job.digest .. '\t' .. job.idem .. '\n' .. job.birth .. '\n' .. job.meta .. '\n' .. outcome
   redis.call('SET', c.p .. 'job:' .. job.ref, value .. (rest or ''), 'EX', ttl)
-  redis.call('HDEL', c.p .. 'tries', job.ref)
   clean(c, job, ttl)
   count(c, status, 1)
   c.ended[#c.ended + 1] = job.ref
@@ -258,7 +287,7 @@ end
 
 -- The outcome of another job, saying whose.
 local function copied(outcome, leader)
-  return '{"coalesced_with":"' .. leader .. '"' .. (outcome == '{}' and '}' or ',' .. string.sub(outcome, 2))
+  return with('"coalesced_with":"' .. leader .. '"', outcome)
 end
 
 local function same_as(leader)
@@ -306,6 +335,11 @@ end
 
 -- The one way into a terminal status, but for the plain case in `finish`.
 local function conclude(c, job, status, fence, outcome, ttl, attempts, batch, rest)
+  local tries = redis.call('HGET', c.p .. 'tries', job.ref)
+  if tries then
+    redis.call('HDEL', c.p .. 'tries', job.ref)
+    outcome = with_tries(tries, outcome)
+  end
   store(c, job, status, fence, outcome, ttl, attempts, batch, rest)
   if job.flag == 'x' then pass_on(c, job, status, outcome, ttl) end
 end
@@ -349,12 +383,12 @@ local LOST = '{"error":{"message":"the worker was lost while it ran this job, as
 local function requeue(c, ref, batch, begun, ttl)
   local job = read_job(c.p, ref)
   if redis.call('SREM', c.p .. 'members:' .. batch.id, ref) == 0 or not job then return end
-  local attempts, laters = read_tries(c.p, ref)
+  local attempts, laters, why = read_tries(c.p, ref)
   attempts = attempts + begun
   if begun == 1 and attempts >= job.max then
     bury(c, job, batch.fence, LOST, ttl, attempts, batch)
   else
-    write_tries(c.p, ref, attempts, laters)
+    write_tries(c.p, ref, attempts, laters, why)
     push(c, job, digits(math.min(tonumber(job.due), tonumber(batch.claimed))))
     count(c, 'requeued', 1)
   end
@@ -918,7 +952,8 @@ local function refuse(c, value, fence)
 end
 
 -- An end that is none yet: the job is queued again, at once or after `delay`; at its cap it is buried. True if it is.
-local function come_back(c, job, status, delay, outcome, ttl, fence, batch, attempts, laters)
+local function come_back(c, job, status, delay, outcome, ttl, fence, batch, tries)
+  local attempts, laters, before = parse_tries(tries)
   if status == 'retry' then
     attempts = attempts + 1 -- also where it failed before it was started: without this it would be tried for ever
     if attempts >= job.max then
@@ -930,7 +965,8 @@ local function come_back(c, job, status, delay, outcome, ttl, fence, batch, atte
     laters = laters + 1
     count(c, 'postponed', 1)
   end
-  write_tries(c.p, job.ref, attempts, laters)
+  local why = why_of(outcome)
+  write_tries(c.p, job.ref, attempts, laters, why == '' and before or why)
   if delay > 0 then redis.call('ZADD', c.p .. 'delayed', digits(c.at + delay), job.ref) else push(c, job) end
   return false
 end
@@ -960,15 +996,18 @@ local function finish(keys, args)
     if mine[k] ~= 1 or done[ref] or not lives(value) then
       reply[k] = done[ref] == 's' and 'a' or refuse(c, value, fence)
     else
-      local attempts, laters = parse_tries(tries[k])
+      local attempts = parse_tries(tries[k])
       if (status == 'succeeded' or status == 'failed') and string.byte(value) == 45 then
         -- The plain case: nothing else knows of the job, and its birth and meta lines are copied as they stand.
         if not fronts[status] then fronts[status], back = end_line(c, status, fence, batch) end
         local first = string.find(value, '\n', 1, true)
         local last = string.find(value, '\n', string.find(value, '\n', first + 1, true) + 1, true)
         local line = fronts[status] .. attempts + 1 .. back .. batch.digest .. '\t'
+        if tries[k] then
+          redis.call('HDEL', p .. 'tries', ref)
+          outcome = with_tries(tries[k], outcome)
+        end
         redis.call('SET', names[k], line .. string.sub(value, first, last) .. outcome, 'EX', ttl)
-        if tries[k] then redis.call('HDEL', p .. 'tries', ref) end
         count(c, status, 1)
         c.ended[#c.ended + 1] = ref
         reply[k] = 's'
@@ -977,7 +1016,7 @@ local function finish(keys, args)
         reply[k] = 's'
       else
         local delay, job = tonumber(sorts[same][2]), parse_job(ref, value)
-        reply[k] = come_back(c, job, status, delay, outcome, ttl, fence, batch, attempts, laters) and 's' or 'r'
+        reply[k] = come_back(c, job, status, delay, outcome, ttl, fence, batch, tries[k]) and 's' or 'r'
       end
       if tokens > 0 then
         local tenant = string.match(ref, '^[^/]+')
@@ -1090,7 +1129,8 @@ end
 
 -- ly_show P | ref... -> per job {} | {value of an ended job}
 --                       | {value of a living job, batch, attempts, begun (2: submitted), delayed until, worker, batch size, why, laters,
---                          when the batch was claimed, place in the queue (-1: in none), id of the job whose outcome it waits for}
+--                          when the batch was claimed, place in the queue (-1: in none), id of the job whose outcome it waits for,
+--                          the last error it came back with (JSON, or nothing)}
 local function show(keys, args)
   local p, reply = keys[1], {}
   for _, ref in ipairs(args) do
@@ -1105,11 +1145,11 @@ local function show(keys, args)
       local place = not delayed and redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
       local leader = job.flag == 'x' and redis.call('HGET', p .. 'follows', ref) or ''
       if not delayed and not place and leader == '' then batch, begun = batch_of(p, ref) end
-      local attempts, laters = read_tries(p, ref)
+      local attempts, laters, why = read_tries(p, ref)
       local state = batch.submitted and 2 or begun
       reply[#reply + 1] = { value, batch.id, attempts + begun, state, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
       local known = reply[#reply]
-      known[10], known[11], known[12] = tonumber(batch.claimed), place or -1, leader
+      known[10], known[11], known[12], known[13] = tonumber(batch.claimed), place or -1, leader, why
     end
   end
   return reply

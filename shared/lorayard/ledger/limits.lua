@@ -159,9 +159,9 @@ end
 -- -- what is called ----------------------------------------------------------------------------------------------------------------------
 
 -- lyl_reserve P | token MODEL margin_ms rpm tpm rpd tpd cap_day cap_month, then per call: model_id tokens tenant nano cap_day cap_month
--- -> {calls answered for, wait ms, what for, then per call answered for: 'g' slot idle_ms date | 'b' which | 'l' limit}
+-- -> {calls answered for, wait ms, what for, then per call answered for: 'g' slot idle_ms date | 'b' which whose | 'l' limit}
 -- In order, up to the first there is no room for. g: granted, and counted; idle_ms since the model's last call, -1 for never.
--- b: no money left for it. l: it has more tokens than a whole minute.
+-- b: no money left for it: of day or month, of its tenant's or of all's (*). l: it has more tokens than a whole minute.
 local function reserve(keys, args)
   local p = keys[1]
   return once(p, args[1], function()
@@ -176,11 +176,12 @@ local function reserve(keys, args)
     local took_requests, took_tokens = 0, 0
     for i = 10, #args, 6 do
       local id, want, tenant, nano = args[i], bounded(args[i + 1], MOST_TOKENS), args[i + 2], bounded(args[i + 3], MOST_NANO)
-      local poor = over(p, day, month, tenant, nano, { args[i + 4], args[i + 5] }) or over(p, day, month, '*', nano, { args[8], args[9] })
+      local poor, whose = over(p, day, month, tenant, nano, { args[i + 4], args[i + 5] }), tenant
+      if not poor then poor, whose = over(p, day, month, '*', nano, { args[8], args[9] }), '*' end
       if known.tpm and want > known.tpm then
         reply[#reply + 1] = { 'l', known.tpm }
       elseif poor then
-        reply[#reply + 1] = { 'b', poor }
+        reply[#reply + 1] = { 'b', poor, whose }
       elseif (known.rpm and requests + took_requests + 1 > known.rpm) or (known.tpm and tokens + took_tokens + want > known.tpm) then
         local more_requests = known.rpm and requests + took_requests + 1 - known.rpm or 0
         local more_tokens = known.tpm and tokens + took_tokens + want - known.tpm or 0

@@ -4,7 +4,7 @@ woken, and then to wake the loop."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
@@ -27,19 +27,29 @@ class LoopCaller:
 
     async def fcall(self, function: str, numkeys: int, *keys_and_args: Any) -> Any:
         """As `redis.Redis.fcall`, with its errors."""
+        (reply,) = await self.call(("FCALL", function, numkeys, *keys_and_args))
+        return reply
+
+    async def call(self, *commands: Sequence[Any]) -> list[Any]:
+        """The replies to commands that are sent together and run in this order. Raises redis' errors: of several, the first one's."""
         if not self._plain:
-            return await self.in_thread(lambda: self._client.fcall(function, numkeys, *keys_and_args))
+            return await self.in_thread(lambda: [self._called(*command) for command in commands])
         async with self._one_at_a_time:
             connection: Any = self._connection or await self._connect()
             try:
-                connection.send_command("FCALL", function, numkeys, *keys_and_args, check_health=False)
+                connection.send_packed_command(connection.pack_commands(commands), check_health=False)
                 await self._until_readable(connection)
-                return connection.read_response()
-            except redis.ResponseError:
-                raise
+                replies = [_reply(connection) for _ in commands]
             except BaseException:  # also where nobody waits any more: a reply that is still to come would be taken for the next one's
                 self.close()
                 raise
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                raise reply
+        return replies
+
+    def _called(self, name: str, *args: Any) -> Any:
+        return self._client.fcall(*args) if name == "FCALL" else self._client.execute_command(name, *args)  # type: ignore[no-untyped-call]
 
     def in_thread(self, what: Callable[[], T]) -> asyncio.Future[T]:
         """What cannot be done without one."""
@@ -68,3 +78,11 @@ class LoopCaller:
         if connection is not None:
             connection.disconnect()
             self._client.connection_pool.release(connection)
+
+
+def _reply(connection: Any) -> Any:
+    """The next one; an error of the server's as a value, for others may follow."""
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error

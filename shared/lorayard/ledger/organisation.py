@@ -69,10 +69,18 @@ class Grant(NamedTuple):
     idle_ms: int | None
 
 
-class Refused(NamedTuple):
-    """It cannot be made: the day's or the month's money is spent, or it has more tokens than a whole minute allows."""
+class Spent(NamedTuple):
+    """There is not enough left of a day's or a month's money, which is `cap` nano-dollars: a tenant's, or that of all together ("*")."""
 
-    why: Literal["day", "month", "tokens"]
+    which: Literal["day", "month"]
+    whose: str
+    cap: int
+
+
+class Refused(NamedTuple):
+    """It cannot be made: there is no money for it, or it has more tokens than the `limit` of a whole minute."""
+
+    spent: Spent | None
     limit: int = 0
 
 
@@ -152,16 +160,36 @@ class Organisation:
 
     def reserve(self, base: str, wants: Sequence[Want]) -> Reserved:
         """Count the first of these calls, as many as there is room for now. `base` is the model that the service limits by."""
-        return _reserved(self._call("lyl_reserve", *self._question(base, wants)))
+        return self._reserved(self._call("lyl_reserve", *self._question(base, wants)), wants)
 
-    async def reserve_in(self, caller: LoopCaller, base: str, wants: Sequence[Want]) -> Reserved:
-        """The same in the event loop of `caller`."""
+    async def reserve_in(self, caller: LoopCaller, base: str, wants: Sequence[Want], look: Sequence[Any]) -> tuple[Reserved, Any]:
+        """The same in the event loop of `caller`; and the reply to the command `look`, which is run right after it."""
+        question = ("FCALL", "lyl_reserve", 1, self.prefix, *self._question(base, wants))
         try:
-            return _reserved(await caller.fcall("lyl_reserve", 1, self.prefix, *self._question(base, wants)))
+            try:
+                reply, seen = await caller.call(question, look)
+            except redis.ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+                await caller.in_thread(self.install)
+                reply, seen = await caller.call(question, look)
         except redis.RedisError as error:
-            if "Function not found" in str(error):
-                return await caller.in_thread(lambda: self.reserve(base, wants))  # which loads it
             raise _told("lyl_reserve", error) from error
+        return self._reserved(reply, wants), seen
+
+    def _reserved(self, reply: list[Any], wants: Sequence[Want]) -> Reserved:
+        answers = [self._answer(row, want) for row, want in zip(reply[3:], wants, strict=False)]
+        return Reserved(answers, int(reply[1]), reply[2].decode())
+
+    def _answer(self, row: list[Any], want: Want) -> Grant | Refused:
+        kind = row[0]
+        if kind == b"g":
+            return Grant(int(row[1]), row[3].decode(), None if int(row[2]) < 0 else int(row[2]))
+        if kind == b"l":
+            return Refused(None, int(row[1]))
+        which: Literal["day", "month"] = "day" if row[1] == b"day" else "month"
+        whose = row[2].decode()
+        return Refused(Spent(which, whose, getattr(self._caps if whose == "*" else want.caps, which)))
 
     def _question(self, base: str, wants: Sequence[Want]) -> list[Any]:
         rows = [value for w in wants for value in (w.model, w.tokens, w.tenant, w.nano, *w.caps)]
@@ -213,13 +241,18 @@ class Organisation:
 
     def over(self, base: str, tenant: str, caps: Caps) -> str | None:
         """Whether nothing is left of a tenant's or the organisation's money: day, month or None."""
+        short = self.short(base, tenant, caps)
+        return short and short.which
+
+    def short(self, base: str, tenant: str, caps: Caps) -> Spent | None:
+        """Of which money nothing is left to a tenant, if so."""
         state = self.state(base)
-        for which, date in (("day", state.day), ("month", state.month)):
+        periods: tuple[tuple[Literal["day", "month"], str], ...] = (("day", state.day), ("month", state.month))
+        for which, date in periods:
             spent = self.spent(date)
             for who, cap in ((tenant, caps), ("*", self._caps)):
-                most = cap.day if which == "day" else cap.month
-                if 0 <= most <= spent.get(who, 0):
-                    return which
+                if 0 <= getattr(cap, which) <= spent.get(who, 0):
+                    return Spent(which, who, getattr(cap, which))
         return None
 
     def _hash(self, name: str) -> dict[str, bytes]:
@@ -236,16 +269,3 @@ def _told(function: str, error: redis.RedisError) -> LorayardError:
     if passing or not isinstance(error, redis.ResponseError):
         return unavailable(error)
     return LorayardError(f"the ledger refuses {function}: {error}", code="ledger_error")
-
-
-def _reserved(reply: list[Any]) -> Reserved:
-    return Reserved([_answer(row) for row in reply[3:]], int(reply[1]), reply[2].decode())
-
-
-def _answer(row: list[Any]) -> Grant | Refused:
-    kind = row[0]
-    if kind == b"g":
-        return Grant(int(row[1]), row[3].decode(), None if int(row[2]) < 0 else int(row[2]))
-    if kind == b"l":
-        return Refused("tokens", int(row[1]))
-    return Refused("day" if row[1] == b"day" else "month")

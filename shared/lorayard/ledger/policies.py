@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -42,7 +43,16 @@ class Policies:
 
     def get(self, tenant: str) -> Policy:
         raw: Any = self._client.hget(keys.POLICIES, tenant)
-        return msgspec.json.decode(raw, type=Policy) if raw else NOTHING_LEAVES
+        return _policy(raw)
+
+    @staticmethod
+    def question(tenants: Sequence[str]) -> list[str]:
+        """The command that asks for these tenants' policies, and `answer` what its reply says."""
+        return ["HMGET", keys.POLICIES, *tenants]
+
+    @staticmethod
+    def answer(tenants: Sequence[str], reply: Sequence[bytes | None]) -> dict[str, Policy]:
+        return {tenant: _policy(raw) for tenant, raw in zip(tenants, reply, strict=True)}
 
     def set(self, tenant: str, policy: Policy) -> None:
         if not re.fullmatch(NAME_PATTERN, tenant):
@@ -52,3 +62,7 @@ class Policies:
             if usd is not None and not 0 <= usd < 1e9:
                 raise BadRequest(f"{name}: must be dollars, from 0 on", param=name)
         self._client.hset(keys.POLICIES, tenant, msgspec.json.encode(policy))
+
+
+def _policy(raw: bytes | None) -> Policy:
+    return msgspec.json.decode(raw, type=Policy) if raw else NOTHING_LEAVES

@@ -17,6 +17,9 @@ from lorayard.hosted_codes import own_code
 How = Literal["final", "attempt", "patience", "later"]
 """What becomes of the job: failed for good · tried again, an attempt used · put off at no cost the first times · put off at no cost."""
 
+PATIENCE = 8
+"""So often a job is put off at no cost because no whole answer came; then each time is an attempt: it may be the job's own doing."""
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
 _LIMIT = re.compile(r"\((RPM|RPD|TPM|TPD|ITPM|OTPM)\): Limit ([1-9][0-9]{0,11})\b", re.ASCII)
@@ -26,6 +29,7 @@ _BLOCKED_S = 60.0  # until it is tried again where somebody has to put something
 _KEPT = 16_384  # characters of a failed generation
 _MOST_WAIT_S = 86_400.0
 _MOST_S = 1e6
+_INSTEAD_OF_TEXT = ("content", "tool_calls", "function_call", "refusal", "reasoning", "reasoning_content")
 
 
 class Failure(NamedTuple):
@@ -49,8 +53,11 @@ class Failure(NamedTuple):
     failed_generation: str = ""
 
 
-def seconds(text: str) -> float | None:
-    """Of a duration as Go writes it (`2m59.56s`, `185ms`), of a plain number of seconds, or until an HTTP date; None for anything else."""
+def seconds(text: str, now: str = "") -> float | None:
+    """Of a duration as Go writes it (`2m59.56s`, `185ms`), of a plain number of seconds, or until an HTTP date; None for anything else.
+
+    `now`: the date by the clock that said so, as an HTTP date; ours may be wrong.
+    """
     text = text.strip()
     try:
         number = float(text)
@@ -60,9 +67,16 @@ def seconds(text: str) -> float | None:
     parts = _DURATION.findall(text)
     if parts and "".join(n + unit for n, unit in parts) == text:
         return sum(float(n) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[unit] for n, unit in parts)
-    if date := email.utils.parsedate_tz(text):
-        return max(0.0, email.utils.mktime_tz(date) - time.time())
-    return None
+    until, at = _timestamp(text), _timestamp(now)
+    return None if until is None else max(0.0, until - (time.time() if at is None else at))
+
+
+def _timestamp(date: str) -> float | None:
+    try:
+        parsed = email.utils.parsedate_tz(date)
+        return None if parsed is None else email.utils.mktime_tz(parsed)
+    except (ValueError, OverflowError):  # of a year that no calendar has
+        return None
 
 
 def limits_told(headers: Mapping[str, str]) -> dict[str, int]:
@@ -77,9 +91,19 @@ def limits_told(headers: Mapping[str, str]) -> dict[str, int]:
 
 
 def complete(body: Any) -> bool:
-    """Whether a decoded answer is a whole chat completion."""
-    choices = body.get("choices") if isinstance(body, dict) else None
-    return isinstance(choices, list) and bool(choices) and all(isinstance(c, dict) and isinstance(c.get("message"), dict) for c in choices)
+    """Whether a decoded answer is a whole chat completion: each choice says something, and none that it went wrong."""
+    choices = body.get("choices") if isinstance(body, dict) and not body.get("error") else None
+    return isinstance(choices, list) and bool(choices) and all(_says_something(choice) for choice in choices)
+
+
+def _says_something(choice: Any) -> bool:
+    """An empty text is something: a model may have nothing to say. Reasoning alone is, where it took all tokens there were."""
+    if not isinstance(choice, dict) or choice.get("error") or choice.get("finish_reason") == "error":
+        return False
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return False
+    return isinstance(message.get("content"), str) or any(message.get(name) for name in _INSTEAD_OF_TEXT)
 
 
 def read_answer(content: bytes) -> dict[str, Any] | None:
@@ -166,7 +190,7 @@ def _refused(status: int, message: str, error: Mapping[str, Any]) -> Failure:
 
 def _after(message: str, headers: Mapping[str, str]) -> float | None:
     told = headers.get("retry-after")
-    after = seconds(told) if told else None
+    after = seconds(told, headers.get("date", "")) if told else None
     if after is None and (again := _AGAIN.search(message)):
         after = seconds(again[1])
     return None if after is None else min(after, _MOST_WAIT_S)

@@ -10,7 +10,7 @@ import contextlib
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -26,7 +26,7 @@ from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
-from lorayard_workers.groq.lines import cost_of, end_of, error_line, errors_of, line_of, name_of, rows_by_name, window
+from lorayard_workers.groq.lines import Paid, cost_of, end_of, error_line, errors_of, line_of, name_of, paid_of, rows_by_name, window
 from lorayard_workers.retries import backoff_ms
 
 log = structlog.get_logger("lorayard.hosted")
@@ -51,8 +51,8 @@ _MONEY_AGAIN_MS = 600_000
 
 class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is known of a batch at the service. `tried`: something may have been created there; `alone`: there is no second one.
-    `tenants`: of its lines, by number. `held`: money set aside at `date`, nano-dollars by tenant. `why`: what it waits
-    for, other than the service's own time."""
+    `lines`: how many it has; `tenants`: of them, by number. `held`: money set aside at `date`, nano-dollars by tenant. `why`: what it
+    waits for, other than the service's own time."""
 
     tried: bool = False
     file_id: str = ""
@@ -61,6 +61,7 @@ class Note(msgspec.Struct, frozen=True, omit_defaults=True):
     tenants: list[str] = []
     date: str = ""
     held: dict[str, int] = {}
+    lines: int = 0
     misses: int = 0
     cancelled: bool = False
     why: str = ""
@@ -184,14 +185,12 @@ class BatchKeeper:
         tenants = sorted({split_ref(job.ref)[0] for job in jobs})
         bodies = list(self._bodies(submitted, jobs))
         held = self._hold(submitted, bodies)
-        lines = [line_of(ref, body, model, tenants) for ref, body in bodies if name_of(ref) in held.held]
+        paid = {name: Paid(tenants.index(tenant), nano) for name, (tenant, nano) in held.held.items() if tenant in tenants}
+        lines = [line_of(ref, body, model, paid[name_of(ref)]) for ref, body in bodies if name_of(ref) in paid]
         if not lines:
             self._look_again(submitted.batch, note, 0)
             return
-        by: Counter[str] = Counter()
-        for tenant, nano in held.held.values():
-            by[tenant] += nano
-        note = msgspec.structs.replace(note, tried=True, tenants=tenants, date=held.date, held=dict(by))
+        note = msgspec.structs.replace(note, tried=True, tenants=tenants, lines=len(lines), date=held.date, held=_by_tenant(held))
         if not self._look_again(submitted.batch, note, HOLD_S):  # the intent, and that it is ours
             return
         with holding(lambda: self._look_again(submitted.batch, note, HOLD_S), HOLD_S / 3):
@@ -214,10 +213,16 @@ class BatchKeeper:
                 self._finish(submitted, [End(job.ref, "failed", error_line(message, "hosted_not_allowed"))])
                 continue
             try:
-                endpoint = job.meta.get("endpoint", ENDPOINT)
-                yield job.ref, hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=endpoint)[0]
+                body, _ = hosted_body(msgspec.json.decode(job.request), self._settings, endpoint=job.meta.get("endpoint", ENDPOINT))
+                prompt_tokens(body)
             except BadRequest as error:
                 self._finish(submitted, [End(job.ref, "failed", msgspec.json.encode({"error": error.document()}))])
+            except Exception:  # nested deeper than can be read, say: all of its batch would wait for ever
+                log.exception("a job of a batch cannot be read", job=job.ref)
+                broken = LorayardError("an internal error; the worker's log has it")
+                self._finish(submitted, [End(job.ref, "retry", msgspec.json.encode({"error": broken.document()}))])
+            else:
+                yield job.ref, body
 
     def _hold(self, submitted: Submitted, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Held:
         """Money for each, at its most; for whom there is none, waits."""
@@ -227,7 +232,7 @@ class BatchKeeper:
             tenant = split_ref(ref)[0]
             nano = math.ceil(prompt_tokens(body) * prices[0] + answer_tokens(body) * prices[1])
             wants.append((name_of(ref), tenant, nano, policies.get(tenant, NOTHING_LEAVES).caps))
-        held = self._org.hold(f"hold:{submitted.batch}", wants)
+        held = self._org.hold(_hold_token(submitted.batch), wants)
         outcome = error_line("the money for hosted calls is spent", "budget_exhausted")
         poor = [ref for ref, _ in bodies if name_of(ref) in held.poor]
         self._finish(submitted, [End(ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS) for ref in poor])
@@ -271,20 +276,22 @@ class BatchKeeper:
 
     def _read_back(self, submitted: Submitted, note: Note, batch: dict[str, Any]) -> bool:
         """Money first, once; then every job's end: by its line, where there is one. False while the results are to be waited for."""
-        contents = [self._content(str(batch[name])) for name in ("output_file_id", "error_file_id") if batch.get(name)]
+        with holding(lambda: self._look_again(submitted.batch, note, HOLD_S), HOLD_S / 3):  # they may be large
+            contents = [self._content(str(batch[name])) for name in ("output_file_id", "error_file_id") if batch.get(name)]
         if None in contents and submitted.refs:
             return self._missed(submitted, note)
         rows = rows_by_name(content for content in contents if content)
         prices = self._prices
-        self._charge(submitted, note, rows.values(), prices)
-        model, notes = self._model_or_nothing(submitted), self._notes(submitted)
+        self._charge(submitted, note, self._spent(note, batch, rows.values(), prices))
+        model, before = self._model_or_nothing(submitted), self._before(submitted)
         ends, lost = [], []
         for ref in submitted.refs:
             row = rows.get(name_of(ref))
             if row is None:
                 lost.append(ref)
             else:
-                ends.append(end_of(ref, row, cost_of(row, prices), model, notes.get(ref, [])))
+                notes, laters = before.get(ref, ([], 0))
+                ends.append(end_of(ref, row, cost_of(row, prices), model, notes, laters))
         self._finish(submitted, ends)
         if lost:
             why = errors_of(batch) or f"the batch {batch.get('status')} before this line was run"
@@ -318,21 +325,28 @@ class BatchKeeper:
         except LorayardError:
             return ""
 
-    def _notes(self, submitted: Submitted) -> dict[str, list[str]]:
-        """What was changed in the jobs' requests, by ref."""
-        notes = {}
+    def _before(self, submitted: Submitted) -> dict[str, tuple[list[str], int]]:
+        """What was changed in the jobs' requests, and how often they were put off, by ref."""
+        known = {}
         for job in self._ledger.contents(submitted.batch, self._token):
-            with contextlib.suppress(BadRequest):
-                notes[job.ref] = hosted_body(msgspec.json.decode(job.request), self._settings)[1]
-        return notes
+            with contextlib.suppress(Exception):  # of some it could not be read when the lines were made
+                known[job.ref] = hosted_body(msgspec.json.decode(job.request), self._settings)[1], job.laters
+        return known
 
-    def _charge(self, submitted: Submitted, note: Note, rows: Iterable[dict[str, Any]], prices: tuple[float, float]) -> None:
-        """Every line that was run is paid for, whatever has become of its job meanwhile; what was held for the others is free again."""
-        by: Counter[str] = Counter()
+    def _spent(self, note: Note, batch: dict[str, Any], rows: Collection[dict[str, Any]], prices: tuple[float, float]) -> Counter[str]:
+        """Nano-dollars by tenant for every line that was run, whatever has become of its job meanwhile."""
+        by, unseen = Counter[str](), Counter(note.held)
         for row in rows:
-            number = str(row.get("custom_id")).rpartition("-")[2]
-            if number.isdecimal() and int(number) < len(note.tenants):
-                by[note.tenants[int(number)]] += cost_of(row, prices)
+            paid = paid_of(row)
+            if 0 <= paid.tenant < len(note.tenants):
+                by[note.tenants[paid.tenant]] += cost_of(row, prices)
+                unseen[note.tenants[paid.tenant]] -= paid.nano
+        if batch.get("status") == "completed" and len(rows) < note.lines:  # it says that it has run those too
+            by += +unseen
+        return by
+
+    def _charge(self, submitted: Submitted, note: Note, by: Counter[str]) -> None:
+        """What was held and is not spent is free again. Once a batch."""
         owed = [
             (tenant, adapter_of(submitted.digest), by[tenant], note.held.get(tenant, 0)) for tenant in sorted(by.keys() | note.held.keys())
         ]
@@ -362,7 +376,10 @@ class BatchKeeper:
     def _clean_up(self, submitted: Submitted, note: Note, made: Iterable[Any] = ()) -> None:
         """Nothing of it stays there, nor of the money that was held for it; then it is closed here."""
         batch = submitted.batch
-        self._charge(submitted, note, (), self._prices)  # nothing where that was done
+        if not note.date:  # who held money for it may not have come to write that down
+            held = self._org.hold(_hold_token(batch), [])
+            note = msgspec.structs.replace(note, date=held.date, held=_by_tenant(held))
+        self._charge(submitted, note, Counter())  # nothing where that was done
         for file_id in [note.file_id, *made]:
             if file_id:
                 self._service.delete_file(str(file_id))
@@ -370,3 +387,14 @@ class BatchKeeper:
             for row in self._service.files(f"lorayard-{batch}.jsonl"):
                 self._service.delete_file(str(row["id"]))
         self._ledger.settle(batch, self._token)
+
+
+def _hold_token(batch: str) -> str:
+    return f"hold:{batch}"
+
+
+def _by_tenant(held: Held) -> dict[str, int]:
+    by: Counter[str] = Counter()
+    for tenant, nano in held.held.values():
+        by[tenant] += nano
+    return dict(by)

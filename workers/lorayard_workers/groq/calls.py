@@ -13,7 +13,8 @@ from lorayard_workers.runner import WorkItem
 
 
 class Call:
-    """`digest` and `model` are the adapter's here and at the service. `over`: ended, or cancelled. Times are monotonic seconds."""
+    """`digest` and `model` are the adapter's here and at the service. `over`: ended, or cancelled. `sent`: the service may have seen it.
+    Times are monotonic seconds."""
 
     __slots__ = (
         "batch",
@@ -27,6 +28,7 @@ class Call:
         "notes",
         "over",
         "received",
+        "sent",
         "size",
         "started",
         "task",
@@ -37,7 +39,7 @@ class Call:
         self.batch, self.item, self.model, self.digest, self.lane = batch, item, model, digest, lane
         self.received = time.monotonic()
         self.started = 0.0
-        self.cancelled = self.over = False
+        self.cancelled = self.over = self.sent = False
         self.body: dict[str, Any] = {}
         self.notes: list[str] = []
         self.size = 0  # bytes of the prompt

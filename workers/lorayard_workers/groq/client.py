@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import time
 from collections.abc import Iterator
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -17,6 +19,12 @@ from lorayard_workers.groq.answers import Failure, broken, failure, read_answer,
 
 CONNECT_S = 10.0
 UPLOAD_S = 600.0
+ASK_S = 60.0
+DOWNLOAD_S = 1800.0
+MOST_BYTES = 64 << 20
+"""Of one answer, unpacked: more is no answer."""
+MOST_FILE_BYTES = 1 << 30
+"""Of a file, or of a page of a listing."""
 _PAGES = 1000
 _CONNECTIONS = 8  # in a pool
 _STREAMS = 100  # of HTTP/2, all of which one connection carries
@@ -63,7 +71,8 @@ class ChatClient:
     def __init__(self, settings: Settings) -> None:
         self._url = _checked_url(settings) + "/chat/completions"
         self._headers = _headers(settings) | {"Content-Type": "application/json"}
-        self._timeout = httpx.Timeout(settings.hosted_timeout_s, connect=CONNECT_S, pool=None)
+        self._most_s = settings.hosted_timeout_s
+        self._timeout = httpx.Timeout(self._most_s, connect=CONNECT_S, pool=None)
         self._tls = httpx.create_ssl_context()
         self._pools: list[_Pool] = []
         self._together = _CONNECTIONS
@@ -93,9 +102,11 @@ class ChatClient:
             pool.calls -= 1
 
     async def _call(self, http: httpx.AsyncClient, body: bytes) -> Reply | Failure:
+        started = time.monotonic()
         try:
-            reply = await http.post(self._url, content=body)
-        except httpx.TimeoutException as error:
+            async with asyncio.timeout(self._most_s):  # for all of it: an answer may come a byte at a time
+                reply, content = await self._post(http, body)
+        except (httpx.TimeoutException, TimeoutError) as error:
             return broken("timeout", f"the hosted service did not answer in time ({type(error).__name__})")
         except httpx.TransportError as error:
             return broken("connection_lost", f"the connection to the hosted service was lost ({error or type(error).__name__})")
@@ -103,12 +114,26 @@ class ChatClient:
             return broken("bad_answer", f"the hosted service's answer could not be read ({type(error).__name__})")
         if reply.http_version == "HTTP/2":
             self._together = _STREAMS
+        if content is None:
+            return broken("bad_answer", f"the hosted service's answer was longer than {MOST_BYTES >> 20} MiB")
+        seconds = time.monotonic() - started
         if not reply.is_success:
-            return failure(reply.status_code, read_error(reply.content), reply.headers)
-        answer = read_answer(reply.content)
+            return failure(reply.status_code, read_error(content), reply.headers)
+        answer = read_answer(content)
         if answer is None:
-            return broken("bad_answer", "the hosted service's answer was not a whole chat completion")
-        return Reply(answer, reply.headers, reply.elapsed.total_seconds())
+            why = str(read_error(content).get("message") or "")[:500]
+            return broken("bad_answer", "the hosted service's answer was not a whole chat completion" + (f": {why}" if why else ""))
+        return Reply(answer, reply.headers, seconds)
+
+    async def _post(self, http: httpx.AsyncClient, body: bytes) -> tuple[httpx.Response, bytes | None]:
+        """The answer and what is in it; None for more than there may be."""
+        async with http.stream("POST", self._url, content=body) as reply:
+            content = bytearray()
+            async for chunk in reply.aiter_bytes():
+                content += chunk
+                if len(content) > MOST_BYTES:
+                    return reply, None
+            return reply, bytes(content)
 
 
 class ServiceError(LorayardError):
@@ -125,7 +150,7 @@ class ServiceClient:
     def __init__(self, settings: Settings) -> None:
         self._url = _checked_url(settings)
         self._root = self._url.removesuffix("/openai/v1")
-        self._http = httpx.Client(headers=_headers(settings), timeout=httpx.Timeout(60.0, connect=CONNECT_S))
+        self._http = httpx.Client(headers=_headers(settings), timeout=httpx.Timeout(ASK_S, connect=CONNECT_S))
 
     def __enter__(self) -> Self:
         return self
@@ -133,14 +158,21 @@ class ServiceClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def _request(self, method: str, url: str, **kwargs: Any) -> httpx.Response:
+    def _request(self, method: str, url: str, *, most_s: float = ASK_S, **kwargs: Any) -> bytes:
+        """What is in the answer, all of which must be here `most_s` after its beginning."""
+        content = bytearray()
         try:
-            reply = self._http.request(method, url, **kwargs)
+            with self._http.stream(method, url, **kwargs) as reply:
+                give_up = time.monotonic() + most_s
+                for chunk in reply.iter_bytes():
+                    content += chunk
+                    if len(content) > MOST_FILE_BYTES or time.monotonic() > give_up:
+                        raise Unavailable("the hosted service's answer is too long, or takes too long", code="hosted_away")
         except httpx.HTTPError as error:
             raise Unavailable(f"the hosted service does not answer ({error or type(error).__name__})", code="hosted_away") from None
         if reply.is_success:
-            return reply
-        told = read_error(reply.content)
+            return bytes(content)
+        told = read_error(bytes(content))
         why = failure(reply.status_code, told, reply.headers)
         if reply.status_code == 404:
             raise NotFound(why.message, code=str(told.get("code") or "not_found"))
@@ -149,9 +181,9 @@ class ServiceClient:
         raise ServiceError(reply.status_code, why.message, why.code)
 
     def _json(self, method: str, url: str, **kwargs: Any) -> dict[str, Any]:
-        reply = self._request(method, url, **kwargs)
+        content = self._request(method, url, **kwargs)
         try:
-            return msgspec.json.decode(reply.content, type=dict[str, Any])
+            return msgspec.json.decode(content, type=dict[str, Any])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Unavailable("the hosted service's answer could not be read", code="hosted_away") from None
 
@@ -189,7 +221,7 @@ class ServiceClient:
         return sorted(found, key=lambda row: (row.get("created_at") or 0, str(row.get("id"))))
 
     def content(self, file_id: str) -> bytes:
-        return self._request("GET", f"{self._url}/files/{file_id}/content", timeout=httpx.Timeout(UPLOAD_S)).content
+        return self._request("GET", f"{self._url}/files/{file_id}/content", most_s=DOWNLOAD_S)
 
     def delete_file(self, file_id: str) -> None:
         """No error where it is gone."""

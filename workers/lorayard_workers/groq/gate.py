@@ -16,10 +16,10 @@ import redis
 import structlog
 
 from lorayard.errors import BadRequest, Forbidden, LorayardError, Unavailable
-from lorayard.hosted import answer_tokens, price, prompt_tokens
+from lorayard.hosted import answer_tokens, no_money, price, prompt_tokens
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.loop import LoopCaller
-from lorayard.ledger.organisation import Organisation, Refused, Reserved, State, Want
+from lorayard.ledger.organisation import Grant, Organisation, Refused, Reserved, State, Want
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 from lorayard_workers.groq.answers import Failure
@@ -154,7 +154,7 @@ class Gate:
             wants = [self._want(row[2]) for row in may]
             if not wants:
                 return 0.0
-            reserved = await self._reserve(wants)
+            reserved, changed = await self._reserve(wants)
         except (Unavailable, redis.RedisError) as error:
             self.unanswered = True
             log.warning("limits cannot be asked for; calls wait", reason=str(error))
@@ -166,29 +166,35 @@ class Gate:
             return 0.0
         self.unanswered = False
         granted = []
-        for (_, _, call), want, answer in zip(may, wants, reserved.answers, strict=False):
+        for row, want, answer in zip(may, wants, reserved.answers, strict=False):
+            call = row[2]
             call.want = want
-            if isinstance(answer, Refused):
+            if isinstance(answer, Grant):
+                call.grant = answer
+                if call.cancelled or want.tenant in changed:
+                    self._behind.unused(call)
+                else:
+                    granted.append(call)
+                    self.breaker.calling(call.item.ref)
+            elif want.tenant not in changed or answer.spent is None:
                 self._refused(call, answer)
-                continue
-            call.grant = answer
-            if call.cancelled:
-                self._behind.unused(call)
-            else:
-                granted.append(call)
-                self.breaker.calling(call.item.ref)
+            if want.tenant in changed and not call.over:
+                self._push_back([row])
         self._behind.begin(granted)
         self._granted.append((time.monotonic(), len(granted)))
         self._push_back(may[len(reserved.answers) :])
         return 0.0 if len(reserved.answers) == len(may) else self._wait_after(reserved)
 
-    async def _reserve(self, wants: list[Want]) -> Reserved:
+    async def _reserve(self, wants: list[Want]) -> tuple[Reserved, set[str]]:
+        """And the tenants whose leave or caps were others by then: they are to be asked for again."""
         if self._written is not None:  # what the service told comes before what is asked
             await self._written
-        reserved = await self._org.reserve_in(self._caller, self._base, wants)
-        if any(isinstance(answer, Refused) and answer.why != "tokens" for answer in reserved.answers):
-            self._who_may = await self._in_thread(self._policies.all)  # there may be more money by now
-        return reserved
+        tenants = list(dict.fromkeys(want.tenant for want in wants))
+        reserved, seen = await self._org.reserve_in(self._caller, self._base, wants, self._policies.question(tenants))
+        now = self._policies.answer(tenants, seen)
+        changed = {tenant for tenant, policy in now.items() if policy != self._who_may.get(tenant, NOTHING_LEAVES)}
+        self._who_may |= now
+        return reserved, changed
 
     def _wait_after(self, reserved: Reserved) -> float:
         """Seconds until there is room for the next."""
@@ -239,13 +245,11 @@ class Gate:
     def _refused(self, call: Call, answer: Refused) -> None:
         if call.cancelled:
             return
-        if answer.why == "tokens":
+        if answer.spent is None:
             message = f"prompt and answer may have {call.want and call.want.tokens} tokens; the service allows {answer.limit} a minute"
             self._behind.refuse(call, BadRequest(message, code="request_too_large", param="max_tokens").document())
-        elif call.want is not None and self._has_leave(call) and self._want(call).caps != call.want.caps:  # more by now
-            self._push_back([(call.item.due, next(self._order), call)])
         else:
-            message = f"the {answer.why}'s money for hosted calls is spent; the job waits for more, or for its deadline"
+            message = f"{no_money(answer.spent)}. The job waits for that, or for its deadline"
             self._behind.end(call, error=Unavailable(message, code="budget_exhausted").document(), later=True, after_ms=_MONEY_AGAIN_MS)
 
     def _put_off_all(self, wait_s: float, code: str, message: str) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from lorayard.errors import Unavailable
-from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, EndStatus
 from lorayard.ledger.organisation import NANO
-from lorayard_workers.groq.answers import Failure, complete, document, failure, tidy
+from lorayard_workers.groq.answers import PATIENCE, Failure, complete, document, failure, tidy
 from lorayard_workers.retries import backoff_ms
 
+_NAMED = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{20}-[0-9]{1,9}-[0-9]{1,15})"')
+_NUMBER = re.compile(r"[0-9]{1,15}", re.ASCII)
 _TIMES = (("remote_queue", "queue_time"), ("prefill", "prompt_time"), ("decode", "completion_time"))
 
 
@@ -25,25 +27,38 @@ def window(seconds: int) -> str:
     return f"{hours // 24}d" if hours > 24 and hours % 24 == 0 else f"{hours}h"
 
 
-def line_of(ref: str, body: dict[str, Any], model: str, tenants: list[str]) -> bytes:
-    """The same bytes for the same job, so that a file that is there already can be known."""
-    name = f"{name_of(ref)}-{tenants.index(split_ref(ref)[0])}"
+class Paid(NamedTuple):
+    """Whose a line is, by the number of its tenant in its batch (-1: not told), and the nano-dollars that were set aside for it."""
+
+    tenant: int
+    nano: int
+
+
+def line_of(ref: str, body: dict[str, Any], model: str, paid: Paid) -> bytes:
+    """The same bytes for the same job, so that a file that is there already can be known. Its name is read again by `paid_of`."""
+    name = f"{name_of(ref)}-{paid.tenant}-{paid.nano}"
     line = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": model, **body}}
     return msgspec.json.encode(line) + b"\n"
 
 
 def name_of(ref: str) -> str:
-    """A line's name: the job's own may be another tenant's too, and the service need not know tenants."""
+    """What a line's name begins with: the job's own may be another tenant's too, and the service need not know tenants."""
     return hashlib.blake2b(ref.encode(), digest_size=10).hexdigest()
 
 
+def paid_of(row: dict[str, Any]) -> Paid:
+    parts = [*str(row.get("custom_id")).split("-"), "", ""]
+    tenant, nano = (int(part) if _NUMBER.fullmatch(part) else -1 for part in parts[1:3])
+    return Paid(tenant, max(0, nano))
+
+
 def rows_of(content: bytes) -> Iterator[dict[str, Any]]:
-    """The lines that can be read; the others count as not run."""
+    """The lines, made safe; of one that cannot be read no more than its name, and nothing where even that cannot."""
     for line in content.splitlines():
         try:
             row = msgspec.json.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
-            continue
+            row = {"custom_id": named[1].decode()} if (named := _NAMED.search(line)) else None
         if isinstance(row, dict):
             response = row.get("response")
             if isinstance(response, dict):
@@ -83,13 +98,19 @@ def _body(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cost_of(row: dict[str, Any], prices: tuple[float, float]) -> int:
-    usage = _body(row).get("usage")
-    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
-    return round(counts[0] * prices[0] + counts[1] * prices[1])
+    """As of a call: by the service's own count; what was set aside for it where that is not told, or where no whole answer came."""
+    if not _answers(row):
+        refused = _refused(_status(row)) or (row.get("response") is None and row.get("error"))
+        return 0 if refused else paid_of(row).nano
+    usage = _body(row).get("usage") or {}
+    prompt, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(made, int):
+        return paid_of(row).nano
+    return round(prompt * prices[0] + made * prices[1])
 
 
-def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str]) -> End:
-    """What becomes of a job. `notes`: what was changed in its request."""
+def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str], laters: int = 0) -> End:
+    """What becomes of a job. `notes`: what was changed in its request. `laters`: how often it was put off before."""
     body = _body(row)
     if _answers(row):
         usage = body.get("usage") or {}
@@ -103,8 +124,8 @@ def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str
     outcome = msgspec.json.encode({"response": None, "error": document(why), **more})
     if why.how == "final":
         return End(ref, "failed", outcome)
-    how: EndStatus = "retry" if why.how == "attempt" else "later"
-    return End(ref, how, outcome, delay_ms=backoff_ms(how, 0))
+    how: EndStatus = "retry" if why.how == "attempt" or (why.how == "patience" and laters >= PATIENCE) else "later"
+    return End(ref, how, outcome, delay_ms=backoff_ms(how, laters))
 
 
 def _why(row: dict[str, Any], body: dict[str, Any], status: Any) -> Failure:

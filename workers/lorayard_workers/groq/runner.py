@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from lorayard.jobs import BASE_DIGEST
 from lorayard.ledger.organisation import NANO, Organisation, Settled, State
 from lorayard.ledger.policies import Policies, Policy
 from lorayard.settings import Settings
-from lorayard_workers.groq.answers import Failure, document, limits_told
+from lorayard_workers.groq.answers import PATIENCE, Failure, document, limits_told
 from lorayard_workers.groq.calls import Call
 from lorayard_workers.groq.client import ChatClient, Reply
 from lorayard_workers.groq.gate import Gate
@@ -31,8 +32,6 @@ from lorayard_workers.runner import Event, Outcome, Progress, Ready, Started, Wo
 
 log = structlog.get_logger("lorayard.hosted")
 
-PATIENCE = 8
-"""So often a job is put off at no cost because no whole answer came; then each time is an attempt: it may be the job's own doing."""
 BEAT_S = 1.0
 SETTLE_S = 0.1
 
@@ -111,9 +110,12 @@ class HostedRunner:
         self._emit(Ready({}, self._settings.hosted_calls, 0, 0, os.getpid()))
         over = asyncio.create_task(self._over.wait())
         done, _ = await asyncio.wait([over, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in [*tasks, *(call.task for call in self._running.values() if call.task)]:
+        ending = [*tasks, *(call.task for call in self._running.values() if call.task)]
+        for task in ending:
             task.cancel()
-        await self._settle()
+        await asyncio.gather(*ending, return_exceptions=True)
+        while self._settled and await self._settle():
+            pass
         await self._client.close()
         for task in done - {over}:
             task.result()
@@ -129,6 +131,9 @@ class HostedRunner:
                 call.size = prompt_bytes(call.body)
             except BadRequest as error:
                 self.refuse(call, error.document())
+                continue
+            except Exception:  # nested deeper than can be read, say: its whole batch would be held for ever
+                self._broke(call)
                 continue
             self._calls[call.key] = call
             calls.append(call)
@@ -161,6 +166,7 @@ class HostedRunner:
             self._running[call.key] = call
             self._hot[call.digest] = call.started = time.monotonic()
             call.task = self._loop.create_task(self._make(call))
+            call.task.add_done_callback(partial(self._ended, call))
 
     def end(self, call: Call, **what: Any) -> None:
         self._calls.pop(call.key, None)
@@ -178,22 +184,37 @@ class HostedRunner:
     # -- one call -----------------------------------------------------------------------------------------------------------------------
 
     async def _make(self, call: Call) -> None:
+        call.sent = True
         try:
             result = await self._client.chat(msgspec.json.encode({"model": call.model, **call.body}))
             if isinstance(result, Reply):
                 self._succeeded(call, result)
             else:
                 self._failed(call, result)
-        except asyncio.CancelledError:
-            self.gate.breaker.released(call.item.ref)
-            raise
         except Exception:  # the job would be held for ever
-            log.exception("a call went wrong here", job=call.item.ref)
             self.gate.breaker.released(call.item.ref)
-            self.end(call, error=LorayardError("an internal error; the worker's log has it").document(), retryable=True)
-        finally:
-            self._running.pop(call.key, None)
-            self.gate.wake()
+            self._broke(call)
+
+    def _broke(self, call: Call) -> None:
+        """To be called where an exception is handled that should not be."""
+        log.exception("a call went wrong here", job=call.item.ref)
+        self.end(call, error=LorayardError("an internal error; the worker's log has it").document(), retryable=True)
+
+    def _ended(self, call: Call, task: asyncio.Task[None]) -> None:
+        """However it ended; also where it was cancelled before its task could begin."""
+        self._running.pop(call.key, None)
+        if task.cancelled():
+            self.gate.breaker.released(call.item.ref)
+            if call.sent:
+                self._at_its_most(call)
+            else:
+                self.unused(call)
+        self.gate.wake()
+
+    def _at_its_most(self, call: Call) -> None:
+        """What became of it is not known: it may have been computed, and charged."""
+        assert call.want is not None
+        self._settled.append(call.settled(call.want.tokens, call.want.nano))
 
     def _succeeded(self, call: Call, reply: Reply) -> None:
         self.gate.succeeded(call)
@@ -219,7 +240,9 @@ class HostedRunner:
     def _failed(self, call: Call, failure: Failure) -> None:
         self._counters[failure.code if failure.code in CODES else "hosted_rejected"] += 1
         self.gate.failed(call, failure)
-        if not failure.unknown:
+        if failure.unknown:
+            self._at_its_most(call)
+        else:
             self.unused(call)
         if failure.missing:
             self._telling.submit(self._tell_missing, call.digest)
@@ -245,20 +268,23 @@ class HostedRunner:
     async def _settle_loop(self) -> None:
         while True:
             await asyncio.sleep(SETTLE_S)
-            await self._settle()
+            if not await self._settle():
+                await asyncio.sleep(1)
 
-    async def _settle(self) -> None:
+    async def _settle(self) -> bool:
+        """Some of them; whether the ledger heard."""
         if not self._settled:
-            return
+            return True
         part, self._settled = self._settled[:500], self._settled[500:]
         try:
             await self._loop.run_in_executor(self._telling, self._org.settle, self._base, part)
         except Unavailable as error:
             log.warning("use and money not settled yet", calls=len(part), reason=error.message)
             self._settled = part + self._settled
-            await asyncio.sleep(1)
+            return False
         except LorayardError as error:  # it would be refused for ever: they stay at their most
             log.error("use and money not settled", calls=len(part), reason=error.message)
+        return True
 
     async def _beat_loop(self) -> None:
         """What others of the organisation do shows in the ledger; and a sign of life, as each call has an end of its own."""
