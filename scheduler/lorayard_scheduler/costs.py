@@ -22,10 +22,12 @@ TEMPERATURES: tuple[Temperature, ...] = ("hot", "loaded", "disk", "remote")
 
 @dataclass(frozen=True)
 class Work:
-    """The mean job: tokens of its prompt, how many of these it shares with the others of its adapter, and tokens of its answer."""
+    """The mean job: tokens of its prompt, how many of these it shares with the others of its adapter, and tokens of its answer. Until
+    something is known of it: instructions that all have, and a question. To take the company to be worth less than it is costs more than
+    the other way round."""
 
     prompt: float = 200.0
-    shared: float = 0.0
+    shared: float = 150.0
     output: float = 30.0
 
     @property
