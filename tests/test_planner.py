@@ -33,9 +33,11 @@ def view(groups: Iterable[tuple[str, str, int, float]], workers: Iterable[Worker
     return View(index, Roster(workers))
 
 
-def worker(name: str = "w", *held: tuple[str, int], hot: Iterable[str] = (), loaded: Iterable[str] = ()) -> WorkerView:
+def worker(
+    name: str = "w", *held: tuple[str, int], hot: Iterable[str] = (), loaded: Iterable[str] = (), costs: Costs = COSTS
+) -> WorkerView:
     batches = tuple(Held(f"b{i}", digest, jobs) for i, (digest, jobs) in enumerate(held))
-    return WorkerView(name, COSTS, batches, tuple(hot), frozenset(loaded))
+    return WorkerView(name, costs, batches, tuple(hot), frozenset(loaded))
 
 
 def chosen(dispatches: Iterable[Dispatch]) -> list[tuple[str, str, int]]:
@@ -173,6 +175,37 @@ def test_all_lanes_of_an_adapter_are_the_same_adapter_and_a_batch_is_of_one_lane
     assert chosen(plan(view([("a@auto", "t", 1, 1000)], workers), NOW, POLICY)) == [("z", "a@auto", 1)], "it is warm there"
 
 
+SLOW = Costs(8, COSTS.switch_ms, 100.0, {1: 100.0, 8: 170.0}, measured=True)
+"""All of it takes ten times as long."""
+
+
+def test_of_idle_workers_the_fastest_come_first_and_the_slow_take_what_the_others_would_end_later() -> None:
+    fast, slow = worker("z"), [worker(f"a{i}", costs=SLOW) for i in range(9)]
+    assert chosen(plan(view([("a", "t", 1, 1_000)], [*slow, fast]), NOW, POLICY)) == [("z", "a", 1)]
+    many = [(f"d{i:02}", "t", 8, 1_000.0 + i) for i in range(12)]
+    taken = {digest: name for name, digest, _ in chosen(plan(view(many, [*slow, fast]), NOW, POLICY))}
+    assert [taken.pop(digest) for digest in ("d00", "d01")] == ["z", "z"], "what is due first ends soonest there"
+    assert sorted(taken) == [f"d{i:02}" for i in range(6, 12)], "it will have ended four more before a slow one has half a batch"
+
+
+def test_a_slow_worker_leaves_alone_what_a_fast_one_will_end_sooner_and_only_that() -> None:
+    slow, busy, soon = worker("s", costs=SLOW), worker("f", ("a", 4), ("b", 2)), ("rare", "t", 2, 1_000)
+    assert plan(view([soon], [slow, busy]), NOW, POLICY) == [], "a hand will be free before long"
+    assert chosen(plan(view([("rare", "t", 2, 60_000)], [slow, busy]), NOW, POLICY)) == [("s", "rare", 2)], "not while jobs join"
+    assert chosen(plan(view([soon], [slow, worker("f", ("a", 60), ("b", 60))]), NOW, POLICY)) == [("s", "rare", 2)]
+    assert chosen(plan(view([("rare", "t", 2, -60_000)], [slow, busy]), NOW, POLICY)) == [("s", "rare", 2)], "now everybody works"
+    others = [(f"x{i}", "t", 8, 500.0 + i) for i in range(9)]
+    assert chosen(plan(view([soon, *others], [slow, busy]), NOW, POLICY)) == [("s", "x5", 8)], "of so many it takes some"
+    assert chosen(plan(view([soon], [WorkerView("s", Costs(8)), busy]), NOW, POLICY)) == [("s", "rare", 2)], "its speed is not known"
+
+
+def test_jobs_do_not_join_a_slow_worker_where_a_fast_one_would_end_them_sooner() -> None:
+    at_slow = worker("s", ("a", 2), costs=SLOW)
+    for due in (1_000, 90_000):
+        assert chosen(plan(view([("a", "t", 2, due)], [at_slow, worker("f")]), NOW, POLICY)) == [("f", "a", 2)]
+        assert chosen(plan(view([("a", "t", 2, due)], [at_slow]), NOW, POLICY)) == [("s", "a", 2)]
+
+
 def test_tenants_of_one_adapter_share_a_batch_the_least_served_first() -> None:
     groups = [("a", "x", 9, 0), ("a", "y", 9, 0)]
     (first, *_) = plan(view(groups, [worker()]), NOW, POLICY)
@@ -238,10 +271,11 @@ groups_st = st.lists(
 )
 workers_st = st.lists(
     st.builds(
-        lambda name, held, warm: worker(name, *held, hot=warm[:1], loaded=warm),
+        lambda name, held, warm, costs: worker(name, *held, hot=warm[:1], loaded=warm, costs=costs),
         st.sampled_from(["w1", "w2", "w3", "w4"]),
         st.lists(st.tuples(names, st.integers(1, 8)), max_size=3),
         st.lists(names, max_size=3, unique=True),
+        st.sampled_from([COSTS, SLOW]),
     ),
     max_size=4,
     unique_by=lambda w: w.name,
@@ -286,7 +320,8 @@ def test_any_plan_can_be_carried_out_and_leaves_no_worker_idle(
     jobs = {(digest, tenant): n for digest, tenant, n, _ in groups}
     assert all(n <= jobs[key] for key, n in taken.items())
     assert all(len(hands[name] | new) <= 2 for name, new in more.items() if new)
-    if any(n == 0 for n in load.values()):
+    fastest = min((w.costs.pace for w in workers), default=0.0)
+    if any(load[w.name] == 0 for w in workers if w.costs.pace == fastest):
         assert sum(taken.values()) == sum(jobs.values())
 
 

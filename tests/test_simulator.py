@@ -15,7 +15,7 @@ from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.planner import Policy
 from lorayard_scheduler.rivals import FirstComeFirstServed
 from lorayard_scheduler.simulated import Lorayard
-from lorayard_scheduler.simulator import Failure, WorkerSpec
+from lorayard_scheduler.simulator import Failure, Fleet, WorkerSpec
 
 
 def test_a_job_alone_takes_loading_prompt_and_steps() -> None:
@@ -140,3 +140,18 @@ def test_arrivals_are_read_and_what_is_wrong_is_told_by_line(tmp_path: Path) -> 
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
     with pytest.raises(BadRequest, match="no arrivals"):
         traces.read_sizes(path)
+
+
+def test_a_slow_worker_in_the_pool_makes_nothing_end_later() -> None:
+    """It helps where there is enough to do, and leaves alone what the others end sooner."""
+    slow = Costs(4, COSTS.switch_ms, 100.0, {1: 100.0, 4: 160.0}, measured=True)
+    rng = random.Random(4)
+    few, many = (
+        trace([(rng.uniform(0, 20_000), rng.randrange(12), 30, rng.randint(2, 20), 0, 5_000) for _ in range(n)]) for n in (60, 900)
+    )
+    for jobs, gain in ((few, 1.0), (many, 0.95)):
+        ends = []
+        for specs in ([WorkerSpec(COSTS)] * 2, [WorkerSpec(slow), WorkerSpec(COSTS), WorkerSpec(COSTS)]):
+            outcome = Fleet(jobs, specs, Lorayard()).run()
+            ends.append(sum(outcome.ended) - sum(jobs.arrivals))
+        assert ends[1] <= 1.02 * gain * ends[0]

@@ -159,10 +159,10 @@ class Backlog:
         return known
 
     def _measure(self) -> None:
-        """Ranks follow what workers measure: those of the worker that is first by name stand for the pool."""
+        """Ranks follow what workers measure: those of the first by name stand for the pool, in which the others count by their speed."""
         infos = [self._infos[name] for name in sorted(self._infos)]
         work = _mean_work(info.counters for info in infos)
-        scale = Scale(self._policy.patience_ms, self._policy.flood_ms, self._costs_of(infos[0]), work, len(infos))
+        scale = Scale.of(self._policy.patience_ms, self._policy.flood_ms, [self._costs_of(info) for info in infos], work)
         before = self.groups.scale
         if (scale.costs, scale.workers) != (before.costs, before.workers) or not work.resembles(before.work):
             self.groups.rescale(scale)

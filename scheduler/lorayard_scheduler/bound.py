@@ -64,7 +64,8 @@ def bound(workers: Iterable[Costs], load: Load, policy: Policy, *, target_ms: fl
     shift = policy.patience_ms * math.log(dearest) + target_ms - (target_ms if shortest_target_ms is None else shortest_target_ms)
     ahead = load.burst + load.per_ms * (target_ms + shift)
     dispatches = load.groups + 2 * ahead / fewest
-    return Bound(shift + (4 + dispatches / len(costs)) * batch, batch, shift)
+    working = sum(not any(other.much_faster(c) for other in costs) for c in costs)  # all the time, while something is nearly due
+    return Bound(shift + (4 + dispatches / working) * batch, batch, shift)
 
 
 def shortest_target(workers: Sequence[Costs], arrivals: Sequence[float], policy: Policy, **most: int) -> float:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 Temperature = Literal["hot", "loaded", "disk", "remote"]
 SWITCH_MS = {"hot": 0.0, "loaded": 25.0, "disk": 33.0, "remote": 500.0}
 """The reference machine's."""
+MUCH = 1.25
+"""Workers whose speeds differ by less are taken to be alike."""
 TEMPERATURES: tuple[Temperature, ...] = ("hot", "loaded", "disk", "remote")
 
 
@@ -70,6 +72,15 @@ class Costs:
         mine, theirs = ([*c.steps[1:], *(1.0 + c.switch_ms[t] for t in TEMPERATURES), c.prefill_ms(1.0)] for c in (self, other))
         same = (self.width, self.measured) == (other.width, other.measured)
         return same and all(abs(a - b) <= 0.1 * max(a, b) for a, b in zip(mine, theirs, strict=True))
+
+    @cached_property
+    def pace(self) -> float:
+        """Milliseconds of a usual job at best: what workers of unlike speed are compared by, whatever their jobs are."""
+        return self.job_ms(Work())
+
+    def much_faster(self, than: Costs) -> bool:
+        """By a quarter, as far as both are measured."""
+        return self.measured and than.measured and MUCH * self.pace < than.pace
 
     @cached_property
     def steps(self) -> list[float]:

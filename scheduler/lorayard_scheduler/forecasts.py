@@ -129,7 +129,7 @@ class Forecaster:
             workers=len(roster.workers),
             places=sum(worker.costs.width for worker in roster.workers.values()),
             flying=sum(roster.loads.values()),
-            room=sum(max(0, most - load) for load, _ in roster.free),
+            room=sum(max(0, most - roster.loads[name]) for _, name in roster.free),
             calm=first is None or first.rank > TICKS * (now + policy.reserve_ms),
             each_ms=job_ms * self._pace,
             flood_jobs=policy.flood_ms / job_ms,

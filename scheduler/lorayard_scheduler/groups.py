@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from operator import attrgetter
@@ -71,7 +71,13 @@ class Scale:
     flood_ms: float = 120_000.0
     costs: Costs = field(default_factory=lambda: Costs(16))
     work: Work = field(default_factory=Work)
-    workers: int = 1
+    workers: float = 1
+    """How many with these costs the pool is worth."""
+
+    @classmethod
+    def of(cls, patience_ms: float, flood_ms: float, pool: Sequence[Costs], work: Work) -> Scale:
+        """Of workers with these costs, the first standing for all of them."""
+        return cls(patience_ms, flood_ms, pool[0], work, sum([pool[0].job_ms(work) / costs.job_ms(work) for costs in pool]))
 
     def narrow(self) -> list[float]:
         """By the number of jobs: how much later a group ranks because its batch would run narrow."""

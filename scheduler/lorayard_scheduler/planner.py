@@ -12,7 +12,8 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    something that waits comes within `reserve_ms` of its due time: from then on only what ranks before it does, so that adapters in hand
    end and make room. Once something is overdue, which no planner can help, switches are what makes all wait longer: then jobs join that
    are due up to `stay_ms` later than what waits.
-4. The worker and the group that make the least rank come first; workers with nothing to do before any others.
+4. The worker and the group that make the least rank come first; workers with nothing to do before any others, and of these the fastest.
+   What a worker that is faster by a quarter would end in half the time, after what it has, is left to it.
 
 A batch is as large as pays on the worker and is meant to take no longer than `batch_ms`. A worker has jobs of at most two adapters at once:
 so it never idles, and the second is fetched and loaded while the first still runs. While nothing is nearly due it gets the second no sooner
@@ -32,7 +33,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class _Choice(NamedTuple):
 
     after: int  # 0: the worker has nothing to do, 1: it has, 2: another would rather have it
     rank: int
-    load: int
+    ends: float  # ms until one usual job more would have ended there
     worker: str
     digest: str
     reason: str
@@ -88,11 +89,17 @@ class _Choice(NamedTuple):
 class _Seat:
     """A worker as this plan fills it."""
 
-    __slots__ = ("given", "hand", "load", "name", "prices", "worker")
+    __slots__ = ("faster", "given", "hand", "load", "name", "prices", "worker")
 
-    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices) -> None:
+    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices, faster: Sequence[str]) -> None:
         self.worker, self.name, self.load, self.hand, self.prices = worker, worker.name, load, hand, prices
         self.given = len(worker.held)
+        self.faster = faster  # workers that are much faster, those that have least to do
+
+    @property
+    def ends(self) -> float:
+        """Milliseconds until one usual job more would have ended here."""
+        return (self.load + 1) * self.worker.costs.pace
 
 
 class _Queue:
@@ -129,6 +136,7 @@ class _Plan:
         self.charged: dict[str, float] = {}  # tokens dispatched, by tenant
         self.seats: dict[str, _Seat] = {}
         self.known: dict[Costs, Prices] = {}
+        self.swift: dict[Costs, Sequence[str]] = {}
         self.idle = view.roster.idle
         self.busy = view.groups.waits_ms >= policy.batch_ms
         self.alone = now - view.groups.steady_at > policy.flood_ms  # those who flood
@@ -178,7 +186,9 @@ class _Plan:
         seat = self.seats.get(name)
         if seat is None:
             worker = self.roster.workers[name]
-            seat = self.seats[name] = _Seat(worker, self.roster.loads[name], self.roster.hands[name], self._prices(worker.costs))
+            faster = self._faster(worker.costs) if self.roster.uneven else ()
+            seat = _Seat(worker, self.roster.loads[name], self.roster.hands[name], self._prices(worker.costs), faster)
+            self.seats[name] = seat
         return seat
 
     def _prices(self, costs: Costs) -> Prices:
@@ -189,9 +199,26 @@ class _Plan:
 
     def _room(self, name: str) -> int:
         """How many more jobs the worker has use for."""
+        return self._prices(self.roster.workers[name].costs).rows - self._load(name)
+
+    def _load(self, name: str) -> int:
         seat = self.seats.get(name)
-        load = self.roster.loads[name] if seat is None else seat.load
-        return self._prices(self.roster.workers[name].costs).rows - load
+        return self.roster.loads[name] if seat is None else seat.load
+
+    def _hand(self, name: str) -> frozenset[str]:
+        seat = self.seats.get(name)
+        return self.roster.hands[name] if seat is None else seat.hand
+
+    def _faster(self, costs: Costs) -> Sequence[str]:
+        """Of the workers that are much faster than such a one, a few that have least to do."""
+        names = self.swift.get(costs)
+        if names is None:
+            loads, workers = self.roster.loads, self.roster.workers
+            soon = heapq.nsmallest(
+                self.policy.workers_most, [(loads[name] * workers[name].costs.pace, name) for name in self.roster.faster(costs)]
+            )
+            names = self.swift[costs] = tuple([name for _, name in soon])
+        return names
 
     def _consider(self, seat: _Seat, choices: list[tuple[_Choice, int]], made: int) -> None:
         if seat.given < self.policy.batches and (choice := self._choose(seat)) is not None:
@@ -225,10 +252,10 @@ class _Plan:
         return not self.calm or self.roster.loads[name] <= self._prices(self.roster.workers[name].costs).lead
 
     def _free(self) -> Iterator[str]:
-        """Workers that may begin another adapter, the least loaded first."""
-        most = max((self._prices(costs).lead for costs in self.roster.kinds), default=0.0) if self.calm else math.inf
-        for load, name in self.roster.free:
-            if load > most:
+        """Workers that may begin another adapter, those that would end it first first."""
+        most = max(((self._prices(c).lead + 1) * c.pace for c in self.roster.kinds), default=0.0) if self.calm else math.inf
+        for ends, name in self.roster.free:
+            if ends > most:
                 return
             if self._wants(name):
                 yield name
@@ -258,7 +285,7 @@ class _Plan:
             hands = max(1, hands - 1)  # the other is for who does not flood
         full = len(hand) >= hands or (self.calm and seat.load > seat.prices.lead)
         contended, changed = bool(self.groups.floods), self.left
-        first, number = queue.first, 0
+        first, number, before = queue.first, 0, 0
         while number < self.policy.groups_most and (number < len(first) or queue.reach()):
             group = first[number]
             number += 1
@@ -272,6 +299,9 @@ class _Plan:
             rank = group.rank + dearer[temperature][jobs if jobs < widest else widest]
             if rank >= best:
                 continue
+            if seat.faster and self._is_better_off(group, adapter, seat, temperature, before):
+                before += jobs
+                continue
             if self.calm and adapter in self.roster.on and self._in_good_hands(seat, group, adapter):
                 if rank < left_best:
                     left, left_best = group, rank
@@ -280,9 +310,9 @@ class _Plan:
             else:
                 best, chosen, reason = rank, group, _WARMTH[temperature]
         if chosen is not None:
-            return _Choice(int(seat.load > 0), int(best), seat.load, seat.name, chosen.digest, reason, floods), False
+            return _Choice(int(seat.load > 0), int(best), seat.ends, seat.name, chosen.digest, reason, floods), False
         if left is not None and not seat.load:
-            return _Choice(2, int(left_best), 0, seat.name, left.digest, "spread to an idle worker", floods), False
+            return _Choice(2, int(left_best), seat.ends, seat.name, left.digest, "spread to an idle worker", floods), False
         return None, False
 
     def _joining(self, seat: _Seat, floods: bool) -> tuple[float, Group | None, str]:
@@ -301,7 +331,9 @@ class _Plan:
                     continue  # every batch has its price
                 jobs = self._jobs(group)
                 rank = group.rank - self.groups.narrow(jobs) - self.ahead
-                if jobs and rank < best and group.tenant.floods == floods and not self._over(group):
+                if not jobs or rank >= best or group.tenant.floods != floods or self._over(group):
+                    continue
+                if not seat.faster or not self._is_better_off(group, adapter, seat):
                     best, chosen, reason = rank, group, _JOINED[not self.ahead]
         return best, chosen, reason
 
@@ -315,9 +347,33 @@ class _Plan:
         return tenant.served + self.charged.get(tenant.name, 0.0) > self.limit
 
     def _in_good_hands(self, seat: _Seat, group: Group, adapter: str) -> bool:
-        """Whether another worker has had its adapter in hand before, has room to finish the group, and will."""
-        jobs = self._jobs(group)
-        return any(name != seat.name and jobs <= self._room(name) for name in self.roster.on[adapter])
+        """Whether another worker, not much slower, has had its adapter in hand before, has room to finish the group, and will."""
+        jobs, costs = self._jobs(group), seat.worker.costs
+        able = [name for name in self.roster.on[adapter] if name != seat.name and jobs <= self._room(name)]
+        return any(not self.roster.uneven or not costs.much_faster(self.roster.workers[name].costs) for name in able)
+
+    def _is_better_off(self, group: Group, adapter: str, seat: _Seat, temperature: Temperature | None = None, before: int = 0) -> bool:
+        """Whether much faster workers would end all of it, after what they have and their part of so many other jobs, in half the time in
+        which this one would end a batch of it: what they have may take longer than it seems. None: it would join here. One that has no hand
+        for it counts only where hands end. While something is overdue, nobody waits for anybody."""
+        if self.late:
+            return False
+        jobs, own = self._jobs(group), seat.prices
+        batch = min(jobs, own.rows)
+        here = own.batch_ms(seat.load + batch) if temperature is None else own.batch_ms(seat.load) + own.batch_ms(batch, temperature)
+        for name in seat.faster:
+            worker, load, hand = self.roster.workers[name], self._load(name), self._hand(name)
+            theirs = self._prices(worker.costs)
+            batch = min(jobs, theirs.rows)
+            if adapter in hand:
+                there = theirs.batch_ms(load + batch)
+            elif self.calm and len(hand) >= self.roster.adapters_at_once:
+                continue
+            else:
+                there = theirs.batch_ms(load) + theirs.batch_ms(batch, worker.temperature(adapter))
+            if there + (before + jobs - batch) * theirs.job_ms / len(seat.faster) < here / 2:
+                return True
+        return False
 
     def _rows(self, seat: _Seat, floods: bool) -> int:
         return seat.prices.flood_rows if floods and not self.alone else seat.prices.rows

@@ -34,21 +34,27 @@ class Policy:
 class Prices:
     """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
     comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; few of a
-    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet."""
+    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet. `ms`: of a batch, by
+    temperature and number of jobs; `job_ms`: of each beyond these."""
 
-    __slots__ = ("dearer", "flood_rows", "lead", "most", "rows")
+    __slots__ = ("dearer", "flood_rows", "job_ms", "lead", "most", "ms", "rows")
 
     def __init__(self, costs: Costs, work: Work, policy: Policy, busy: bool) -> None:
-        self.most = 2 * costs.width
-        hot = [costs.batch_ms(n, work, "hot") for n in range(1, self.most + 1)]
+        self.most, self.job_ms = 2 * costs.width, costs.job_ms(work)
+        self.ms: dict[Temperature, list[float]] = {}
         self.dearer: dict[Temperature, list[int]] = {}
         for temperature in TEMPERATURES:
-            here = (costs.batch_ms(n, work, temperature) / ms for n, ms in enumerate(hot, 1))
-            self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in here]
+            here = self.ms[temperature] = [0.0] + [costs.batch_ms(n, work, temperature) for n in range(1, self.most + 1)]
+            factors = (ms / hot for ms, hot in zip(here[1:], self.ms["hot"][1:], strict=True))
+            self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in factors]
         self.rows = rows(costs, work, policy, math.inf if busy else 0.0)
-        self.lead = policy.lead_ms / costs.job_ms(work) if costs.measured else math.inf
+        self.lead = policy.lead_ms / self.job_ms if costs.measured else math.inf
         few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
         self.flood_rows = min(few, self.rows) if costs.measured else self.rows
+
+    def batch_ms(self, jobs: int, temperature: Temperature = "hot") -> float:
+        more = max(0, jobs - self.most)
+        return self.ms[temperature][jobs - more] + more * self.job_ms
 
 
 def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:

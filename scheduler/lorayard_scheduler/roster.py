@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from sortedcontainers import SortedList
 
 from lorayard.jobs import adapter_of
-from lorayard_scheduler.costs import Costs, Temperature
+from lorayard_scheduler.costs import MUCH, Costs, Temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,12 @@ class Roster:
         self.workers: dict[str, WorkerView] = {}
         self.loads: dict[str, int] = {}  # jobs that have not ended
         self.hands: dict[str, frozenset[str]] = {}  # the adapters that a worker has jobs of
-        self.free: SortedList = SortedList()  # (load, name) of those that can take another adapter
+        self.free: SortedList = SortedList()  # (ms until one job more would have ended there, name) of those that can take another adapter
         self.on: dict[str, dict[str, None]] = {}  # digest -> workers that have jobs of it
         self.warm: dict[str, dict[str, None]] = {}  # digest -> workers where it is hot or loaded
         self.decks: dict[str, float] = {}  # workers with jobs that could be recalled: the latest due time of their batches
         self.kinds: Counter[Costs] = Counter()  # how many workers have these costs
+        self.paces: SortedList = SortedList()  # (ms of a usual job, name), of those that have measured it
         self.idle = 0
         self.news: set[str] = set()  # workers put, or gone, since the last plan
         self._costs: dict[str, Costs] = {}
@@ -75,12 +76,12 @@ class Roster:
             self._leave(name)
         self.news.add(name)
         self.workers[name] = worker
-        self.kinds[worker.costs] += 1
-        self._costs[name] = worker.costs
+        if self._costs.get(name) is not worker.costs:
+            self._cost(name, worker.costs)
         load, hand = sum([held.jobs for held in worker.held]), frozenset([held.digest for held in worker.held])
         self.loads[name], self.hands[name] = load, hand
         if len(hand) < self.adapters_at_once:
-            self.free.add((load, name))
+            self.free.add(((load + 1) * worker.costs.pace, name))
         self.idle += not load
         dues = [held.due for held in worker.held if held.waiting]
         if dues:
@@ -93,21 +94,47 @@ class Roster:
         """It is gone."""
         if name in self.workers:
             self._leave(name)
+            self._cost(name, None)
             self._warm_up(name, _COLD)
             self._warm.pop(name, None)
+            self.news.add(name)
             del self.workers[name], self.loads[name], self.hands[name]
 
     def _leave(self, name: str) -> None:
         """The indexes by load and by what it has in hand."""
-        load, hand, costs = self.loads[name], self.hands[name], self._costs[name]
-        self.kinds[costs] -= 1
-        if not self.kinds[costs]:
-            del self.kinds[costs]
+        load, hand = self.loads[name], self.hands[name]
         if len(hand) < self.adapters_at_once:
-            self.free.remove((load, name))
+            self.free.remove(((load + 1) * self._costs[name].pace, name))
         self.idle -= not load
         self.decks.pop(name, None)
         _remove(self.on, hand, name)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some workers are much faster than others."""
+        return bool(self.paces) and self.paces[0][0] * MUCH < self.paces[-1][0]
+
+    def faster(self, costs: Costs) -> Iterator[str]:
+        """Workers that are much faster than one with these costs, the fastest first."""
+        for _, name in self.paces:
+            if not self._costs[name].much_faster(costs):
+                return
+            yield name
+
+    def _cost(self, name: str, costs: Costs | None) -> None:
+        """Its costs from now on; none: it is gone."""
+        before = self._costs.pop(name, None)
+        if before is not None:
+            self.kinds[before] -= 1
+            if not self.kinds[before]:
+                del self.kinds[before]
+            if before.measured:
+                self.paces.remove((before.pace, name))
+        if costs is not None:
+            self._costs[name] = costs
+            self.kinds[costs] += 1
+            if costs.measured:
+                self.paces.add((costs.pace, name))
 
     def _warm_up(self, name: str, warm: tuple[Collection[str], Collection[str]]) -> None:
         """Its adapters in memory, hot and loaded, which change less often than its batches."""

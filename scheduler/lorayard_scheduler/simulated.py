@@ -43,7 +43,7 @@ class Lorayard:
         self.sums = [0.0, 0.0, 0.0]
 
     def _scale(self) -> Scale:
-        return Scale(self.policy.patience_ms, self.policy.flood_ms, self.fleet.machines[0].costs, self.work, len(self.fleet.machines))
+        return Scale.of(self.policy.patience_ms, self.policy.flood_ms, [machine.costs for machine in self.fleet.machines], self.work)
 
     def _see(self, machine: Machine) -> None:
         names, view = self.fleet.trace.adapter_names, self.views[machine.index]
