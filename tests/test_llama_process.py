@@ -198,9 +198,9 @@ CRASHING = """
     import os, signal, sys, threading
     from lorayard_workers.llama import bindings, process
     load, tokenize = bindings.Model.__init__, bindings.Model.tokenize
-    def crash_when_repacked(self, path, settings, *, repack):
-        if repack: os.kill(os.getpid(), signal.SIGILL)
-        load(self, path, settings, repack=repack)
+    def crash_when_repacked(self, path, settings, alive):
+        if settings.repack: os.kill(os.getpid(), signal.SIGILL)
+        load(self, path, settings, alive)
     def crash_on_poison(self, text):
         if b"poison" in text: signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)  # on this thread, so at once: as real ones come
         return tokenize(self, text)

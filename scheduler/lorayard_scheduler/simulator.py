@@ -14,7 +14,7 @@ import heapq
 import math
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,6 +83,7 @@ class Machine:
         "loaded",
         "loads",
         "places",
+        "planned",
         "prefill",
         "queue",
         "reading",
@@ -106,6 +107,7 @@ class Machine:
         self.loads = self.switches = 0
         self.worked_ms = 0.0
         self.up = True
+        self.planned: Mapping[int, int] = {}  # adapter -> its place among those that wait, as the scheduler last told
         self.loaded: OrderedDict[int, None] = OrderedDict()
         self.fetched: set[int] | None = set() if spec.cold else None
         self.clear()
@@ -238,11 +240,14 @@ class Machine:
     def _free_a_context(self) -> bool:
         if len(self.bound) < self.spec.contexts:
             return True
-        for adapter, rows in self.bound.items():
-            if not rows:
-                del self.bound[adapter]
-                return True
-        return False
+        idle = [adapter for adapter, rows in self.bound.items() if not rows]
+        if idle:
+            del self.bound[self._last_wanted(idle)]
+        return bool(idle)
+
+    def _last_wanted(self, adapters: Iterable[int]) -> int:
+        """Of these, least recently used first: the one that is planned latest or, better, not at all."""
+        return max(adapters, key=lambda adapter: self.planned.get(adapter, INFINITY))
 
     def _bind(self, adapter: int, now: float) -> float:
         """Milliseconds until a context is bound to it."""
@@ -256,7 +261,9 @@ class Machine:
         self.loads += 1
         loaded[adapter] = None
         if len(loaded) > self.spec.adapters_loaded:
-            del loaded[next(other for other in loaded if other not in self.bound)]
+            queued = {batch.adapter for batch in self.queue}
+            free = [other for other in loaded if other not in self.bound]
+            del loaded[self._last_wanted([other for other in free if other not in queued] or free)]
         return binding + max(0.0, self.reading.pop(adapter) - now)
 
 

@@ -411,6 +411,7 @@ class Control:
         self._tell_costs(event.costs)
         info = self.info
         info.width, info.max_prompt_tokens, info.max_token_bytes = event.width, event.max_prompt_tokens, event.max_token_bytes
+        info.fallback = event.fallback
         info.ready = not self._closing.is_set()
         if event.base:
             self._registry.announce_base(info.pool, event.base)

@@ -55,6 +55,7 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     counters: dict[str, float] = {}
     ended: int = 0  # jobs whose ends it has stored since it was started
     room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
+    fallback: str = ""  # what it does without, and why: with the settings as they are, it would not have started
     doubted: list[str] = []  # of a hosted worker: adapters whose calls fail, so that it would rather have others
     costs: dict[str, Any] = {}
     seen_ms: int = 0
