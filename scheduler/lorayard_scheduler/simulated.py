@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from lorayard_scheduler.ahead import planned
+from lorayard_scheduler.ahead import fetchers, planned
 from lorayard_scheduler.costs import Work
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Dispatch, Policy, View, plan
@@ -61,8 +61,6 @@ class Lorayard:
             self.bound[machine.index] = machine.switches
             view.hot = tuple([names[a] for a in machine.bound])
             view.loaded = tuple([names[a] for a in machine.loaded])
-        if machine.fetched is not None:
-            view.on_disk = frozenset([names[a] for a in machine.fetched])
         self.roster.put(view)
 
     def arrived(self, job: int) -> None:
@@ -115,9 +113,15 @@ class Lorayard:
 
     def _tell(self) -> None:
         self.told = self.fleet.now + TELL_EVERY_MS
-        order = {self.numbers[digest]: place for place, digest in enumerate(planned(self.groups))}
+        digests = planned(self.groups)
+        order = {self.numbers[digest]: place for place, digest in enumerate(digests)}
         for machine in self.fleet.machines:
             machine.planned = order
+            if machine.fetched is not None:
+                self.views[machine.index].absent = {digest for digest in digests if self.numbers[digest] not in machine.fetched}
+        absent = {view.name: view.absent for view in self.views if self.machines[view.name].up}
+        for digest, name in fetchers(digests, absent).items():
+            self.machines[name].fetch_ahead(self.numbers[digest], self.fleet.now)
 
     def _carry_out(self, dispatch: Dispatch) -> None:
         adapter, machine = self.numbers[dispatch.digest], self.machines[dispatch.worker]

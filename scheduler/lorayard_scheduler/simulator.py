@@ -71,6 +71,7 @@ class Machine:
 
     __slots__ = (
         "active",
+        "arrives",
         "at",
         "batches",
         "bound",
@@ -120,6 +121,7 @@ class Machine:
         self.fetching: list[tuple[float, int, Batch]] = []  # (when its adapter is here, batch's number, batch)
         self.bound: OrderedDict[int, int] = OrderedDict()  # adapter of a context -> sequences in it; the last one bound is last
         self.ends: list[tuple[float, int, int, Batch]] = []  # (round in which it ends, batch's number, place in it, batch)
+        self.arrives: dict[int, float] = {}  # adapter that is fetched ahead -> when it is here
         self.reading: dict[int, float] = {}  # adapter -> when it will have been read
         self.active = 0
         self.reads_until = 0.0
@@ -138,9 +140,12 @@ class Machine:
 
     def give(self, batch: Batch, now: float) -> None:
         self.batches.append(batch)
+        here = self.arrives.get(batch.adapter, now)
         if self.fetched is not None and batch.adapter not in self.fetched:  # fetched beside whatever runs
             self.fetched.add(batch.adapter)
-            heapq.heappush(self.fetching, (now + self.costs.switch_ms["remote"], batch.number, batch))
+            here = now + self.costs.switch_ms["remote"]
+        if here > now:
+            heapq.heappush(self.fetching, (here, batch.number, batch))
             self.wakes = min(self.wakes, self.fetching[0][0])
             return
         self.queue.append(batch)
@@ -148,6 +153,12 @@ class Machine:
         if batch is self.queue[0]:
             self._move(now)
             self._admit(now)
+
+    def fetch_ahead(self, adapter: int, now: float) -> None:
+        """It is planned, and nobody has it: have it fetched, if nothing else is being fetched ahead."""
+        if self.fetched is not None and adapter not in self.fetched and max(self.arrives.values(), default=now) <= now:
+            self.fetched.add(adapter)
+            self.arrives = {adapter: now + self.costs.switch_ms["remote"]}
 
     def read_ahead(self, adapter: int, now: float) -> None:
         """It will be wanted: have it read into memory, after what is being read already."""

@@ -58,7 +58,13 @@ class Reading(msgspec.Struct, frozen=True, tag="reading"):
     ref: str
 
 
-to_child: msgspec.json.Decoder[Hello | Work | Cancel] = msgspec.json.Decoder(Hello | Work | Cancel)
+class Expect(msgspec.Struct, frozen=True, tag="expect"):
+    """Adapters that are planned for the pool, the next first: a hint."""
+
+    digests: list[str]
+
+
+to_child: msgspec.json.Decoder[Hello | Work | Cancel | Expect] = msgspec.json.Decoder(Hello | Work | Cancel | Expect)
 _from_child: msgspec.json.Decoder[Event | Reading | Starting | Unusable] = msgspec.json.Decoder(Event | Reading | Starting | Unusable)
 encode = msgspec.json.Encoder().encode
 
@@ -81,7 +87,7 @@ class Child:
         self._sender.start()
         self.send(hello)
 
-    def send(self, message: Hello | Work | Cancel) -> None:
+    def send(self, message: Hello | Work | Cancel | Expect) -> None:
         """Returns at once: a child that hangs reads nothing, and who waited for it could not kill it any more."""
         self._outbox.put(encode(message))
 

@@ -26,7 +26,7 @@ import structlog
 
 from lorayard.errors import LorayardError, SetupError
 from lorayard.settings import Settings
-from lorayard_workers.llama.child import Child, Hello, Launcher, Reading, Starting, Unusable, cause, encode, to_child
+from lorayard_workers.llama.child import Child, Expect, Hello, Launcher, Reading, Starting, Unusable, cause, encode, to_child
 from lorayard_workers.runner import Cancel, Died, Event, Outcome, Progress, Ready, Started, Work
 
 if TYPE_CHECKING:
@@ -118,6 +118,12 @@ class LlamaRunner:
             self._begun -= known
             if self._child:
                 self._child.send(Cancel(batch, list(refs)))
+
+    def expect(self, digests: Sequence[str]) -> None:
+        """These adapters are planned for the pool, the next first: what is in memory is kept by it, for some seconds."""
+        with self._lock:
+            if self._child and self._serving and digests:
+                self._child.send(Expect(list(digests)))
 
     def kill(self, reason: str) -> None:
         self._killed = reason if self._child is not None else None
@@ -297,6 +303,8 @@ def _prepare(engine: Engine, inbox: queue.SimpleQueue[bytes], emit: Callable[[Re
                 emit(Reading(""))
             elif isinstance(message, Cancel):
                 engine.cancel(message.batch, message.refs)
+            elif isinstance(message, Expect):
+                engine.cache.expect(message.digests)
     except BaseException:  # without this thread the process would look alive and take no work
         traceback.print_exc()
         os._exit(1)
