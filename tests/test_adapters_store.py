@@ -236,7 +236,9 @@ def test_a_cache_is_trimmed_by_what_is_planned_and_then_by_use(
     for age, path in enumerate(paths):
         os.utime(path, (0, 1e9 - age))  # the first was used last
     assert cache.trim(whole + other.stat().st_size) == []
-    assert cache.trim(whole + other.stat().st_size - 1, planned=[digests[3], digests[2]]) == [digests[1]], "not planned, and unused for longer than the first"
+    assert cache.trim(whole + other.stat().st_size - 1, planned=[digests[3], digests[2]]) == [digests[1]], (
+        "not planned, and unused for longer than the first"
+    )
     assert not paths[1].exists()
     cache.path(digests[0])
     assert cache.trim(0, planned=[digests[3], digests[2]]) == [digests[2], digests[3]], "the one planned latest before the next"
