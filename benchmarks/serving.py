@@ -23,7 +23,7 @@ from lorayard import embedded
 from lorayard.client import Client
 from lorayard.fleet import Fleet
 from lorayard.settings import Settings
-from lorayard_workers.llama.process import SPINS
+from lorayard_workers.llama.child import SPINS
 
 if TYPE_CHECKING:
     from benchmarks.throughput import Bench

@@ -33,8 +33,9 @@ from lorayard.adapters.conversion import write_gguf
 from lorayard.adapters.peft import read_adapter
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.child import SPINS
 from lorayard_workers.llama.engine import Engine
-from lorayard_workers.llama.process import SPINS, resolve_model
+from lorayard_workers.llama.process import resolve_model
 from lorayard_workers.llama.requests import Request
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Work, WorkItem
 

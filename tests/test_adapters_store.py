@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import synthetic_adapters
 from gguf import GGUFReader
 
 from lorayard.adapters import AdapterRegistry, BaseModel, Manifest
+from lorayard.adapters import store as store_module
 from lorayard.adapters.conversion import write_gguf
 from lorayard.adapters.intake import add_adapter, describe
 from lorayard.adapters.peft import PeftAdapter, build_adapter
@@ -220,6 +222,31 @@ def test_cache_converts_once_and_checks(artifacts: ArtifactStore, tmp_path: Path
     with pytest.raises(AdapterRejected, match="another model"):
         GgufCache(tmp_path / "cache", artifacts, base(n_ff=100)).path(artifacts.put(adapter("patterns")))
     assert cache.path(other) != path
+
+
+def test_a_cache_is_trimmed_by_what_is_planned_and_then_by_use(
+    artifacts: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = GgufCache(tmp_path / "cache", artifacts, base())
+    names = ("plain", "rslora", "patterns", "attention")
+    paths = [cache.path(artifacts.put(adapter(name))) for name in names]
+    digests = [path.stem for path in paths]
+    whole = sum(path.stat().st_size for path in paths)
+    other = GgufCache(tmp_path / "cache", artifacts, base(architecture="qwen2")).path(digests[0])
+    for age, path in enumerate(paths):
+        os.utime(path, (0, 1e9 - age))  # the first was used last
+    assert cache.trim(whole + other.stat().st_size) == []
+    assert cache.trim(whole + other.stat().st_size - 1, planned=[digests[3], digests[2]]) == [digests[1]], (
+        "not planned, and unused for longer than the first"
+    )
+    assert not paths[1].exists()
+    cache.path(digests[0])
+    assert cache.trim(0, planned=[digests[3], digests[2]]) == [digests[2], digests[3]], "the one planned latest before the next"
+    assert paths[0].exists(), "just used"
+    assert other.exists()
+    monkeypatch.setattr(store_module, "IN_USE_S", -1.0)
+    assert sorted(cache.trim(0)) == [digests[0], digests[0]], "what was made for another base counts too"
+    assert cache.path(digests[1]) == paths[1], "and it comes back when it is wanted"
 
 
 def convert(state: Path, cache: Path, digest: str, fetched: Any) -> None:

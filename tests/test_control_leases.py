@@ -17,7 +17,7 @@ from lorayard.celery_app import make_app
 from lorayard.errors import BadRequest, Unavailable
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
-from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
+from lorayard.ledger.registry import Planned, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
 from lorayard_workers import control
@@ -65,8 +65,14 @@ class Bench:
         self.ledger.install()
         self.epoch = self.ledger.lead("test", 10**9)
         self.runner = HandRunner()
-        self.control = Control(Settings(**options), self.ledger, self.runner, fetch, JobEvents(make_app(events_url), "w@test"))
+        self.expected: list[Planned] = []
+        events = JobEvents(make_app(events_url), "w@test")
+        self.control = Control(Settings(**options), self.ledger, self.runner, fetch, events, expect=self.expect)
         self.batches = 0
+
+    def expect(self, planned: Planned, base: dict[str, Any]) -> list[str]:
+        self.expected.append(planned)
+        return planned.digests[:1]
 
     def start(self) -> None:
         self.control.start()
@@ -398,3 +404,12 @@ def test_leaving_waits_for_what_has_begun(one: Bench, monkeypatch: pytest.Monkey
     leaving.join(10)
     assert one.until(a, "succeeded", attempts=1)
     assert one.runner.cancelled == []
+
+
+def test_what_is_planned_is_passed_on_with_every_heartbeat(one: Bench) -> None:
+    registry = WorkerRegistry(one.ledger.client)
+    registry.announce_next(POOL, ["d2", "d1"], {"d1": "w", "d2": "v"})
+    until(lambda: one.expected and one.expected[-1] == (["d2", "d1"], ["d1"]), 10)
+    until(lambda: (info := registry.find(POOL, "w")) is not None and info.absent == ["d2"], 10)
+    registry.announce_next(POOL, ["d1"], {})
+    until(lambda: one.expected[-1] == (["d1"], []), 10)

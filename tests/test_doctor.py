@@ -173,6 +173,14 @@ class TestFleet:
         ledger.client.hset("ly:{workers}:d", "lost", json.dumps(json.loads(row) | {"seen_ms": info.seen_ms - 60_000}))
         tells(examine(settings), "workers", "warning", "silent", "lost")
 
+    def test_a_worker_that_does_without_something(self, ledger: Ledger, settings: Settings) -> None:
+        info = WorkerInfo(name="slow", pool="d", kind="llama", incarnation="i", host="h", pid=1, ready=True)
+        WorkerRegistry(ledger.client).beat(info)
+        assert all(check.level == "ok" for check in examine(settings) if check.name == "workers")
+        info.fallback = "without flash attention, because llama.cpp did not survive its first decode (SIGSEGV)"
+        WorkerRegistry(ledger.client).beat(info)
+        tells(examine(settings), "workers", "warning", "slow", "without flash attention", "SIGSEGV", "log")
+
     def test_jobs_that_wait_for_too_long(self, ledger: Ledger, settings: Settings) -> None:
         ledger.enqueue([entry("late")], max_queued=10)
         ledger.client.zincrby("ly:{d}:queue:base:t", -120_000, "late")

@@ -142,6 +142,24 @@ def test_a_child_that_is_stuck_and_does_not_read_can_be_killed(started: Callable
     assert len(heard.until(Died).waiting) == 49
 
 
+def test_what_is_planned_reaches_the_childs_memory(demo_gguf: Path, tmp_path: Path) -> None:
+    heard, runner = Heard(), LlamaRunner(Settings(n_ctx=512, width=2, contexts=1, adapters_loaded=3), demo_gguf)
+    runner.expect(["too early"])
+    runner.start(heard.events.put)
+    heard.until(Ready)
+    adapters = [write_adapter(tmp_path / f"a{number}.gguf", number, layers=[0]) for number in range(4)]
+    runner.expect([adapters[0].digest, adapters[2].digest])
+    for number, adapter in enumerate(adapters):
+        runner.submit(work(str(number), adapter, item(f"t/{number}", "Say hello.", max_tokens=1)))
+        assert text(heard.until(Outcome)) is not None
+    runner.submit(work("4", None, item("t/4", "Say hello.", max_tokens=40)))
+    until_told = heard.until(Progress)
+    while until_told.hot:
+        until_told = heard.until(Progress)
+    assert set(until_told.loaded) == {adapters[0].digest, adapters[2].digest, adapters[3].digest}
+    runner.close()
+
+
 def test_progress_is_a_sign_of_life(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
     runner, heard, _ready = started()
     runner.submit(work("b", None, long("t/1")))
@@ -198,9 +216,9 @@ CRASHING = """
     import os, signal, sys, threading
     from lorayard_workers.llama import bindings, process
     load, tokenize = bindings.Model.__init__, bindings.Model.tokenize
-    def crash_when_repacked(self, path, settings, *, repack):
-        if repack: os.kill(os.getpid(), signal.SIGILL)
-        load(self, path, settings, repack=repack)
+    def crash_when_repacked(self, path, settings, alive):
+        if settings.repack: os.kill(os.getpid(), signal.SIGILL)
+        load(self, path, settings, alive)
     def crash_on_poison(self, text):
         if b"poison" in text: signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)  # on this thread, so at once: as real ones come
         return tokenize(self, text)

@@ -237,6 +237,17 @@ def test_jobs_are_quoted_when_they_are_submitted_and_polled_until_they_end(yard:
     assert running["eta"]["p80_ms"] > running["claimed_ms"]
 
 
+def test_workers_hear_which_adapters_are_planned_next(yard: Yard) -> None:
+    yard.enqueue(1, "late", wait_ms=300_000)
+    yard.enqueue(2, "soon", wait_ms=60_000)
+    yard.enqueue(2, "soon", tenant="other", wait_ms=200_000)
+    info = WorkerInfo(name="w", pool="main", kind="llama", incarnation="i", host="h", pid=1)
+    give_up = time.monotonic() + 10
+    while yard._registry.beat(info).digests != ["soon", "late"]:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
 def test_quotes_learn_from_the_jobs_that_end(yard: Yard) -> None:
     yard.hire("w", costs=SLOW | {"prefill_tokens_per_s": 1e6, "step_ms": {"1": 0.01, "2": 0.01}})  # it takes itself for very fast
     first = quoted(yard)

@@ -148,7 +148,8 @@ class Backlog:
     def _see(self, name: str) -> None:
         info = self._infos.get(name)
         if info is not None and name not in self._doubted:
-            self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), tuple(info.hot), tuple(info.loaded)))
+            warm, absent = (tuple(info.hot), tuple(info.loaded)), frozenset(info.absent)
+            self.roster.put(WorkerView(name, self._costs_of(info), self._held.get(name, ()), *warm, absent))
 
     def _costs_of(self, info: WorkerInfo) -> Costs:
         """What is measured again and again is taken over when it has changed enough to matter."""
@@ -204,7 +205,7 @@ class Backlog:
 
 
 def _differs(now: WorkerInfo, before: WorkerInfo) -> bool:
-    one, other = ((i.incarnation, i.width, i.hot, i.loaded, i.costs) for i in (now, before))
+    one, other = ((i.incarnation, i.width, i.hot, i.loaded, i.absent, i.costs) for i in (now, before))
     return one != other
 
 

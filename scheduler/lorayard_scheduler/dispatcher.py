@@ -21,6 +21,7 @@ from lorayard.jobs import adapter_of
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
+from lorayard_scheduler.ahead import fetchers, planned
 from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.forecasts import Forecaster
 from lorayard_scheduler.hosted_planner import OUTSTANDING
@@ -134,7 +135,7 @@ class Dispatcher:
         self._reconciler.sweep()
 
     def _tell(self) -> None:
-        """Publish what quotes are made from, and learn what became of some."""
+        """Publish what quotes are made from and what workers keep adapters by, and learn what became of some quotes."""
         begun = time.monotonic()
         if begun < self._told:
             return
@@ -143,6 +144,10 @@ class Dispatcher:
         ended = sum(worker.ended for worker in self._workers if not worker.hosted)
         now, paused = self._board.now(), self._ledger.paused()
         self._board.publish(self._forecaster.make(self._backlog.view, now, self._policy, ended=ended, paused=paused))
+        with contextlib.suppress(redis.RedisError):  # memory is short: workers do without
+            digests, local = planned(self._backlog.groups), [worker for worker in self._workers if not worker.hosted]
+            absent = {worker.name: worker.absent for worker in local}
+            self._registry.announce_next(self._settings.pool, digests, fetchers(digests, absent))
         self._told = begun + max(FORECAST_EVERY_S, FORECAST_SHARE * (time.monotonic() - begun))
 
     def _read_workers(self) -> None:

@@ -27,14 +27,15 @@ class Held:
 
 @dataclass(slots=True)
 class WorkerView:
-    """A live worker: what it was given, oldest first; which adapters contexts are bound to, which are loaded, which are on its disk."""
+    """A live worker: what it was given, oldest first; which adapters contexts are bound to, which are loaded, and which it would have to
+    fetch, as far as that is known."""
 
     name: str
     costs: Costs
     held: tuple[Held, ...] = ()
     hot: Collection[str] = ()
     loaded: Collection[str] = ()
-    on_disk: Collection[str] | None = None  # None: unknown, and taken for granted
+    absent: Collection[str] = ()
 
     def temperature(self, digest: str) -> Temperature:
         """Of an adapter, or of the one that jobs are queued for by this digest."""
@@ -43,7 +44,7 @@ class WorkerView:
             return "hot"
         if digest in self.loaded:
             return "loaded"
-        return "disk" if self.on_disk is None or digest in self.on_disk else "remote"
+        return "remote" if digest in self.absent else "disk"
 
 
 _COLD: tuple[Collection[str], Collection[str]] = ((), ())

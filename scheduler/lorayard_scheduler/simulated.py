@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+from lorayard_scheduler.ahead import fetchers, planned
 from lorayard_scheduler.costs import Work
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Dispatch, Policy, View, plan
@@ -12,13 +13,16 @@ from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulator import Batch, Fleet, Machine
 
+TELL_EVERY_MS = 1_000.0
+
 
 class Lorayard:
-    """`plan` on a mirror that is always up to date. `recalls`: batches that have not begun come back for what is urgent."""
+    """`plan` on a mirror that is always up to date. `recalls`: batches that have not begun come back for what is urgent. `tells`: workers
+    hear once a second what is planned next."""
 
-    def __init__(self, policy: Policy | None = None, *, recalls: bool = True) -> None:
+    def __init__(self, policy: Policy | None = None, *, recalls: bool = True, tells: bool = True) -> None:
         self.policy = policy or Policy()
-        self.may_recall = recalls
+        self.may_recall, self.tells = recalls, tells
         self.plans = self.recalled = 0
 
     def begin(self, fleet: Fleet) -> None:
@@ -37,6 +41,7 @@ class Lorayard:
         for machine in fleet.machines:
             self._see(machine)
         self.view = View(self.groups, self.roster)
+        self.told = 0.0
         self.done = 0
         self.news = False
         self.touched: dict[int, Machine] = {}
@@ -56,8 +61,6 @@ class Lorayard:
             self.bound[machine.index] = machine.switches
             view.hot = tuple([names[a] for a in machine.bound])
             view.loaded = tuple([names[a] for a in machine.loaded])
-        if machine.fetched is not None:
-            view.on_disk = frozenset([names[a] for a in machine.fetched])
         self.roster.put(view)
 
     def arrived(self, job: int) -> None:
@@ -105,6 +108,20 @@ class Lorayard:
             for dispatch in dispatches:
                 self._carry_out(dispatch)
         self.view.planned()
+        if self.tells and self.fleet.now >= self.told:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.told = self.fleet.now + TELL_EVERY_MS
+        digests = planned(self.groups)
+        order = {self.numbers[digest]: place for place, digest in enumerate(digests)}
+        for machine in self.fleet.machines:
+            machine.planned = order
+            if machine.fetched is not None:
+                self.views[machine.index].absent = {digest for digest in digests if self.numbers[digest] not in machine.fetched}
+        absent = {view.name: view.absent for view in self.views if self.machines[view.name].up}
+        for digest, name in fetchers(digests, absent).items():
+            self.machines[name].fetch_ahead(self.numbers[digest], self.fleet.now)
 
     def _carry_out(self, dispatch: Dispatch) -> None:
         adapter, machine = self.numbers[dispatch.digest], self.machines[dispatch.worker]

@@ -14,7 +14,7 @@ import heapq
 import math
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,6 +71,7 @@ class Machine:
 
     __slots__ = (
         "active",
+        "arrives",
         "at",
         "batches",
         "bound",
@@ -83,6 +84,7 @@ class Machine:
         "loaded",
         "loads",
         "places",
+        "planned",
         "prefill",
         "queue",
         "reading",
@@ -106,6 +108,7 @@ class Machine:
         self.loads = self.switches = 0
         self.worked_ms = 0.0
         self.up = True
+        self.planned: Mapping[int, int] = {}  # adapter -> its place among those that wait, as the scheduler last told
         self.loaded: OrderedDict[int, None] = OrderedDict()
         self.fetched: set[int] | None = set() if spec.cold else None
         self.clear()
@@ -118,6 +121,7 @@ class Machine:
         self.fetching: list[tuple[float, int, Batch]] = []  # (when its adapter is here, batch's number, batch)
         self.bound: OrderedDict[int, int] = OrderedDict()  # adapter of a context -> sequences in it; the last one bound is last
         self.ends: list[tuple[float, int, int, Batch]] = []  # (round in which it ends, batch's number, place in it, batch)
+        self.arrives: dict[int, float] = {}  # adapter that is fetched ahead -> when it is here
         self.reading: dict[int, float] = {}  # adapter -> when it will have been read
         self.active = 0
         self.reads_until = 0.0
@@ -136,9 +140,12 @@ class Machine:
 
     def give(self, batch: Batch, now: float) -> None:
         self.batches.append(batch)
+        here = self.arrives.get(batch.adapter, now)
         if self.fetched is not None and batch.adapter not in self.fetched:  # fetched beside whatever runs
             self.fetched.add(batch.adapter)
-            heapq.heappush(self.fetching, (now + self.costs.switch_ms["remote"], batch.number, batch))
+            here = now + self.costs.switch_ms["remote"]
+        if here > now:
+            heapq.heappush(self.fetching, (here, batch.number, batch))
             self.wakes = min(self.wakes, self.fetching[0][0])
             return
         self.queue.append(batch)
@@ -146,6 +153,12 @@ class Machine:
         if batch is self.queue[0]:
             self._move(now)
             self._admit(now)
+
+    def fetch_ahead(self, adapter: int, now: float) -> None:
+        """It is planned, and nobody has it: have it fetched, if nothing else is being fetched ahead."""
+        if self.fetched is not None and adapter not in self.fetched and max(self.arrives.values(), default=now) <= now:
+            self.fetched.add(adapter)
+            self.arrives = {adapter: now + self.costs.switch_ms["remote"]}
 
     def read_ahead(self, adapter: int, now: float) -> None:
         """It will be wanted: have it read into memory, after what is being read already."""
@@ -238,11 +251,14 @@ class Machine:
     def _free_a_context(self) -> bool:
         if len(self.bound) < self.spec.contexts:
             return True
-        for adapter, rows in self.bound.items():
-            if not rows:
-                del self.bound[adapter]
-                return True
-        return False
+        idle = [adapter for adapter, rows in self.bound.items() if not rows]
+        if idle:
+            del self.bound[self._last_wanted(idle)]
+        return bool(idle)
+
+    def _last_wanted(self, adapters: Iterable[int]) -> int:
+        """Of these, least recently used first: the one that is planned latest or, better, not at all."""
+        return max(adapters, key=lambda adapter: self.planned.get(adapter, INFINITY))
 
     def _bind(self, adapter: int, now: float) -> float:
         """Milliseconds until a context is bound to it."""
@@ -256,7 +272,9 @@ class Machine:
         self.loads += 1
         loaded[adapter] = None
         if len(loaded) > self.spec.adapters_loaded:
-            del loaded[next(other for other in loaded if other not in self.bound)]
+            queued = {batch.adapter for batch in self.queue}
+            free = [other for other in loaded if other not in self.bound]
+            del loaded[self._last_wanted([other for other in free if other not in queued] or free)]
         return binding + max(0.0, self.reading.pop(adapter) - now)
 
 

@@ -283,13 +283,17 @@ def _fleet(p: _Patient) -> Iterator[Check]:
         "scheduler", *(("ok", "one leads") if leads else ("wrong", "none leads, so nothing is run: start one with 'lorayard scheduler'"))
     )
     registry = WorkerRegistry(p.client)
-    alive = {w.name for w in registry.alive(pool, now)}
+    living = registry.alive(pool, now)
+    alive = {w.name for w in living}
     silent = [w.name for w in registry.workers(pool) if now - w.seen_ms >= ALIVE_MS]
     if not alive:
         level: Level = "wrong" if queued else "warning"
         yield Check("workers", level, f"none is ready in pool {pool}, {queued} jobs wait: start one with 'lorayard worker llama'")
     else:
         yield Check("workers", "ok", f"{len(alive)} ready: {', '.join(sorted(alive)[:5])}{' …' if len(alive) > 5 else ''}")
+    for worker in living:
+        if worker.fallback:
+            yield Check("workers", "warning", f"{worker.name} goes on {worker.fallback}; its log says how to have that from the start")
     if silent:
         yield Check("workers", "warning", f"silent for {ALIVE_MS // 1000} s and more: {', '.join(silent[:5])}; look at their logs")
     if paused := p.ledger.paused():

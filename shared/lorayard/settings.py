@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     contexts: int = Field(2, ge=1)
     adapters_loaded: int = Field(32, ge=1)  # in memory, ready to be computed with
     adapters_mb: int = Field(2_048, ge=1)  # MiB that they may take, in float32
+    adapters_disk_mb: int | None = Field(None, ge=1)  # MiB that adapters' files on a worker's disk may take; None: no limit
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
     threads: int | None = Field(None, ge=1)  # None: all cores, or an equal part of them for each of several workers of `lorayard up`
     llama_workers: int = Field(1, ge=1, le=64)  # that `lorayard up` starts

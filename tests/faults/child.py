@@ -23,6 +23,7 @@ import msgspec
 
 from lorayard.settings import Settings
 from lorayard_workers.llama import process
+from lorayard_workers.llama.child import encode, to_child
 from lorayard_workers.runner import Cancel, Event, Outcome, Progress, Ready, Started, Work, WorkItem
 
 LOG = "LORAYARD_TEST_RUNS"
@@ -89,7 +90,7 @@ class Stage:
             self._live()
 
     def _hear(self, frame: bytes) -> None:
-        message = process._to_child.decode(frame)
+        message = to_child.decode(frame)
         if isinstance(message, Work):
             self._waiting.extend((message.batch, item) for item in message.items)
         elif isinstance(message, Cancel):
@@ -157,7 +158,7 @@ class Stage:
 
     def _emit(self, event: Event) -> None:
         try:
-            self._connection.send_bytes(process._encode(event))
+            self._connection.send_bytes(encode(event))
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
 

@@ -28,7 +28,7 @@ from lorayard.errors import LorayardError, SetupError, Unavailable
 from lorayard.jobs import BASE_DIGEST, ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
-from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
+from lorayard.ledger.registry import Planned, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
 from lorayard_workers.retries import backoff_ms, company
@@ -41,6 +41,9 @@ FetchAdapter = Callable[[str, dict[str, Any]], str]
 
 Handover = Callable[[Taken], Taken | None]
 """What is left to be run here of a batch that was taken; None where the ledger has handed all of it over to others."""
+
+Expect = Callable[[Planned, dict[str, Any]], list[str]]
+"""(planned, base) at every heartbeat -> those of the planned adapters that would have to be fetched."""
 
 FETCHERS = 4
 """More than the batches a worker may have outstanding: fetching one adapter never keeps the next batch waiting."""
@@ -74,12 +77,14 @@ class Control:
         *,
         kind: str = "llama",
         handover: Handover | None = None,
+        expect: Expect | None = None,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._runner = runner
         self._fetch = fetch
         self._handover = handover
+        self._expect = expect
         self._events = events
         self._registry = WorkerRegistry(ledger.client)
         self._lock = threading.Lock()
@@ -411,6 +416,7 @@ class Control:
         self._tell_costs(event.costs)
         info = self.info
         info.width, info.max_prompt_tokens, info.max_token_bytes = event.width, event.max_prompt_tokens, event.max_token_bytes
+        info.fallback = event.fallback
         info.ready = not self._closing.is_set()
         if event.base:
             self._registry.announce_base(info.pool, event.base)
@@ -515,7 +521,9 @@ class Control:
 
     def _beat_once(self) -> None:
         with contextlib.suppress(redis.RedisError):
-            self._registry.beat(self.info)
+            planned = self._registry.beat(self.info)
+            if self._expect is not None:
+                self.info.absent = self._expect(planned, self._base)
 
     def _drop(self, held: _Held, refs: list[str]) -> None:
         """Stop computing what is no longer ours, or no longer wanted."""

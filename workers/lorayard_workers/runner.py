@@ -106,6 +106,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_token_bytes: int
     pid: int
     costs: dict[str, Any] = {}  # as in Progress
+    fallback: str = ""  # what it does without, and why, as it would not have started with the settings as they are
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):

@@ -13,13 +13,13 @@ from celery.worker import state
 from celery.worker.request import Request
 from kombu import Exchange, Queue
 
-from lorayard.adapters import BaseModel
 from lorayard.celery_app import RUN_BATCH, worker_queue
 from lorayard.errors import LorayardError, Unavailable
 from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.registry import Planned
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
-from lorayard_workers.control import FETCHERS, Control, FetchAdapter, Handover
+from lorayard_workers.control import FETCHERS, Control, Expect, FetchAdapter, Handover
 from lorayard_workers.runner import Runner
 
 log = structlog.get_logger()
@@ -37,26 +37,18 @@ class _WakeUp(Request):  # type: ignore[misc]
         self.acknowledged = True
 
 
-def fetch_from_store(settings: Settings) -> FetchAdapter:
-    """Adapters out of the artifact store, converted once for this worker's base and kept on disk by digest."""
-    import msgspec
-
-    from lorayard.adapters.store import ArtifactStore, GgufCache
-
-    store = ArtifactStore.open(settings)
-    folder = settings.state_dir / "cache" / "gguf"
-
-    def fetch(digest: str, base: dict[str, Any]) -> str:
-        return str(GgufCache(folder, store, msgspec.convert(base, BaseModel)).path(digest))
-
-    return fetch
-
-
 def serve_llama(settings: Settings, ledger: Ledger, app: Celery) -> None:
     """The `lorayard worker llama` process, until SIGTERM or SIGINT. Raises `SetupError` when the model cannot be served."""
+    from lorayard_workers.llama.files import AdapterFiles
     from lorayard_workers.llama.process import LlamaRunner
 
-    serve(settings, ledger, app, LlamaRunner(settings), fetch_from_store(settings), kind="llama")
+    runner, files = LlamaRunner(settings), AdapterFiles(settings)
+
+    def expect(planned: Planned, base: dict[str, Any]) -> list[str]:
+        runner.expect(planned.digests)
+        return files.expect(planned, base)
+
+    serve(settings, ledger, app, runner, files.fetch, kind="llama", expect=expect)
 
 
 def serve(
@@ -68,10 +60,11 @@ def serve(
     *,
     kind: str,
     handover: Handover | None = None,
+    expect: Expect | None = None,
 ) -> None:
     """A worker process around any backend, until SIGTERM or SIGINT. Raises `SetupError` when the backend does not become ready."""
     events = JobEvents(app, node_name(settings))
-    control = Control(settings, ledger, runner, fetch, events, kind=kind, handover=handover)
+    control = Control(settings, ledger, runner, fetch, events, kind=kind, handover=handover, expect=expect)
 
     @app.task(name=RUN_BATCH, ignore_result=True, Request=_WakeUp)  # type: ignore[untyped-decorator]
     def run_batch(batch: str) -> None:

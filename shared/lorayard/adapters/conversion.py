@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorayard.adapters.manifest import BaseModel
-from lorayard.adapters.peft import Module, PeftAdapter
+from lorayard.adapters.peft import Module, PeftAdapter, shape
 from lorayard.errors import AdapterRejected
 
 Precision = Literal["f32", "f16"]
@@ -35,6 +35,13 @@ _NAMES = {
 # without an error and answers nonsense.
 _AS_THEY_ARE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3"})
 _INTERLEAVED = frozenset({"llama"})  # Llama, Mistral and SmolLM2 among them
+
+
+def changeable(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each weight of a layer that an adapter may change, by llama.cpp's name; none where none can be converted."""
+    if base.architecture not in _AS_THEY_ARE | _INTERLEAVED:
+        return {}
+    return {name: shape(base, kind) for kind, name in _NAMES.items()}
 
 
 def write_gguf(adapter: PeftAdapter, base: BaseModel, path: Path, precision: Precision = "f32") -> None:

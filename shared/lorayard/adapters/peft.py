@@ -205,7 +205,7 @@ def check_fit(adapter: PeftAdapter, base: BaseModel) -> None:
         path = _path(module.layer, module.kind)
         if module.layer >= base.n_layer:
             raise AdapterRejected(f"the adapter changes {path}, but {base.name!r} has {base.n_layer} layers", code="adapter_base_mismatch")
-        outputs, inputs = _shape(base, module.kind)
+        outputs, inputs = shape(base, module.kind)
         have = (module.b.shape[0], module.a.shape[1])
         if have != (outputs, inputs):
             raise AdapterRejected(
@@ -223,7 +223,7 @@ def _last(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].casefold()
 
 
-def _shape(base: BaseModel, kind: str) -> tuple[int, int]:
+def shape(base: BaseModel, kind: str) -> tuple[int, int]:
     """(outputs, inputs) of a linear module of the base."""
     heads, kv = base.n_head * base.head_dim, base.n_head_kv * base.head_dim
     return {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import obstore
@@ -17,6 +19,8 @@ from lorayard.adapters.manifest import BaseModel
 from lorayard.adapters.peft import PeftAdapter, build_adapter, check_fit
 from lorayard.errors import AdapterRejected, LorayardError, NotFound, SetupError, Unavailable
 from lorayard.settings import Settings
+
+IN_USE_S = 600.0
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -120,11 +124,11 @@ class GgufCache:
         return path if path.exists() else None
 
     def path(self, digest: str, on_fetch: Callable[[], None] | None = None) -> Path:
-        """The adapter as a GGUF file; `on_fetch` is called first where it must be fetched and converted.
+        """The adapter as a GGUF file, used now; `on_fetch` is called first where it must be fetched and converted.
 
         Raises what `ArtifactStore.get` and `write_gguf` raise, and `AdapterRejected` where it does not fit the base.
         """
-        if (found := self.cached(digest)) is not None:
+        if (found := self.cached(digest)) is not None and _used(found):
             return found
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f".{digest}.lock").open("wb") as lock:
@@ -138,3 +142,35 @@ class GgufCache:
                 path = self._folder / f"{digest}.gguf"
                 write_gguf(adapter, self._base, path, self._precision)
         return path
+
+    def trim(self, most_bytes: int, planned: Sequence[str] = ()) -> list[str]:
+        """Delete files, of other bases' too, until they take no more; the digests of those deleted.
+
+        First those that are not planned, the longest unused before any; then those that are planned latest. What was used in the last
+        `IN_USE_S` stays in any case: it may be about to be read.
+        """
+        files = []
+        for path in self._folder.parent.glob("*/*.gguf"):
+            with suppress(FileNotFoundError):  # another process trims too
+                files.append((path, path.stat()))
+        over = sum(stat.st_size for _, stat in files) - most_bytes
+        places = {digest: place for place, digest in enumerate(planned)}
+        files.sort(key=lambda file: (-places.get(file[0].stem, len(places)), file[1].st_mtime))
+        deleted = []
+        for path, stat in files:
+            if over > 0 and time.time() - stat.st_mtime > IN_USE_S:
+                path.unlink(missing_ok=True)
+                over -= stat.st_size
+                deleted.append(path.stem)
+        return deleted
+
+
+def _used(file: Path) -> bool:
+    """Note that it is used now; false if it is gone."""
+    try:
+        os.utime(file)
+    except FileNotFoundError:
+        return False
+    except OSError:  # somebody else's, or on a disk that may only be read: nobody trims it either
+        return True
+    return True

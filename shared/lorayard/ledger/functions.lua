@@ -1120,9 +1120,11 @@ local function settle(keys, args)
   return 1
 end
 
--- ly_tell WORKERS | field value -> what a worker says of itself. The registry's, and here for the sake of allow-oom only.
+-- ly_tell WORKERS | field value -> what the scheduler plans next, or nil. What a worker says of itself: the registry's keys, and here for the
+-- sake of allow-oom, and because the answer costs no call of its own.
 local function tell_of_worker(keys, args)
-  return redis.call('HSET', keys[1], args[1], args[2])
+  redis.call('HSET', keys[1], args[1], args[2])
+  return redis.call('GET', keys[1] .. ':next')
 end
 
 -- -- everyone ----------------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 WORKERS = "ly:{workers}:"
-"""Followed by a pool's name: HASH worker -> JSON of what it last told of itself; with `:base`, STRING JSON of the pool's base model."""
+"""Followed by a pool's name: HASH worker -> JSON of what it last told of itself; with `:base`, STRING JSON of the pool's base model;
+with `:next`, STRING of the digests of the adapters that are planned next, with spaces between them, and `>WORKER` behind those that a
+worker shall fetch ahead."""
 
 KEYS = "ly:{tenants}:keys"
 """HASH SHA-256 of an API key -> JSON {tenant, created_ms, note}."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,6 +21,9 @@ ALIVE_MS = 3_000
 """A worker that has told nothing for so long, three heartbeats, gets no new work; its leases decide over what it holds. They last longer:
 what is queued again when one runs out must not go to the very worker that lost it, which has nothing else to do."""
 
+NEXT_MS = 5_000
+"""What was planned so long ago says nothing of what comes next."""
+
 KEY_PREFIX = "ly-"
 HOSTED = "hosted"
 """The kind of a worker whose jobs leave this fleet."""
@@ -30,6 +34,13 @@ class Caller(NamedTuple):
 
     tenant: str
     operator: bool
+
+
+class Planned(NamedTuple):
+    """Adapters that wait in a pool, the next first; `mine`: those that the worker who asks shall fetch ahead."""
+
+    digests: list[str]
+    mine: list[str]
 
 
 class WorkerInfo(msgspec.Struct, kw_only=True):
@@ -52,9 +63,11 @@ class WorkerInfo(msgspec.Struct, kw_only=True):
     ready: bool = False
     hot: list[str] = []
     loaded: list[str] = []
+    absent: list[str] = []  # of the adapters that were planned at its last heartbeat, those that it would have to fetch
     counters: dict[str, float] = {}
     ended: int = 0  # jobs whose ends it has stored since it was started
     room: int = 0  # of a hosted worker: how many jobs of any adapters it would like to have, in all
+    fallback: str = ""  # what it does without, and why: with the settings as they are, it would not have started
     doubted: list[str] = []  # of a hosted worker: adapters whose calls fail, so that it would rather have others
     costs: dict[str, Any] = {}
     seen_ms: int = 0
@@ -70,10 +83,19 @@ class WorkerRegistry:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
 
-    def beat(self, info: WorkerInfo) -> None:
+    def beat(self, info: WorkerInfo) -> Planned:
+        """Tell; answers with what is planned next, as far as the scheduler said lately."""
         seconds, micros = self._client.time()
         info.seen_ms = int(seconds) * 1000 + int(micros) // 1000
-        self._client.fcall("ly_tell", 1, keys.WORKERS + info.pool, info.name, msgspec.json.encode(info))  # also when memory is short
+        line = msgspec.json.encode(info)
+        told: Any = self._client.fcall("ly_tell", 1, keys.WORKERS + info.pool, info.name, line)  # also when memory is short
+        pairs = [word.partition(">") for word in told.decode().split()] if told else []
+        return Planned([digest for digest, _, _ in pairs], [digest for digest, _, worker in pairs if worker == info.name])
+
+    def announce_next(self, pool: str, digests: Sequence[str], fetchers: Mapping[str, str]) -> None:
+        """For workers to hear with their next heartbeat, forgotten after `NEXT_MS`. `fetchers`: of some digests, who shall fetch them."""
+        words = [f"{digest}>{fetchers[digest]}" if digest in fetchers else digest for digest in digests]
+        self._client.set(f"{keys.WORKERS}{pool}:next", " ".join(words), px=NEXT_MS)
 
     def leave(self, info: WorkerInfo) -> None:
         self._client.hdel(keys.WORKERS + info.pool, info.name)

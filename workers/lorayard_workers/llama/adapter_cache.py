@@ -1,12 +1,15 @@
 """Adapters in memory, ready to be computed with: bounded, read ahead of their use, and freed by when they are used next.
 
 Pinned adapters stay. Of the others the one that nobody plans to use goes first, the longest unused before any, then the one that is
-planned latest. Reading is done by a thread of its own, so that the adapter that is on deck is here when its turn comes.
+planned latest: what the worker has been given before what the scheduler says that the pool will be given. Reading is done by a thread of
+its own, so that the adapter that is on deck is here when its turn comes.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +17,8 @@ from pathlib import Path
 
 from lorayard_workers.llama.weights import Weights, read_weights
 from lorayard_workers.runner import AdapterFile
+
+EXPECTED_S = 5.0
 
 
 class AdapterCache:
@@ -25,7 +30,9 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._loaded: OrderedDict[str, Weights] = OrderedDict()  # least recently used first
         self._pins: dict[str, int] = {}
-        self._planned: list[str] = []  # digests by their next use
+        self._planned: dict[str, int] = {}  # digest -> place among those that this worker has been given
+        self._expected: dict[str, int] = {}  # digest -> place among those that are planned for any worker
+        self._expected_at = -math.inf
         self._reading: dict[str, Future[Weights]] = {}
         self._reader = ThreadPoolExecutor(1, "adapters")
         self.loads = 0
@@ -43,10 +50,23 @@ class AdapterCache:
     def plan(self, files: Sequence[AdapterFile]) -> None:
         """These adapters are wanted next, in this order: the first of them that is not here is read in the background."""
         with self._lock:
-            self._planned = [file.digest for file in files]
+            self._planned = {file.digest: place for place, file in enumerate(files)}
             missing = next((file for file in files[: self.capacity] if file.digest not in self._loaded), None)
             if missing is not None and missing.digest not in self._reading:
                 self._reading[missing.digest] = self._reader.submit(self._read_ahead, missing)
+
+    def expect(self, digests: Sequence[str]) -> None:
+        """These adapters are planned for the pool, the next first. A hint that counts for some seconds."""
+        with self._lock:
+            self._expected, self._expected_at = {digest: place for place, digest in enumerate(digests)}, time.monotonic()
+
+    def wanted(self, digest: str) -> float:
+        """Place of an adapter among those that are planned; infinite for one that is not."""
+        place = self._planned.get(digest)
+        if place is not None:
+            return place
+        fresh = time.monotonic() - self._expected_at < EXPECTED_S
+        return len(self._planned) + self._expected.get(digest, math.inf) if fresh else math.inf
 
     def _read_ahead(self, file: AdapterFile) -> Weights:
         try:
@@ -79,11 +99,10 @@ class AdapterCache:
 
     def _make_room(self, newest: str) -> None:
         while len(self._loaded) > self.capacity or sum(weights.n_bytes for weights in self._loaded.values()) > self._n_bytes:
-            order = {digest: place for place, digest in enumerate(self._planned)}
             free = [digest for digest in self._loaded if digest not in self._pins and digest != newest]
             if not free:
                 return
-            del self._loaded[max(free, key=lambda digest: order.get(digest, len(order)))]  # of equals the least recently used
+            del self._loaded[max(free, key=self.wanted)]  # of equals the least recently used
             self.evictions += 1
 
     def unpin(self, digest: str) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,24 @@ def quantize(source: Path, target: Path, file_type: str) -> None:
         raise SetupError(f"{source}: could not be converted to {file_type}: {complaint()}")
 
 
-class Model:
-    """Weights and vocabulary of one GGUF file, placed as the settings say. `repack`: ggml's repacked CPU kernels. Raises `SetupError`."""
+def has_gpu() -> bool:
+    """Whether this build can compute on one, and there is one."""
+    return bool(ll.llama_supports_gpu_offload())
 
-    def __init__(self, path: Path, settings: Settings | None = None, *, repack: bool | None = None) -> None:
+
+class Model:
+    """Weights and vocabulary of one GGUF file, placed as the settings say; `alive` is called now and then while it loads.
+
+    Raises `SetupError`.
+    """
+
+    def __init__(self, path: Path, settings: Settings | None = None, alive: Callable[[], None] = lambda: None) -> None:
         check_gguf(path)
         settings = settings or Settings()
         self.path = path
         self.threads = settings.threads or _cores()
         params = ll.llama_model_default_params()
-        params.use_extra_bufts = settings.repack if repack is None else repack
+        params.use_extra_bufts = settings.repack
         params.n_gpu_layers = settings.n_gpu_layers
         params.main_gpu = settings.main_gpu
         params.split_mode = _SPLITS[settings.gpu_split]
@@ -131,6 +139,12 @@ class Model:
         self._shares = (ctypes.c_float * int(ll.llama_max_devices()))(*settings.gpu_shares)
         if settings.gpu_shares:
             params.tensor_split = self._shares
+
+        def progress(_part: float, _data: ctypes.c_void_p) -> bool:
+            alive()
+            return True
+
+        params.progress_callback = ll.llama_progress_callback(progress)
         said.clear()
         self.handle = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:

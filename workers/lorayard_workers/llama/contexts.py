@@ -70,7 +70,8 @@ class ContextPool(Generic[S]):
     def acquire(self, adapter: AdapterFile | None) -> tuple[Slot[S], Switch] | None:
         """A slot bound to this adapter, with no other adapter's sequences in it; None while all slots run others.
 
-        Prefers the slot that is bound to it already, running or idle, then a new one, then the idle one that was used longest ago.
+        Prefers the slot that is bound to it already, running or idle, then a new one, then the idle one whose adapter is planned latest or
+        not at all, and of those the one that was used longest ago.
         Raises what loading the adapter raises; the slot is then bound to nothing.
         """
         digest = adapter.digest if adapter else BASE_DIGEST
@@ -100,7 +101,8 @@ class ContextPool(Generic[S]):
             prefixes = Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes)
             self.slots.append(Slot(context, prefixes))
             return self.slots[-1]
-        return min((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at, default=None)
+        idle = sorted((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at)
+        return max(idle, key=lambda slot: self._cache.wanted(slot.digest or ""), default=None)
 
     def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
         self._release(slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +75,11 @@ class Widths:
         return min(costs, key=lambda width: costs[width])
 
 
-def measure(model: Model, settings: Settings, *, widest: int) -> tuple[Costs, Widths]:
-    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster. Takes two seconds or so."""
+def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[], None] = lambda: None) -> tuple[Costs, Widths]:
+    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster. Takes two seconds or so.
+
+    `alive` is called between any two widths.
+    """
     n_ctx = settings.n_ctx
     widths = [width for width in WIDTHS if width <= widest and width * (_DEPTHS[-1] + 8) <= n_ctx] or [1]
     context = Context(
@@ -95,7 +99,7 @@ def measure(model: Model, settings: Settings, *, widest: int) -> tuple[Costs, Wi
             context.clear()
             context.restore(0, longest)
             context.cut(0, depth)
-            taken[depth] = _pass(context, batch, widths, depth)
+            taken[depth] = _pass(context, batch, widths, depth, alive)
     finally:
         batch.free()
         context.close()
@@ -103,12 +107,13 @@ def measure(model: Model, settings: Settings, *, widest: int) -> tuple[Costs, Wi
     return Costs(rate, dict(short)), Widths(knee(short), short, _cell_ms(short, long))
 
 
-def _pass(context: Context, batch: Batch, widths: list[int], depth: int) -> dict[int, float]:
+def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: Callable[[], None]) -> dict[int, float]:
     """Milliseconds of a step by width, from the one sequence that the context holds copied into as many as it takes."""
     step_ms: dict[int, float] = {}
     cells, filled = context.save(0), 1
     started, best, worse = time.perf_counter(), 0.0, 0
     for width in widths:
+        alive()
         for seq in range(filled, width):
             context.restore(seq, cells)
         filled = width

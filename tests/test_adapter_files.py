@@ -1,0 +1,117 @@
+"""A worker's files of adapters: fetched ahead where the scheduler says so, and no more of them kept than there is room for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import synthetic_adapters
+from fleet_support import until
+
+from lorayard.adapters import BaseModel
+from lorayard.adapters import store as store_module
+from lorayard.adapters.peft import PeftAdapter, build_adapter
+from lorayard.adapters.store import ArtifactStore, GgufCache
+from lorayard.ledger.registry import Planned
+from lorayard.settings import Settings
+from lorayard_workers.llama.files import AdapterFiles
+
+BASE: dict[str, Any] = msgspec.to_builtins(
+    BaseModel(
+        architecture="llama",
+        n_layer=30,
+        n_embd=576,
+        n_head=9,
+        n_head_kv=3,
+        n_ff=1536,
+        n_vocab=49152,
+        n_ctx_train=8192,
+        name="demo",
+        names=[synthetic_adapters.BASE_NAME],
+        digest="d",
+    )
+)
+NOWHERE = "0" * 32
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., tuple[AdapterFiles, list[str]]]:
+    """A worker's, and the digests of three adapters in its artifact store."""
+
+    def make(**settings: Any) -> tuple[AdapterFiles, list[str]]:
+        configured = Settings(state_dir=tmp_path, **settings)
+        store = ArtifactStore.open(configured)
+        digests = [store.put(build_adapter(synthetic_adapters.files(name))) for name in ("plain", "rslora", "patterns")]
+        return AdapterFiles(configured), digests
+
+    return make
+
+
+def test_what_the_scheduler_says_is_fetched_ahead_and_nothing_else(files: Callable[..., tuple[AdapterFiles, list[str]]]) -> None:
+    mine, (a, b, c) = files()
+    planned = Planned([a, "base", b, c], [b, c])
+    assert mine.expect(planned, {}) == [], "no model, no file"
+    assert set(mine.expect(planned, BASE)) <= {a, b, c}
+    until(lambda: mine.expect(planned, BASE) == [a], 20)
+    until(lambda: mine._ahead is None, 5)
+    assert Path(mine.fetch(a, BASE)).exists()
+    assert mine.expect(planned, BASE) == []
+
+
+def test_what_is_being_fetched_counts_as_here(
+    files: Callable[..., tuple[AdapterFiles, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, (a, b, _) = files()
+    begun, go_on, path = threading.Event(), threading.Event(), GgufCache.path
+
+    def slow(self: GgufCache, digest: str, on_fetch: Any = None) -> Path:
+        begun.set()
+        assert go_on.wait(10)
+        return path(self, digest, on_fetch)
+
+    monkeypatch.setattr(GgufCache, "path", slow)
+    mine.expect(Planned([a, b], [a, b]), BASE)
+    assert begun.wait(10)
+    assert mine.expect(Planned([a, b], [a]), BASE) == [b], "and what is no longer planned is not fetched after it"
+    go_on.set()
+    until(lambda: mine._ahead is None, 10)
+    assert mine.expect(Planned([a, b], []), BASE) == [b]
+
+
+def test_what_cannot_be_fetched_is_left_alone_for_a_while(
+    files: Callable[..., tuple[AdapterFiles, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, (a, *_) = files()
+    tried: list[str] = []
+    get = ArtifactStore.get
+
+    def noted(self: ArtifactStore, digest: str) -> PeftAdapter:
+        tried.append(digest)
+        return get(self, digest)
+
+    monkeypatch.setattr(ArtifactStore, "get", noted)
+    planned = Planned([NOWHERE, a], [NOWHERE, a])
+    until(lambda: mine.expect(planned, BASE) == [NOWHERE], 20)
+    for _ in range(5):
+        mine.expect(planned, BASE)
+        time.sleep(0.02)
+    assert tried == [NOWHERE, a]
+
+
+def test_no_more_is_kept_than_there_is_room_for(
+    files: Callable[..., tuple[AdapterFiles, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "IN_USE_S", 0.0)
+    mine, (a, b, c) = files(adapters_disk_mb=1)
+    mine._most = round(2.5 * Path(mine.fetch(a, BASE)).stat().st_size)  # a MiB is more than these three take
+    mine.expect(Planned([a], []), BASE)
+    kept = Path(mine.fetch(b, BASE))
+    time.sleep(0.01)
+    mine.fetch(c, BASE)
+    assert not kept.exists()
+    assert mine.expect(Planned([a, b, c], []), BASE) == [b], "what is planned stays, though it was used longest ago"
