@@ -53,7 +53,12 @@ def test_what_was_left_out_of_a_line_is_said(desk: Desk) -> None:
     one, other = desk.sweep_until("succeeded", "succeeded", ids=("a", "b"))
     assert one["notes"] == ["frequency_penalty left out: it is what the service does anyway"]
     assert "notes" not in other
-    assert one["latencies_ms"]["remote_queue"] == 3
+    times = one["latencies_ms"]
+    assert times["remote_queue"] == 3
+    assert times["remote_batch"] > 150, "as long as the stand-in lets a batch lie"
+    assert times["stored"] < times["remote_batch"]
+    assert times["total"] == pytest.approx(sum(v for k, v in times.items() if k != "total"), abs=2)
+    assert "at the hosted service's batch API" in one["explanation"]
 
 
 def test_a_request_that_cannot_be_read_keeps_no_other_out_of_its_batch(desk: Desk, service: Running) -> None:

@@ -100,7 +100,7 @@ def test_a_reply_that_was_lost_counts_nothing_twice(org: Org, store: redis.Redis
     assert org.state("b").numbers["used_requests"] == 1
     wants = [("a", "acme", 700, Caps()), ("b", "acme", 700, Caps(day=1500))]
     held = org.hold("hold:1", wants)
-    assert (held.held, held.poor) == ({"a": ("acme", 700)}, {"b"})
+    assert (held.held, held.poor) == ({"a": ("acme", 700)}, {"b": Spent("day", "acme", 1500)})
     assert org.hold("hold:1", wants[:1]) == held
     assert org.spent("2026-11-24") == {"acme": 1200, "*": 1200}
     for _ in range(2):
@@ -148,6 +148,8 @@ def test_budgets_of_tenant_and_organisation_end_with_their_day_and_month(store: 
     org.go(24 * 3_600_000)
     assert org.ask(WANT, WANT)[0] == 1, "a new day, the same month"
     assert org.over("b", "zeta", Caps()) == "month"
+    held = org.hold("token", [("x", "zeta", 700, Caps()), ("y", "acme", 1, Caps(day=0)), ("z", "acme", 1, Caps())])
+    assert held.poor == {"x": Spent("month", "*", 2500), "y": Spent("day", "acme", 0), "z": Spent("month", "*", 2500)}
     org.go(10 * 24 * 3_600_000)
     assert org.over("b", "acme", Caps(day=1000)) is None
 

@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     hosted_daily_usd: float | None = Field(None, ge=0)  # of all tenants together
     hosted_monthly_usd: float | None = Field(None, ge=0)
     hosted_calls: int = Field(500, ge=1, le=5000)  # of one worker at once
-    hosted_timeout_s: float = Field(120.0, gt=0)
+    hosted_timeout_s: float = Field(120.0, gt=0)  # for the whole of an answer
     hosted_max_tokens: int = Field(1024, ge=1)  # of an answer whose job does not say
     hosted_idle_s: float = Field(300.0, gt=0)  # after so long without a call of an adapter its next counts as a cold start
     hosted_batches: bool = True  # jobs for which there is time go through the service's batch API, at half price

@@ -66,7 +66,7 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome"):
     `timings_ms` has `adapter_load`, `adapter_switch`, `prefill`, `decode` (each ≥ 0) and `on_deck` (from receiving the work to its start).
     `retryable`: the same job may succeed another time; `later`: it may, and this time it was not to blame; with `patience`, nor was it the
     first so many times. `after_ms`: not before that. `temperature`: hot, loaded or disk (hosted: warm or cold), what its adapter was when
-    it began. A hosted backend has two timings more, `remote_queue` and `network`, and tells in `more` what its documents shall have too.
+    it began. A hosted backend has other timings too (`lorayard.ledger.documents`), and tells in `more` what its documents shall have too.
     """
 
     batch: str

@@ -15,8 +15,9 @@ _MORE = ("hosted_model", "cost_usd", "notes", "failed_generation", "coalesced_wi
 _STORY = ("postponed", "postponed_why")
 """Of a job that came back from a worker: how often at no cost of an attempt; code and message of the last error it came back with."""
 
-_REMOTE = ("remote_queue", "network")
-"""Stages that only those have: in the service's own queue, and all else between sending the request and its answer."""
+_REMOTE = ("remote_queue", "remote_batch", "network")
+"""Stages that only those have: in the service's own queue; at its batch API, until it was read back; and all else between sending a request
+and its answer."""
 
 
 def document(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ _STAGES = {
     "adapter_load": "for its adapter to be loaded",
     "adapter_switch": "for a context to be bound to its adapter",
     "remote_queue": "in the hosted service's queue",
+    "remote_batch": "at the hosted service's batch API",
 }
 _HELD = ("behind ", "for ")
 """How what the scheduler says of a wait begins; behind it, after a colon, why the batch was chosen."""

@@ -148,18 +148,22 @@ local function spend(p, date, month, tenant, nano)
   end
 end
 
--- Which of the caps would be passed: 'day' or 'month', of the tenant or of all; nil if none. A cap below 0 is none.
-local function over(p, day, month, who, nano, caps)
-  for i, date in ipairs({ day, month }) do
-    local cap = tonumber(caps[i])
-    if cap >= 0 and (tonumber(redis.call('HGET', p .. 'spent:' .. date, who)) or 0) + nano > cap then return i == 1 and 'day' or 'month' end
+-- Which of the caps would be passed: 'day' or 'month', whose it is, the tenant's or that of all (*), and the cap; nil if none. A cap below 0
+-- is none.
+local function over(p, day, month, tenant, nano, caps, caps_of_all)
+  for _, whose in ipairs({ { tenant, caps }, { '*', caps_of_all } }) do
+    for i, date in ipairs({ day, month }) do
+      local who, cap = whose[1], whose[2][i]
+      local passed = tonumber(cap) >= 0 and (tonumber(redis.call('HGET', p .. 'spent:' .. date, who)) or 0) + nano > tonumber(cap)
+      if passed then return { i == 1 and 'day' or 'month', who, cap } end
+    end
   end
 end
 
 -- -- what is called ----------------------------------------------------------------------------------------------------------------------
 
 -- lyl_reserve P | token MODEL margin_ms rpm tpm rpd tpd cap_day cap_month, then per call: model_id tokens tenant nano cap_day cap_month
--- -> {calls answered for, wait ms, what for, then per call answered for: 'g' slot idle_ms date | 'b' which whose | 'l' limit}
+-- -> {calls answered for, wait ms, what for, then per call answered for: 'g' slot idle_ms date | 'b' which whose cap | 'l' limit}
 -- In order, up to the first there is no room for. g: granted, and counted; idle_ms since the model's last call, -1 for never.
 -- b: no money left for it: of day or month, of its tenant's or of all's (*). l: it has more tokens than a whole minute.
 local function reserve(keys, args)
@@ -176,12 +180,11 @@ local function reserve(keys, args)
     local took_requests, took_tokens = 0, 0
     for i = 10, #args, 6 do
       local id, want, tenant, nano = args[i], bounded(args[i + 1], MOST_TOKENS), args[i + 2], bounded(args[i + 3], MOST_NANO)
-      local poor, whose = over(p, day, month, tenant, nano, { args[i + 4], args[i + 5] }), tenant
-      if not poor then poor, whose = over(p, day, month, '*', nano, { args[8], args[9] }), '*' end
+      local poor = over(p, day, month, tenant, nano, { args[i + 4], args[i + 5] }, { args[8], args[9] })
       if known.tpm and want > known.tpm then
         reply[#reply + 1] = { 'l', known.tpm }
       elseif poor then
-        reply[#reply + 1] = { 'b', poor, whose }
+        reply[#reply + 1] = { 'b', unpack(poor) }
       elseif (known.rpm and requests + took_requests + 1 > known.rpm) or (known.tpm and tokens + took_tokens + want > known.tpm) then
         local more_requests = known.rpm and requests + took_requests + 1 - known.rpm or 0
         local more_tokens = known.tpm and tokens + took_tokens + want - known.tpm or 0
@@ -238,7 +241,7 @@ local function settle(keys, args)
   end)
 end
 
--- lyl_hold P | token cap_day cap_month, then per job: name tenant nano cap_day cap_month -> {date, {name, tenant, nano, which cap or ''}...}
+-- lyl_hold P | token cap_day cap_month, then per job: name tenant nano cap_day cap_month -> {date, {name, tenant, nano, then if there is none: which whose cap}...}
 -- Money set aside for jobs that go to a batch service, as far as there is any; `charge` puts what they took in its place.
 local function hold(keys, args)
   local p = keys[1]
@@ -247,9 +250,9 @@ local function hold(keys, args)
     local reply = { day }
     for i = 4, #args, 5 do
       local tenant, nano = args[i + 1], bounded(args[i + 2], MOST_NANO)
-      local poor = over(p, day, month, tenant, nano, { args[i + 3], args[i + 4] }) or over(p, day, month, '*', nano, { args[2], args[3] })
+      local poor = over(p, day, month, tenant, nano, { args[i + 3], args[i + 4] }, { args[2], args[3] })
       if not poor then spend(p, day, month, tenant, nano) end
-      reply[#reply + 1] = { args[i], tenant, nano, poor or '' }
+      reply[#reply + 1] = { args[i], tenant, nano, unpack(poor or {}) }
     end
     return reply
   end, HELD_MS)

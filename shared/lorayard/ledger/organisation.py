@@ -108,7 +108,7 @@ class Held(NamedTuple):
 
     date: str
     held: dict[str, tuple[str, int]]
-    poor: set[str]
+    poor: dict[str, Spent]
 
 
 class State(NamedTuple):
@@ -160,7 +160,7 @@ class Organisation:
 
     def reserve(self, base: str, wants: Sequence[Want]) -> Reserved:
         """Count the first of these calls, as many as there is room for now. `base` is the model that the service limits by."""
-        return self._reserved(self._call("lyl_reserve", *self._question(base, wants)), wants)
+        return _reserved(self._call("lyl_reserve", *self._question(base, wants)))
 
     async def reserve_in(self, caller: LoopCaller, base: str, wants: Sequence[Want], look: Sequence[Any]) -> tuple[Reserved, Any]:
         """The same in the event loop of `caller`; and the reply to the command `look`, which is run right after it."""
@@ -175,21 +175,7 @@ class Organisation:
                 reply, seen = await caller.call(question, look)
         except redis.RedisError as error:
             raise _told("lyl_reserve", error) from error
-        return self._reserved(reply, wants), seen
-
-    def _reserved(self, reply: list[Any], wants: Sequence[Want]) -> Reserved:
-        answers = [self._answer(row, want) for row, want in zip(reply[3:], wants, strict=False)]
-        return Reserved(answers, int(reply[1]), reply[2].decode())
-
-    def _answer(self, row: list[Any], want: Want) -> Grant | Refused:
-        kind = row[0]
-        if kind == b"g":
-            return Grant(int(row[1]), row[3].decode(), None if int(row[2]) < 0 else int(row[2]))
-        if kind == b"l":
-            return Refused(None, int(row[1]))
-        which: Literal["day", "month"] = "day" if row[1] == b"day" else "month"
-        whose = row[2].decode()
-        return Refused(Spent(which, whose, getattr(self._caps if whose == "*" else want.caps, which)))
+        return _reserved(reply), seen
 
     def _question(self, base: str, wants: Sequence[Want]) -> list[Any]:
         rows = [value for w in wants for value in (w.model, w.tokens, w.tenant, w.nano, *w.caps)]
@@ -223,8 +209,8 @@ class Organisation:
         """Set money aside for jobs (name, tenant, nano-dollars, the tenant's caps) of a batch; the same token again answers the same."""
         args = [value for name, tenant, nano, caps in wants for value in (name, tenant, nano, *caps)]
         date, *rows = self._call("lyl_hold", token, *self._caps, *args)
-        held = {name.decode(): (tenant.decode(), int(nano)) for name, tenant, nano, poor in rows if not poor}
-        return Held(date.decode(), held, {name.decode() for name, _, _, poor in rows if poor})
+        held = {name.decode(): (tenant.decode(), int(nano)) for name, tenant, nano, *poor in rows if not poor}
+        return Held(date.decode(), held, {name.decode(): _spent(*poor) for name, _, _, *poor in rows if poor})
 
     def charge(self, token: str, date: str, rows: Sequence[tuple[str, str, int, int]]) -> None:
         """Put what a batch took (tenant, adapter, nano-dollars, those held) in the place of what was held at that date; once a token."""
@@ -269,3 +255,18 @@ def _told(function: str, error: redis.RedisError) -> LorayardError:
     if passing or not isinstance(error, redis.ResponseError):
         return unavailable(error)
     return LorayardError(f"the ledger refuses {function}: {error}", code="ledger_error")
+
+
+def _reserved(reply: list[Any]) -> Reserved:
+    return Reserved([_answer(row) for row in reply[3:]], int(reply[1]), reply[2].decode())
+
+
+def _answer(row: list[Any]) -> Grant | Refused:
+    kind = row[0]
+    if kind == b"g":
+        return Grant(int(row[1]), row[3].decode(), None if int(row[2]) < 0 else int(row[2]))
+    return Refused(None, int(row[1])) if kind == b"l" else Refused(_spent(*row[1:]))
+
+
+def _spent(which: bytes, whose: bytes, cap: bytes) -> Spent:
+    return Spent("day" if which == b"day" else "month", whose.decode(), int(cap))

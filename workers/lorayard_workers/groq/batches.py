@@ -7,26 +7,26 @@ wrote and, where that may be less than what he did, at what is there. So a crash
 from __future__ import annotations
 
 import contextlib
-import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 
 from lorayard.errors import BadRequest, LorayardError, NotFound, Unavailable
-from lorayard.hosted import answer_tokens, hosted_body, price, prompt_tokens
+from lorayard.hosted import hosted_body, no_money, prompt_tokens
 from lorayard.jobs import ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
 from lorayard.ledger.ledger import End, EndStatus, Ledger, Submitted, Taken, TakenJob
-from lorayard.ledger.organisation import Held, Organisation
+from lorayard.ledger.organisation import Organisation, Spent
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.settings import Settings
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
-from lorayard_workers.groq.lines import Paid, cost_of, end_of, error_line, errors_of, line_of, name_of, paid_of, rows_by_name, window
+from lorayard_workers.groq.lines import Paid, cost_of, end_of, error_line, errors_of, line_of, name_of, rows_by_name, window
+from lorayard_workers.groq.money import BatchMoney, by_tenant
 from lorayard_workers.retries import backoff_ms
 
 log = structlog.get_logger("lorayard.hosted")
@@ -40,7 +40,6 @@ MISSES = 120
 SLACK_S = 600
 """What a job needs beyond the service's own time: to be gathered, uploaded, read back."""
 MAX_BYTES = 90 * 1024 * 1024
-DISCOUNT = 0.5
 PURPOSE = "batch"
 _CHUNK = 500
 _AT_ONCE = 32  # batches in a sweep
@@ -81,8 +80,8 @@ class BatchKeeper:
     ) -> None:
         self._settings = settings
         self._ledger = ledger
-        self._org = organisation
         self._policies = policies
+        self._money = BatchMoney(settings, organisation, policies)
         self._service = service
         self._model_of = model_of
         self._token = secrets.token_hex(8)
@@ -140,9 +139,14 @@ class BatchKeeper:
         log.warning("batch at the service waits", batch=submitted.batch, reason=why)
         note = self._written.get(submitted.batch) or msgspec.json.decode(submitted.note, type=Note)
         self._look_again(submitted.batch, msgspec.structs.replace(note, why=why[:500]), HOLD_S)  # the doctor reads it
-        age_s = int(self._ledger.client.time()[0]) - submitted.submitted / 1000
+        age_s = (self._now_ms() - submitted.submitted) / 1000
         if age_s > (self._settings.hosted_batch_window_s + OVERDUE_S if note.tried else STUCK_S):
             self._put_off(submitted, "hosted_batch_stuck", why)
+
+    def _now_ms(self) -> float:
+        """By the ledger's clock."""
+        seconds, micros = self._ledger.client.time()
+        return 1000.0 * int(seconds) + int(micros) / 1000
 
     def _look_again(self, batch: str, note: Note, seconds: float) -> bool:
         self._written[batch] = note
@@ -184,13 +188,15 @@ class BatchKeeper:
         model = self._model_of(adapter_of(submitted.digest))
         tenants = sorted({split_ref(job.ref)[0] for job in jobs})
         bodies = list(self._bodies(submitted, jobs))
-        held = self._hold(submitted, bodies)
+        held = self._money.hold(submitted.batch, bodies)
+        poor = [(ref, held.poor[name_of(ref)]) for ref, _ in bodies if name_of(ref) in held.poor]
+        self._finish(submitted, [End(ref, "later", _no_money(spent), delay_ms=_MONEY_AGAIN_MS) for ref, spent in poor])
         paid = {name: Paid(tenants.index(tenant), nano) for name, (tenant, nano) in held.held.items() if tenant in tenants}
         lines = [line_of(ref, body, model, paid[name_of(ref)]) for ref, body in bodies if name_of(ref) in paid]
         if not lines:
             self._look_again(submitted.batch, note, 0)
             return
-        note = msgspec.structs.replace(note, tried=True, tenants=tenants, lines=len(lines), date=held.date, held=_by_tenant(held))
+        note = msgspec.structs.replace(note, tried=True, tenants=tenants, lines=len(lines), date=held.date, held=by_tenant(held))
         if not self._look_again(submitted.batch, note, HOLD_S):  # the intent, and that it is ours
             return
         with holding(lambda: self._look_again(submitted.batch, note, HOLD_S), HOLD_S / 3):
@@ -223,25 +229,6 @@ class BatchKeeper:
                 self._finish(submitted, [End(job.ref, "retry", msgspec.json.encode({"error": broken.document()}))])
             else:
                 yield job.ref, body
-
-    def _hold(self, submitted: Submitted, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Held:
-        """Money for each, at its most; for whom there is none, waits."""
-        policies, prices = self._policies.all(), self._prices
-        wants = []
-        for ref, body in bodies:
-            tenant = split_ref(ref)[0]
-            nano = math.ceil(prompt_tokens(body) * prices[0] + answer_tokens(body) * prices[1])
-            wants.append((name_of(ref), tenant, nano, policies.get(tenant, NOTHING_LEAVES).caps))
-        held = self._org.hold(_hold_token(submitted.batch), wants)
-        outcome = error_line("the money for hosted calls is spent", "budget_exhausted")
-        poor = [ref for ref, _ in bodies if name_of(ref) in held.poor]
-        self._finish(submitted, [End(ref, "later", outcome, delay_ms=_MONEY_AGAIN_MS) for ref in poor])
-        return held
-
-    @property
-    def _prices(self) -> tuple[float, float]:
-        usd_in, usd_out = price(self._settings)
-        return DISCOUNT * usd_in, DISCOUNT * usd_out
 
     def _file(self, filename: str, data: bytes) -> str:
         there = self._service.files(filename)
@@ -281,17 +268,17 @@ class BatchKeeper:
         if None in contents and submitted.refs:
             return self._missed(submitted, note)
         rows = rows_by_name(content for content in contents if content)
-        prices = self._prices
-        self._charge(submitted, note, self._spent(note, batch, rows.values(), prices))
+        missing = batch.get("status") == "completed" and len(rows) < note.lines  # it says that it has run those too
+        self._charge(submitted, note, self._money.spent(rows.values(), note.tenants, note.held, missing=missing))
         model, before = self._model_or_nothing(submitted), self._before(submitted)
-        ends, lost = [], []
+        ends, lost, lay_ms = [], [], self._now_ms() - submitted.submitted
         for ref in submitted.refs:
             row = rows.get(name_of(ref))
             if row is None:
                 lost.append(ref)
             else:
                 notes, laters = before.get(ref, ([], 0))
-                ends.append(end_of(ref, row, cost_of(row, prices), model, notes, laters))
+                ends.append(end_of(ref, row, cost_of(row, self._money.prices), model, notes, laters, lay_ms))
         self._finish(submitted, ends)
         if lost:
             why = errors_of(batch) or f"the batch {batch.get('status')} before this line was run"
@@ -313,8 +300,7 @@ class BatchKeeper:
         if note.misses < MISSES:
             self._look_again(submitted.batch, msgspec.structs.replace(note, misses=note.misses + 1), self._settings.hosted_batch_poll_s)
             return False
-        owed = [(tenant, adapter_of(submitted.digest), nano, nano) for tenant, nano in sorted(note.held.items())]
-        self._org.charge(f"batch:{submitted.batch}", note.date, owed)
+        self._charge(submitted, note, Counter(note.held))
         outcome = error_line("the service has lost the results of the batch", "hosted_batch_results_lost")
         self._finish(submitted, [End(ref, "retry", outcome, delay_ms=backoff_ms("retry", 0)) for ref in submitted.refs])
         return True
@@ -333,25 +319,8 @@ class BatchKeeper:
                 known[job.ref] = hosted_body(msgspec.json.decode(job.request), self._settings)[1], job.laters
         return known
 
-    def _spent(self, note: Note, batch: dict[str, Any], rows: Collection[dict[str, Any]], prices: tuple[float, float]) -> Counter[str]:
-        """Nano-dollars by tenant for every line that was run, whatever has become of its job meanwhile."""
-        by, unseen = Counter[str](), Counter(note.held)
-        for row in rows:
-            paid = paid_of(row)
-            if 0 <= paid.tenant < len(note.tenants):
-                by[note.tenants[paid.tenant]] += cost_of(row, prices)
-                unseen[note.tenants[paid.tenant]] -= paid.nano
-        if batch.get("status") == "completed" and len(rows) < note.lines:  # it says that it has run those too
-            by += +unseen
-        return by
-
-    def _charge(self, submitted: Submitted, note: Note, by: Counter[str]) -> None:
-        """What was held and is not spent is free again. Once a batch."""
-        owed = [
-            (tenant, adapter_of(submitted.digest), by[tenant], note.held.get(tenant, 0)) for tenant in sorted(by.keys() | note.held.keys())
-        ]
-        if owed:
-            self._org.charge(f"batch:{submitted.batch}", note.date, owed)
+    def _charge(self, submitted: Submitted, note: Note, spent: Counter[str]) -> None:
+        self._money.charge(submitted.batch, adapter_of(submitted.digest), note.date, note.held, spent)
 
     def _finish(self, submitted: Submitted, ends: Sequence[End]) -> None:
         for start in range(0, len(ends), _CHUNK):
@@ -377,8 +346,8 @@ class BatchKeeper:
         """Nothing of it stays there, nor of the money that was held for it; then it is closed here."""
         batch = submitted.batch
         if not note.date:  # who held money for it may not have come to write that down
-            held = self._org.hold(_hold_token(batch), [])
-            note = msgspec.structs.replace(note, date=held.date, held=_by_tenant(held))
+            held = self._money.held(batch)
+            note = msgspec.structs.replace(note, date=held.date, held=by_tenant(held))
         self._charge(submitted, note, Counter())  # nothing where that was done
         for file_id in [note.file_id, *made]:
             if file_id:
@@ -389,12 +358,5 @@ class BatchKeeper:
         self._ledger.settle(batch, self._token)
 
 
-def _hold_token(batch: str) -> str:
-    return f"hold:{batch}"
-
-
-def _by_tenant(held: Held) -> dict[str, int]:
-    by: Counter[str] = Counter()
-    for tenant, nano in held.held.values():
-        by[tenant] += nano
-    return dict(by)
+def _no_money(spent: Spent) -> bytes:
+    return error_line(f"{no_money(spent)}. The job waits for that, or for its deadline", "budget_exhausted")

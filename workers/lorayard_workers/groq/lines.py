@@ -109,12 +109,14 @@ def cost_of(row: dict[str, Any], prices: tuple[float, float]) -> int:
     return round(prompt * prices[0] + made * prices[1])
 
 
-def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str], laters: int = 0) -> End:
-    """What becomes of a job. `notes`: what was changed in its request. `laters`: how often it was put off before."""
+def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str], laters: int = 0, lay_ms: float = 0.0) -> End:
+    """What becomes of a job. `notes`: what was changed in its request. `laters`: how often it was put off before. `lay_ms`: how long its
+    batch was the service's."""
     body = _body(row)
     if _answers(row):
         usage = body.get("usage") or {}
         timings = {name: 1000 * float(usage.get(told) or 0) for name, told in _TIMES}
+        timings["remote_batch"] = max(0.0, lay_ms - sum(timings.values()))
         answer = {key: value for key, value in body.items() if key not in ("id", "model")}
         done: dict[str, Any] = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
         done |= {"notes": notes} if notes else {}
