@@ -35,7 +35,7 @@ GATE = of(
     (
         "money added, or taken away, a moment ago does not count",
         "_reserve",
-        "if policy != self._who_may.get(tenant, NOTHING_LEAVES)}",
+        "if now[tenant] != asked[tenant]}",
         "if False}",
     ),
     ("what was granted by an old cap is used", "_ask", "if call.cancelled or want.tenant in changed:", "if call.cancelled:"),
@@ -74,7 +74,8 @@ CALLS = [
             "call.sent and self._running.pop(call.key, None)",
         ),
         ("what cannot be read holds its batch", "_admit", "self._broke(call)", "raise"),
-        ("who leaves settles nothing", "_main", "while self._settled and await self._settle():", "while False:"),
+        ("who leaves settles nothing", "_main", "while (self._settled or self._settling) and await self._settle():", "while False:"),
+        ("what is settled again counts again", "_settle", "self._base, part, token)", "self._base, part, secrets.token_hex(8))"),
         suite="hosted",
         file="lorayard_workers/groq/runner.py",
     ),

@@ -79,6 +79,25 @@ def test_a_cap_that_is_lowered_and_leave_that_is_withdrawn_hold_at_once(
         until(lambda: bench.org.spent(day) == dict.fromkeys(("acme", "*"), sum(bench.org.costs(day[:7]).values())), 3)
 
 
+def test_a_cap_that_is_lowered_while_it_is_asked_for_holds_too(bench: Bench, service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And though the worker's own look at the ledger, once a second, comes between question and answer."""
+    gate: Any = bench.control._runner.gate  # type: ignore[attr-defined]
+    reserve = bench.org.reserve_in
+
+    async def lowered(*args: Any) -> Any:
+        bench.policies.set("acme", Policy(hosted=True, daily_usd=0))
+        gate.look(bench.policies.all(), bench.org.state(BASE))
+        return await reserve(*args)
+
+    assert answer(bench.run("j0"))
+    monkeypatch.setattr(bench.org, "reserve_in", lowered)
+    bench.put(["j1"])
+    bench.dispatch()
+    until(lambda: bench.job("j1")["status"] == "delayed")
+    assert bench.job("j1")["postponed_why"]["code"] == "budget_exhausted"
+    assert len(service.service.bodies) == 1
+
+
 def test_leave_that_was_given_a_moment_ago_counts(bench: Bench) -> None:
     bench.policies.set("omega", Policy(hosted=True))
     bench.put(["j1"], tenant="omega")

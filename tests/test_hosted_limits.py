@@ -81,7 +81,7 @@ def test_tokens_are_reserved_at_most_and_settled_by_what_was_used(org: Org) -> N
     granted = org.reserve("c", [big])
     grant = granted.answers[0]
     assert isinstance(grant, Grant)
-    org.settle("c", [Settled(grant, big, "base", 100, 70)])
+    org.settle("c", [Settled(grant, big, "base", 100, 70)], "once")
     assert org.state("c").numbers["used_tokens"] == 100
     assert org.spent("2026-11-24")["acme"] == org.spent("2026-11")["*"] == 500 * 2 + 70
     assert org.costs("2026-11") == {("acme", "base"): 70}

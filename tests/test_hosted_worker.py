@@ -13,7 +13,9 @@ from fleet_support import until
 from hosted_service import BASE, Running
 from hosted_support import Bench, answer, bench_of, deepen
 
+from lorayard.errors import Unavailable
 from lorayard.ledger.audit import audit
+from lorayard.ledger.organisation import NANO
 
 
 @pytest.fixture
@@ -247,6 +249,26 @@ def test_a_call_that_is_cancelled_before_it_begins_leaves_its_place(
     monkeypatch.setattr(runner, "begin", begin)
     assert answer(bench.run("j3"))
     assert sum(service.service.calls.values()) == 1
+
+
+def test_what_was_settled_counts_once_though_nobody_heard_that_it_was(
+    bench: Bench, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, asked = bench.org.settle, 0
+
+    def unheard(*args: Any) -> None:
+        nonlocal asked
+        asked += 1
+        settle(*args)
+        if asked == 1:
+            raise Unavailable("the reply was lost")
+
+    monkeypatch.setattr(bench.org, "settle", unheard)
+    document = bench.run("j1", max_tokens=500)
+    until(lambda: asked == 2)
+    month = bench.org.state(BASE).month
+    until(lambda: not bench.control._runner._settling)  # type: ignore[attr-defined]
+    assert bench.org.spent(month)["acme"] == bench.org.costs(month)["acme", "base"] == round(document["cost_usd"] * NANO) > 0
 
 
 def test_what_may_have_been_charged_counts_for_its_adapter_too(store: redis.Redis, redis_url: str, service: Running) -> None:

@@ -103,6 +103,31 @@ def test_commands_sent_together_run_in_order_and_an_error_of_one_is_no_other_s_r
     assert within(client, ask) == [b"x", b"x", b"y"]
 
 
+def test_a_reservation_whose_reply_was_lost_counts_once(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    org = Organisation(client, "lost", rates=Rates(rpm=10))
+    org.install()
+
+    async def ask(caller: LoopCaller) -> Any:
+        call, calls = caller.call, 0
+
+        async def unheard(*commands: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            replies = await call(*commands)
+            if calls == 1:
+                raise redis.ConnectionError("cut")
+            return replies
+
+        monkeypatch.setattr(caller, "call", unheard)
+        reserved, _ = await org.reserve_in(caller, "b", [WANT] * 2, ["ECHO", "x"])
+        return [type(answer) for answer in reserved.answers]
+
+    assert within(client, ask) == [Grant, Grant]
+    state = org.state("b")
+    assert state.numbers["used_requests"] == 2
+    assert org.spent(state.day)["acme"] == 2 * WANT.nano
+
+
 def test_the_loop_goes_on_while_a_reply_is_awaited(client: redis.Redis, store: redis.Redis) -> None:
     async def ask(caller: LoopCaller) -> int:
         await caller.fcall("echo", 1, "k", "x")

@@ -15,11 +15,12 @@
 --   called         HASH    model id -> ms of its last call
 --   spent:DATE     HASH    tenant, and * for all -> nano-dollars; DATE is a day or a month (UTC)
 --   costs:MONTH    HASH    tenant \t adapter -> nano-dollars
---   once:TOKEN     STRING  the reply, for a minute; of what concerns a batch, for a month
+--   once:TOKEN     STRING  the reply, for a minute; of what was settled for ten, of what concerns a batch for a month
 
 local SLOT_MS = 250
 local MINUTE_MS, DAY_MS = 60000, 86400000
 local DAYS_KEPT, MONTHS_KEPT = 3 * 86400, 400 * 86400
+local SETTLED_MS = 600000 -- whose server was away says the same again when it is back
 local HELD_MS = 30 * DAY_MS -- a batch is read again as late as its keeper comes back
 local MOST_BATCH = 1e15
 
@@ -238,7 +239,7 @@ local function settle(keys, args)
     end
     if redis.call('HEXISTS', p .. 'day:' .. model, 't') == 1 then redis.call('HINCRBYFLOAT', p .. 'day:' .. model, 't', back) end
     return 1
-  end)
+  end, SETTLED_MS)
 end
 
 -- lyl_hold P | token cap_day cap_month, then per job: name tenant nano cap_day cap_month -> {date, {name, tenant, nano, then if there is none: which whose cap}...}

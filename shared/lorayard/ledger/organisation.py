@@ -173,6 +173,8 @@ class Organisation:
                     raise
                 await caller.in_thread(self.install)
                 reply, seen = await caller.call(question, look)
+            except (redis.ConnectionError, redis.TimeoutError):  # it may have been counted; the same again is not
+                reply, seen = await caller.call(question, look)
         except redis.RedisError as error:
             raise _told("lyl_reserve", error) from error
         return _reserved(reply), seen
@@ -181,14 +183,14 @@ class Organisation:
         rows = [value for w in wants for value in (w.model, w.tokens, w.tenant, w.nano, *w.caps)]
         return [secrets.token_hex(8), base, MARGIN_MS, *self._rates, *self._caps, *rows]
 
-    def settle(self, base: str, ended: Sequence[Settled]) -> None:
-        """Put right what was reserved for calls that have ended, and write down what they cost."""
+    def settle(self, base: str, ended: Sequence[Settled], token: str) -> None:
+        """Put right what was reserved for calls that have ended, and write down what they cost; once a token, for ten minutes."""
         args = [
             value
             for s in ended
             for value in (s.grant.slot, s.want.tokens, s.tokens, s.want.tenant, s.adapter, s.want.nano, s.nano, s.grant.date)
         ]
-        self._call("lyl_settle", secrets.token_hex(8), base, *args)
+        self._call("lyl_settle", token, base, *args)
 
     def learn(self, base: str, source: Literal["told", "head"], numbers: dict[str, int]) -> None:
         """What the service said of its limits: `told` in a refusal, or in the headers of an answer (`head`)."""

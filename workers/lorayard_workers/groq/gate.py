@@ -187,14 +187,14 @@ class Gate:
 
     async def _reserve(self, wants: list[Want]) -> tuple[Reserved, set[str]]:
         """And the tenants whose leave or caps were others by then: they are to be asked for again."""
+        asked = {want.tenant: self._who_may.get(want.tenant, NOTHING_LEAVES) for want in wants}  # `look` may come meanwhile
         if self._written is not None:  # what the service told comes before what is asked
             await self._written
-        tenants = list(dict.fromkeys(want.tenant for want in wants))
+        tenants = list(asked)
         reserved, seen = await self._org.reserve_in(self._caller, self._base, wants, self._policies.question(tenants))
         now = self._policies.answer(tenants, seen)
-        changed = {tenant for tenant, policy in now.items() if policy != self._who_may.get(tenant, NOTHING_LEAVES)}
         self._who_may |= now
-        return reserved, changed
+        return reserved, {tenant for tenant in tenants if now[tenant] != asked[tenant]}
 
     def _wait_after(self, reserved: Reserved) -> float:
         """Seconds until there is room for the next."""

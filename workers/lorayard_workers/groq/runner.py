@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import threading
 import time
 from collections import Counter
@@ -57,6 +58,7 @@ class HostedRunner:
         self._calls: dict[tuple[str, str], Call] = {}  # waiting, asked for, or running
         self._running: dict[tuple[str, str], Call] = {}
         self._settled: list[Settled] = []
+        self._settling: tuple[str, list[Settled]] | None = None  # by a token, until the ledger has them
         self._heads: dict[str, int] = {}
         self._hot: dict[str, float] = {}
         self._loaded: list[str] = []
@@ -114,7 +116,7 @@ class HostedRunner:
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        while self._settled and await self._settle():
+        while (self._settled or self._settling) and await self._settle():
             pass
         await self._client.close()
         for task in done - {over}:
@@ -273,17 +275,20 @@ class HostedRunner:
 
     async def _settle(self) -> bool:
         """Some of them; whether the ledger heard."""
-        if not self._settled:
+        if self._settling is None and self._settled:
+            self._settling = secrets.token_hex(8), self._settled[:500]
+            del self._settled[:500]
+        if self._settling is None:
             return True
-        part, self._settled = self._settled[:500], self._settled[500:]
+        token, part = self._settling
         try:
-            await self._loop.run_in_executor(self._telling, self._org.settle, self._base, part)
-        except Unavailable as error:
+            await self._loop.run_in_executor(self._telling, self._org.settle, self._base, part, token)
+        except Unavailable as error:  # the same again: it may be that only its reply was lost
             log.warning("use and money not settled yet", calls=len(part), reason=error.message)
-            self._settled = part + self._settled
             return False
         except LorayardError as error:  # it would be refused for ever: they stay at their most
             log.error("use and money not settled", calls=len(part), reason=error.message)
+        self._settling = None
         return True
 
     async def _beat_loop(self) -> None:
