@@ -3,7 +3,7 @@
 #   make test ARGS="-k ledger"              arguments for pytest, or for `lorayard demo`
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo setup-train demo test faults mutants check format pins clean
+.PHONY: help setup setup-demo setup-train demo test faults slow mutants check format pins clean
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/sh
 BIN := .venv/bin
@@ -44,6 +44,9 @@ test: check ## linters, then all tests
 faults: setup ## every fault in full (some 20 minutes, best as root); writes build/faults.json and .md; then the ledger's model, at length
 	@LORAYARD_FAULTS_REPORT=build/faults $(BIN)/python -m pytest tests/faults -m faults $(ARGS)
 	@LORAYARD_MODEL_EXAMPLES=2000 exec $(BIN)/python -m pytest tests/test_ledger_model.py
+
+slow: setup ## the long forms of tests that also have a short one: 10,000 adapters loaded, memory flat (half a minute)
+	@exec $(BIN)/python -m pytest -m slow $(ARGS)
 
 mutants: setup ## break the code on purpose, one place at a time: does a test notice? (some 25 minutes); writes docs/mutants.md and .json
 	@exec $(BIN)/python tests/mutants.py --report docs/mutants.md $(ARGS)

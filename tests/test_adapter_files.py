@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -10,15 +11,19 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 import synthetic_adapters
 from fleet_support import until
+from ledger_support import make_entry
 
 from lorayard.adapters import BaseModel
 from lorayard.adapters import store as store_module
 from lorayard.adapters.peft import PeftAdapter, build_adapter
 from lorayard.adapters.store import ArtifactStore, GgufCache
-from lorayard.ledger.registry import Planned
+from lorayard.celery_app import make_app
+from lorayard.ledger.registry import Planned, WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
+from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_workers.llama.files import AdapterFiles
 
 BASE: dict[str, Any] = msgspec.to_builtins(
@@ -115,3 +120,43 @@ def test_no_more_is_kept_than_there_is_room_for(
     mine.fetch(c, BASE)
     assert not kept.exists()
     assert mine.expect(Planned([a, b, c], []), BASE) == [b], "what is planned stays, though it was used longest ago"
+
+
+def test_what_waits_and_nobody_has_comes_to_one_workers_disk(store: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    """The real scheduler and two workers' heartbeats and files; nothing is computed, so all keep waiting."""
+    settings = Settings(state_dir=tmp_path / "shared", delivery_ms=60_000)
+    ledger, artifacts = open_ledger(store, settings), ArtifactStore.open(settings)
+    digests = []
+    for alpha in range(1, 13):
+        made = synthetic_adapters.files("plain")
+        made["adapter_config.json"] = json.dumps(synthetic_adapters.config("plain") | {"lora_alpha": alpha}).encode()
+        digests.append(artifacts.put(build_adapter(made)))
+    for place, digest in enumerate(digests):
+        jobs = [make_entry(f"{digest}-{n}", digest=digest, wait_ms=60_000 + 1000 * place) for n in range(60)]
+        ledger.enqueue(jobs, max_queued=9_999)
+    folders = {name: tmp_path / name for name in ("v", "w")}
+    files = {name: AdapterFiles(settings.model_copy(update={"state_dir": folder})) for name, folder in folders.items()}
+    for one in files.values():
+        one._store = artifacts
+    infos = {
+        name: WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, width=2, ready=True) for name in folders
+    }
+    registry = WorkerRegistry(store)
+
+    def on_disk() -> list[str]:
+        """Beat, and look; an adapter once for each disk it is on."""
+        for name, info in infos.items():
+            info.absent = files[name].expect(registry.beat(info), BASE)
+        return [path.stem for folder in folders.values() for path in folder.rglob("*.gguf")]
+
+    dispatcher = Dispatcher(settings, ledger, make_app(redis_url))
+    thread = threading.Thread(target=dispatcher.run)
+    thread.start()
+    try:
+        until(lambda: set(on_disk()) == set(digests), 60, every_s=0.2)
+        assert sorted(on_disk()) == sorted(digests), "each on one disk"
+        assert all(list(folder.rglob("*.gguf")) for folder in folders.values())
+        until(lambda: on_disk() and set(infos["v"].absent).isdisjoint(infos["w"].absent) and infos["v"].absent, 10)
+    finally:
+        dispatcher.stop()
+        thread.join()

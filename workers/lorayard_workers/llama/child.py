@@ -186,7 +186,7 @@ class Launcher:
             began, gpu = True, heard.gpu
         child.process.kill()
         child.reap()
-        return _Stillborn(f"no sign of life for {self._silence_s:.0f} s", began, gpu)
+        return _Stillborn(f"no sign of life for {self._silence_s:.0f} s: LORAYARD_HANG_S grants more", began, gpu)
 
 
 def cause(status: int) -> str:

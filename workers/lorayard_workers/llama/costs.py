@@ -92,7 +92,7 @@ def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[]
     )
     batch = Batch(context.n_batch)
     try:
-        rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1])
+        rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1], alive)
         longest = context.save(0)
         taken = {}
         for depth in _DEPTHS:
@@ -146,9 +146,10 @@ def knee(step_ms: dict[int, float]) -> int:
     return min(width for width, rate in rates.items() if rate >= _KNEE * max(rates.values()))
 
 
-def _prompt_s(context: Context, batch: Batch, length: int) -> float:
+def _prompt_s(context: Context, batch: Batch, length: int, alive: Callable[[], None]) -> float:
     """Seconds of a prompt; the first one, which also warms caches and reserves the graph, is not counted."""
     for _ in range(2):
+        alive()
         context.clear()
         batch.clear()
         batch.add(0, 0, [0] * length, want_logits=True)
