@@ -92,12 +92,13 @@ def test_a_busy_worker_gets_a_second_adapter_shortly_before_it_runs_dry_or_when_
     assert chosen(plan(view([soon], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "other", 8)]
 
 
-def test_a_busy_worker_gets_no_other_adapter_while_jobs_of_its_own_wait() -> None:
+def test_a_busy_worker_gets_no_other_adapter_while_the_last_of_its_own_wait() -> None:
     """Between the load at which it needs more and half a batch, where what joins is too little to be a batch otherwise."""
-    policy, more = replace(POLICY, lead_ms=5 * COSTS.job_ms(WORK)), ("a", "t", 17, 90_000)
-    other = ("other", "t", 8, 80_000)
-    assert plan(view([more, other], [worker("w", ("a", 6))]), NOW, policy) == []
-    assert chosen(plan(view([more, other], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "a", 3)]
+    policy, other = replace(POLICY, lead_ms=5 * COSTS.job_ms(WORK)), ("other", "t", 8, 80_000)
+    last, many = ("a", "t", 11, 90_000), ("a", "t", 12, 90_000)
+    assert plan(view([last, other], [worker("w", ("a", 6))]), NOW, policy) == []
+    assert chosen(plan(view([last, other], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "a", 3)]
+    assert chosen(plan(view([many, other], [worker("w", ("a", 5))]), NOW, policy)) == [("w", "other", 8)], "it does not shut others out"
 
 
 def test_a_plan_ends_where_it_would_go_by_a_due_time_that_is_not_known() -> None:

@@ -8,10 +8,10 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
    that first has to bind, load or fetch the adapter and to compute its prefix, it is later by the same measure: `patience_ms` for every
    factor e of what a job costs.
 3. *Joining.* Jobs of an adapter that a worker has in hand cost least there: they fill what its width has free and what others leave. They
-   join before anything else, half a batch at least, or all there are, or what is nearly due, or as soon as the worker needs more, until
-   something that waits comes within `reserve_ms` of its due time: from then on only what ranks before it does, so that adapters in hand
-   end and make room. Once something is overdue, which no planner can help, switches are what makes all wait longer: then jobs join that
-   are due up to `stay_ms` later than what waits.
+   join before anything else, half a batch at least, or all there are, or those of a group that is nearly due, or the last batch as soon as
+   the worker needs more, until something that waits comes within `reserve_ms` of its due time: from then on only what ranks before it does,
+   so that adapters in hand end and make room. Once something is overdue, which no planner can help, switches are what makes all wait
+   longer: then jobs join that are due up to `stay_ms` later than what waits.
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others, and of these the fastest.
    What a worker that is faster by a quarter would end in half the time, after what it has, is left to it.
 
@@ -322,14 +322,15 @@ class _Plan:
         room = rows - seat.load
         if room <= 0:
             return best, chosen, reason
-        ending = self.calm and seat.load <= seat.prices.lead  # it needs more, and better of what it has than of another adapter
+        needed = self.calm and seat.load <= seat.prices.lead
         for adapter in seat.hand or (seat.worker.hot if self.late else ()):
             groups = self.groups.of(adapter)
-            drabs = 2 * room < rows and not ending and sum([self._jobs(group) for group in groups]) > room
+            waiting = sum([self._jobs(group) for group in groups]) if 2 * room < rows else 0
+            drabs = waiting > room and not (needed and waiting <= room + rows)  # the last of them come before another adapter
             for group in groups:
-                if drabs and (self.late or group.rank > self.soon):
-                    continue  # every batch has its price
                 jobs = self._jobs(group)
+                if drabs and (self.late or group.rank > self.soon or jobs > room):
+                    continue  # every batch has its price
                 rank = group.rank - self.groups.narrow(jobs) - self.ahead
                 if not jobs or rank >= best or group.tenant.floods != floods or self._over(group):
                     continue
