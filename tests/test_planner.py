@@ -19,7 +19,7 @@ from lorayard_scheduler.roster import Held, Roster, WorkerView
 NOW = 1_000_000.0
 COSTS = Costs(8, {"hot": 0.0, "loaded": 25.0, "disk": 50.0, "remote": 1000.0}, 1000.0, {1: 10.0, 8: 17.0}, measured=True)
 WORK = Work(prompt=50, shared=0, output=20)
-POLICY = Policy(reserve_ms=6_000, batch_ms=60_000, rows_per_width=1.0)
+POLICY = Policy(reserve_ms=6_000, batch_ms=60_000, lead_ms=2_000, rows_per_width=1.0)
 
 
 def view(groups: Iterable[tuple[str, str, int, float]], workers: Iterable[WorkerView], served: dict[str, float] | None = None) -> View:

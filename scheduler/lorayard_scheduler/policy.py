@@ -21,7 +21,7 @@ class Policy:
     batch_ms: float = 30_000.0
     patience_ms: float = 4_000.0
     stay_ms: float = 90_000.0
-    lead_ms: float = 2_000.0
+    lead_ms: float = 500.0
     flood_ms: float = 120_000.0
     flood_reading_ms: float = 200.0  # of prompts in a batch of a flood, beside others
     slack_tokens: float = 20_000.0
