@@ -353,7 +353,7 @@ class Model:
             job.look = self.now + 1000
             computes = self.jobs[f"{job.entry.tenant}/{job.leader}"] if job.leader else job
             if computes.status not in BEGUN:
-                self._end_from_outside(job, Status.EXPIRED)
+                self._end_from_outside(job, Status.EXPIRED, self._waits_for(job))
                 expired += 1
         self._close_empty()
         return Reaped(len(lapsed) - taken, taken, len(woken), expired)
@@ -516,9 +516,21 @@ class Model:
                 self.totals["requeued"] += 1
         self._close_empty()
 
-    def _end_from_outside(self, job: Job, status: Status) -> None:
+    def _end_from_outside(self, job: Job, status: Status, why: str = "") -> None:
         self._stop(job)
-        self._store(job, status, 0, None)
+        self._store(job, status, 0, None, why)
+
+    def _waits_for(self, job: Job) -> str:
+        e, digest = job.entry, job.entry.digest.partition("@")[0]
+        if job.leader:
+            return f"for the answer to {job.leader}, which asks for the very same"
+        if not job.queued:
+            return "until a later time"
+        names = {"pool": "the pool", f"adapter:{digest}": "its adapter", f"tenant:{e.tenant}": "its tenant"}
+        names[f"group:{digest}:{e.tenant}"] = "its adapter for its tenant"
+        if paused := [words for name, words in names.items() if name in self.halted]:
+            return f"for a pause of {paused[0]}"
+        return f"behind {self.queue(job.group).index(job)} jobs of its own adapter and tenant"
 
     def _stop(self, job: Job) -> None:
         job.leader = ""

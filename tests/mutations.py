@@ -204,7 +204,7 @@ SCHEDULING = of(
     ("jobs queued again are not counted", "push", "count(c, 'queued', 1)", ""),
     ("jobs queued again are not planned", "push", "redis.call('SADD', c.p .. 'groups', group)", ""),
     ("a queue that was emptied stays in the index", "claim", "redis.call('SREM', p .. 'groups', group)", ""),
-    ("a pause is ignored", "is_paused", "return paused['pool'] or", "return"),
+    ("a pause is ignored", "is_paused", "return paused['pool'] and 'the pool' or", "return"),
     ("a tenant's pause is ignored", "claim", "is_paused(paused, digest, tenant) and {} or", ""),
     ("what is paused is shown to the planner", "measure", "if is_paused(paused, digest, tenant) then", "if false then"),
     ("a full backlog takes more", "enqueue", "elseif room <= 0 then", "elseif false then"),

@@ -100,6 +100,21 @@ class CommonBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         return [text.encode("utf-8", "replace") for text in texts]
 
 
+class _Asked(msgspec.Struct):
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+
+
+def asked_tokens(request: dict[str, Any] | bytes) -> int | None:
+    """How many tokens at most a request asks for, of whatever kind it is, decoded or not; None where it does not say."""
+    try:
+        found = msgspec.json.decode(request, type=_Asked) if isinstance(request, bytes) else msgspec.convert(request, _Asked)
+    except msgspec.MsgspecError:
+        return None
+    most = found.max_completion_tokens or found.max_tokens
+    return int(most) if isinstance(most, int | float) and 1 <= most <= _INT32 else None
+
+
 class Part(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text"]
     text: str

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from lorayard.bodies import asked_tokens
 from lorayard.jobs import BASE_DIGEST, ENDPOINT, PRIORITY, ROUTE, Status, adapter_of, lane_of
 from lorayard.ledger.explained import never_ran, waited
 
@@ -94,7 +95,7 @@ def _base(job_id: str, pool: str, status: Status, meta: dict[str, Any], digest: 
 
 def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
     value, batch, attempts, started, delayed, worker, size, why, laters, claimed, rank, leader, last = reply
-    head, birth, meta, _ = value.split(b"\n", 3)
+    head, birth, meta, request = value.split(b"\n", 3)
     _, due, deadline, digest, _, _, _ = head.decode().split("\t")
     enqueued, via = birth.decode().split("\t")
     status = Status.QUEUED
@@ -105,6 +106,7 @@ def _living(job_id: str, pool: str, reply: list[Any]) -> dict[str, Any]:
     doc = _base(job_id, pool, status, msgspec.json.decode(meta), digest, via)
     doc |= {"attempts": attempts, "postponed": laters, "enqueued_ms": int(enqueued), "due_ms": int(due), "lane": lane_of(digest)}
     doc |= {"postponed_why": msgspec.json.decode(last) if last else None, "deadline_ms": int(deadline) or None}
+    doc["max_tokens"] = asked_tokens(request)
     if batch:
         doc |= {"batch": batch.decode(), "worker": worker.decode() or None, "batch_size": size or None, "why": why.decode() or None}
         doc |= {"claimed_ms": claimed, "latencies_ms": {"queued": float(claimed - int(enqueued))}}

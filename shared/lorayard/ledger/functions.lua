@@ -372,8 +372,10 @@ local function withdraw(c, job)
   return batch, begun
 end
 
-local function end_at_once(c, job, status, outcome, ttl)
+-- `why`: what it waited for, of a job that no worker had.
+local function end_at_once(c, job, status, outcome, ttl, why)
   local batch, begun = withdraw(c, job)
+  if why and batch.id == '' then batch = { id = '', worker = '', claimed = '0', taken = '0', size = '0', why = why } end
   conclude(c, job, status, 0, outcome, ttl, read_tries(c.p, job.ref) + begun, batch)
 end
 
@@ -658,9 +660,21 @@ local function read_paused(p)
   return paused
 end
 
+-- What of it is, in words; false where nothing is.
 local function is_paused(paused, digest, tenant)
   digest = string.match(digest, '^[^@]*') -- in whatever lane
-  return paused['pool'] or paused['adapter:' .. digest] or paused['tenant:' .. tenant] or paused['group:' .. digest .. ':' .. tenant] or false
+  return paused['pool'] and 'the pool' or paused['adapter:' .. digest] and 'its adapter' or paused['tenant:' .. tenant] and 'its tenant'
+    or paused['group:' .. digest .. ':' .. tenant] and 'its adapter for its tenant' or false
+end
+
+-- What a job that no worker has waits for, as the scheduler would put it (lorayard/ledger/explained.py).
+local function waits_for(p, job)
+  local leader = redis.call('HGET', p .. 'follows', job.ref)
+  if leader then return 'for the answer to ' .. leader .. ', which asks for the very same' end
+  local place = redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
+  if not place then return 'until a later time' end
+  local paused = is_paused(read_paused(p), job.digest, job.tenant)
+  return paused and 'for a pause of ' .. paused or 'behind ' .. place .. ' jobs of its own adapter and tenant'
 end
 
 -- ly_claim P | epoch worker max_outstanding batch digest delivery_ms why, then per tenant: tenant n
@@ -762,7 +776,7 @@ local function reap(keys, args)
     if begun == 1 then -- it runs: let it finish; should it come back to its queue, the next sweep finds it again
       redis.call('ZADD', p .. 'deadlines', digits(c.at + 1000), ref)
     elseif job then
-      end_at_once(c, job, 'expired', EXPIRED, ttl)
+      end_at_once(c, job, 'expired', EXPIRED, ttl, waits_for(p, job))
       expired = expired + 1
     end
   end
