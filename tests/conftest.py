@@ -12,6 +12,7 @@ from api_support import Api
 from api_support import serving as serving_api
 from hosted_service import Running, serving
 from hypothesis import Phase, settings
+from yard_support import Yard, yard_of
 
 from lorayard import embedded
 from lorayard.ledger.connection import connect
@@ -50,6 +51,13 @@ def api(server: Api, store: redis.Redis) -> Api:
     """The file's API over an empty store."""
     server.new_keys()
     return server
+
+
+@pytest.fixture
+def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[Yard]:
+    """An API and a scheduler over an empty store."""
+    with yard_of(redis_url, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture

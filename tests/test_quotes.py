@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from api_support import Api, job, serving
+from api_support import job
 from benchmarks import eta
-from ledger_support import make_entry
 from simulation_support import COSTS
+from yard_support import SLOW, Yard, eventually, quoted, yard_of
 
-from lorayard.celery_app import make_app
 from lorayard.client import Client
 from lorayard.hosted import organisation
 from lorayard.ledger.ledger import End
 from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler import traces
-from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_scheduler.forecasts import Forecaster, Seen
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Policy as Planning
@@ -32,10 +27,6 @@ from lorayard_scheduler.quotes import Forecast, Since, Situation
 from lorayard_scheduler.quoting import Quoting
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulator import Fleet, WorkerSpec
-
-SLOW = {"switch_ms": {"loaded": 50.0}, "prefill_tokens_per_s": 1000.0, "step_ms": {"1": 50.0, "2": 60.0}}
-"""Two places; a job of 200 and 30 tokens takes 1.1 s at best."""
-
 
 # -- coming true -------------------------------------------------------------------------------------------------------------------------
 
@@ -108,110 +99,6 @@ def test_the_situation_of_a_job_follows_from_what_is_in_hand_and_what_waits() ->
 # -- submitting and polling --------------------------------------------------------------------------------------------------------------
 
 
-class Yard:
-    """An API process's app, a real scheduler beside it, and workers that say they are there and do as they are told by the test."""
-
-    def __init__(self, api: Api, redis_url: str) -> None:
-        self.api, self.ledger = api, api.ledger
-        self._registry = WorkerRegistry(api.ledger.client)
-        self._names: list[str] = []
-        self._costs: dict[str, Any] = {}
-        self._stop = threading.Event()
-        self._dispatcher = Dispatcher(api.settings, api.ledger, make_app(redis_url))
-        self._threads = [threading.Thread(target=self._beat), threading.Thread(target=self._dispatcher.run)]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        self._dispatcher.stop()
-        for thread in self._threads:
-            thread.join()
-
-    def hire(self, *names: str, costs: dict[str, Any] | None = None) -> None:
-        self._costs, self._names = costs or SLOW, list(names)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(0.1):
-            for name in self._names:
-                info = WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, width=2, ready=True)
-                info.costs = self._costs
-                self._registry.beat(info)
-
-    def enqueue(self, count: int, digest: str, *, tenant: str = "acme", **changes: Any) -> list[str]:
-        ids = [f"{tenant}-{digest}-{time.monotonic_ns()}-{n}" for n in range(count)]
-        changes = {"wait_ms": 120_000} | changes
-        self.ledger.enqueue([make_entry(i, digest=digest, tenant=tenant, **changes) for i in ids], max_queued=99_999)
-        return ids
-
-    def show(self, job_id: str, who: str = "acme") -> dict[str, Any]:
-        document: dict[str, Any] = self.api.call("GET", f"/v1/jobs/{job_id}", who).json()
-        return document
-
-    def until(self, job_id: str, *words: str, who: str = "acme") -> dict[str, Any]:
-        """The document, once its explanation has all these words."""
-        give_up = time.monotonic() + 60
-        while True:
-            document = self.show(job_id, who)
-            if all(word in (document["explanation"] or "") for word in words):
-                return document
-            assert time.monotonic() < give_up, document
-            time.sleep(0.05)
-
-    def begin(self) -> list[tuple[str, int, list[str]]]:
-        """Take and start whatever the workers were given; (batch, fence, refs)."""
-        begun = []
-        for name in self._names:
-            for batch in self.ledger.outstanding(name):
-                if (taken := self.ledger.take(batch, name, "i", 60_000)) is not None:
-                    refs = [one.ref for one in taken.jobs]
-                    self.ledger.start(batch, taken.fence, refs)
-                    begun.append((batch, taken.fence, refs))
-        return begun
-
-    def run(self, *, ms: float = 0.0) -> None:
-        """Begin, and end it so much later."""
-        for batch, fence, refs in self.begin():
-            time.sleep(ms / 1000)
-            self.ledger.finish(batch, fence, [End(ref, "succeeded", b"{}", 3) for ref in refs])
-
-
-@contextmanager
-def yard_of(redis_url: str, folder: Path, **settings: Any) -> Iterator[Yard]:
-    with serving(redis_url, folder, delivery_ms=60_000, **settings) as api:
-        api.new_keys()
-        yard = Yard(api, redis_url)
-        try:
-            yield yard
-        finally:
-            yard.close()
-
-
-@pytest.fixture
-def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterator[Yard]:
-    with yard_of(redis_url, tmp_path) as found:
-        yield found
-
-
-def eventually(what: Callable[[], Any]) -> Any:
-    give_up = time.monotonic() + 60
-    while not (found := what()):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-    return found
-
-
-def quoted(yard: Yard, **fields: Any) -> dict[str, Any]:
-    """A row of a submission that was quoted."""
-
-    def row() -> dict[str, Any] | None:
-        (found,) = yard.api.post(job(**fields))
-        return found if "eta" in found or "error" in found else None
-
-    found: dict[str, Any] = eventually(row)
-    return found
-
-
 def test_jobs_are_quoted_when_they_are_submitted_and_polled_until_they_end(yard: Yard) -> None:
     (row,) = yard.api.post(job())
     assert set(row) == {"id", "status"}, "no worker is there, nobody can tell"
@@ -243,7 +130,7 @@ def test_workers_hear_which_adapters_are_planned_next(yard: Yard) -> None:
     yard.enqueue(2, "soon", tenant="other", wait_ms=200_000)
     info = WorkerInfo(name="w", pool="main", kind="llama", incarnation="i", host="h", pid=1)
     give_up = time.monotonic() + 10
-    while yard._registry.beat(info).digests != ["soon", "late"]:
+    while yard.registry.beat(info).digests != ["soon", "late"]:
         assert time.monotonic() < give_up
         time.sleep(0.05)
 

@@ -14,7 +14,7 @@ import msgspec
 import redis
 
 from lorayard.adapters import AdapterRegistry, Manifest
-from lorayard.bodies import read_body
+from lorayard.bodies import asked_tokens, read_body
 from lorayard.errors import BadRequest, Conflict, DeadlineUnmet, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, Lane, convert_spec, laned, new_id, parse_spec
 from lorayard.ledger.documents import meta_line
@@ -196,7 +196,8 @@ class Admission:
 
     def _place(self, spec: JobSpec, digest: str, lane: Lane, quotes: Round) -> tuple[str, Eta | None]:
         """The queue it goes to, and when it will have ended. A job that minds is refused, or leaves home at once, when that is too late."""
-        queue, when = laned(digest, lane), (self._settings.wait_target_ms(spec.priority), _ms(spec.deadline_s), _ms(spec.not_before_s))
+        queue, target = laned(digest, lane), self._settings.wait_target_ms(spec.priority)
+        when = target, _ms(spec.deadline_s), _ms(spec.not_before_s), asked_tokens(spec.request) or 0
         eta = quotes.eta(spec.adapter, queue, *when)
         if spec.max_risk is None or eta is None or round(eta.quote.risk or 0.0, 3) <= spec.max_risk:
             return queue, eta

@@ -143,7 +143,8 @@ class Dispatcher:
             self._forecaster.saw(seen)
         ended = sum(worker.ended for worker in self._workers if not worker.hosted)
         now, paused = self._board.now(), self._ledger.paused()
-        self._board.publish(self._forecaster.make(self._backlog.view, now, self._policy, ended=ended, paused=paused))
+        there = self._hosted.told(self._backlog, now, self._workers)
+        self._board.publish(self._forecaster.make(self._backlog.view, now, self._policy, ended=ended, paused=paused, there=there))
         with contextlib.suppress(redis.RedisError):  # memory is short: workers do without
             digests, local = planned(self._backlog.groups), [worker for worker in self._workers if not worker.hosted]
             absent = {worker.name: worker.absent for worker in local}
@@ -173,7 +174,7 @@ class Dispatcher:
     def _dispatch(self, dispatch: Dispatch) -> None:
         batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
         hosted = self._hosted.is_hosted(dispatch.worker)
-        held = "" if hosted else self._held_up(dispatch)  # a hosted worker's own reason says what it waited for
+        held = self._forecaster.paused(dispatch, self._backlog.now) if hosted else self._held_up(dispatch)
         answer, jobs = self._ledger.claim(
             epoch=self._epoch,
             worker=dispatch.worker,

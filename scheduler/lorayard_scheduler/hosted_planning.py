@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable
 
 from lorayard.adapters.hosting import Publications
+from lorayard.errors import LorayardError
 from lorayard.hosted import organisation
 from lorayard.jobs import lane_of
 from lorayard.ledger.ledger import Ledger
@@ -16,10 +18,13 @@ from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.hosted_planner import AtHome, HostedPolicy, HostedWorker, plan_hosted
 from lorayard_scheduler.planner import Dispatch
+from lorayard_scheduler.quotes import Hosted
 
 LOOK_EVERY_S = 2.0
 RATE_OVER_S = 5.0
 HANDOVER_S = 900
+QUEUES_MOST = 500
+"""Named in a forecast."""
 
 
 class LocalRate:
@@ -60,6 +65,7 @@ class HostedPlanning:
         self._pending: frozenset[str] = frozenset()
         self._names: set[str] = set()
         self._looked = 0.0
+        self._blocked_until = 0.0
 
     def wants(self, backlog: Backlog, workers: Iterable[WorkerInfo]) -> bool:
         """Whether to plan though nothing was heard: room at hosted workers comes with every job that ends."""
@@ -96,6 +102,33 @@ class HostedPlanning:
             closed=self._closed,
             pending=self._pending,
         )
+
+    def told(self, backlog: Backlog, now: float, workers: Iterable[WorkerInfo]) -> Hosted:
+        """What quotes are made from; `now` by the ledger's clock."""
+        hosted = [worker for worker in workers if worker.hosted]
+        if not hosted:
+            return Hosted()
+        held = Counter[str]()
+        for flight in backlog.in_flight:
+            held[flight.worker] += flight.left
+        queues = {f"{g.digest}:{g.tenant}": g.jobs for g in backlog.waiting() if lane_of(g.digest) == "groq"} if backlog.has_lanes else {}
+        found = Hosted(
+            workers=[worker.name for worker in hosted],
+            room=sum(max(0, worker.room - held[worker.name]) for worker in hosted),
+            ended=sum(worker.ended for worker in hosted),
+            queues=dict(sorted(queues.items(), key=lambda row: -row[1])[:QUEUES_MOST]),
+            failing=all(worker.counters.get("breaker_open") or worker.counters.get("limits_unanswered") for worker in hosted),
+            doubted=sorted(set.intersection(*(set(worker.doubted) for worker in hosted))),
+            closed=sorted(self._closed),
+        )
+        if self._org is not None:
+            with contextlib.suppress(LorayardError):  # out of reach, as the forecast will be
+                state = self._org.state(self._settings.hosted_model or "")
+                found.rpm = state.numbers.get("rpm", 0)
+                if state.blocked_ms > 0:
+                    self._blocked_until = now + state.blocked_ms
+                found.blocked_until = min(self._blocked_until, now + state.blocked_ms)  # a block may be lifted
+        return found
 
     def _look(self, tenants: set[str]) -> None:
         """Which of these may not leave, or have no money left; and which adapters are on their way."""

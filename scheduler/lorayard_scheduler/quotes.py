@@ -10,37 +10,40 @@ their turn, what jobs of an adapter take. From it and a job's place in its queue
     late, behind  something that waits is near its due time, so that nothing goes before what is due sooner; behind: its adapter is in hand
     flood         its tenant floods: it waits for all jobs of such tenants
     worker        a worker has it
-    hosted        it is not for local workers
+    hosted, called                it is for hosted workers, or one of them has it
+    limited, doubted, blocked     such, and others wait there already; calls fail; none is made before a known moment
 
 No such prediction is exact. So what is quoted is a quantile of what became of predictions like it: for each situation, histograms of the
 factor by which jobs took longer than predicted are kept, which forget slowly; narrow ones (by size and urgency) lean on wider ones until
-they have seen enough. Times are milliseconds.
+they have seen enough. A job that is quoted again while it waits has waited in vain so far, the more so the longer that is beside what is
+predicted now; so such quotes have histograms of their own, by that (`Situation.after`), and come true as often as the first ones do.
+Times are milliseconds.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect
-from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import msgspec
 
 from lorayard.jobs import adapter_of, lane_of
+from lorayard_scheduler.histograms import below, mixed, quantile
+from lorayard_scheduler.lengths import Lengths
 
-LOWEST, STEP, BINS = -3.0, 0.15, 54
-"""Of the histograms: over the logarithm of actual by predicted."""
 EDGES_MS: tuple[float, ...] = tuple(
     1000.0 * s for s in (*(-(2.0**k) for k in range(14, -1, -1)), 0.0, *(2.0 ** (k / 2) for k in range(35)))
 )
 """From now, the due times up to which waiting jobs are counted."""
-_PRIOR = 4.0  # observations that a wider kind counts for in a narrower one
+
+_AGAIN, _AGES = " again", 14
+_THERE = "@there"
+_HOSTED = ("hosted", "limited", "doubted", "blocked")
 
 QUOTED = (0.5, 0.8)
-
-Shape = tuple[float, ...]
-"""Cumulated: the part of jobs below the upper edge of each bin."""
+_LEAST_MS = 1.0
+_FARTHEST = 20.0  # times what was predicted, well within the histograms
 
 
 class Quote(NamedTuple):
@@ -58,18 +61,38 @@ class Situation(NamedTuple):
 
     kind: str
     predicted: float
-    size: int = 0
+    size: int | str = 0
     urgency: int = 0
     before: float = 0.0
+
+    def after(self, waited: float) -> Situation:
+        """The same of a job that has waited so long already. What has taken long beside all that is predicted will take longer."""
+        predicted = max(1.0, self.predicted)
+        age = min(_AGES, int(2 * math.log2(1 + waited / predicted)))
+        if age == 0:
+            return self
+        return Situation(self.kind + _AGAIN, math.hypot(predicted, waited / 2), age, 0, self.before)
+
+    @property
+    def again(self) -> bool:
+        """Not the first quote of its job."""
+        return self.kind.endswith(_AGAIN)
+
+    @property
+    def hosted(self) -> bool:
+        """It is hosted workers that it waits for."""
+        return self.kind.removesuffix(_AGAIN) in _HOSTED
 
     def among(self, together: int, each_ms: float) -> Situation:
         """The same of a job in the middle of so many that come together, where that makes a difference."""
         return self._replace(kind=f"{self.kind} together") if together * each_ms > 0.5 * self.predicted else self
 
     @property
-    def names(self) -> tuple[str, str, str]:
+    def names(self) -> tuple[str, ...]:
         """Of its histograms, the widest first."""
-        return self.kind, f"{self.kind}/{self.size}", f"{self.kind}/{self.size}/{self.urgency}"
+        if self.again:
+            return _AGAIN, self.kind, f"{self.kind}/{self.size}"
+        return "", self.kind, f"{self.kind}/{self.size}", f"{self.kind}/{self.size}/{self.urgency}"
 
 
 class Waits(msgspec.Struct, array_like=True):
@@ -81,10 +104,26 @@ class Waits(msgspec.Struct, array_like=True):
 
 
 class Hand(msgspec.Struct, array_like=True):
-    """An adapter that workers have in hand: how many do, and how many more jobs they would take."""
+    """An adapter that workers have in hand: how many do, how many more jobs they would take, and how many they have, of any adapter."""
 
     workers: int
     room: int
+    flying: int = 0
+
+
+class Hosted(msgspec.Struct):
+    """Hosted workers and their service. Queues are named as groups are."""
+
+    workers: list[str] = []  # alive and ready
+    room: int = 0  # more jobs that they would take
+    ended: int = 0  # jobs, ever
+    queues: dict[str, int] = {}  # jobs that wait for them and nobody else
+    each_ms: float = 0.0  # between two ends, while some wait
+    rpm: int = 0  # calls a minute that the service allows; 0: unknown
+    blocked_until: float = 0.0  # no call is made before that; or was
+    failing: bool = False  # most calls fail
+    doubted: list[str] = []  # adapters whose calls fail
+    closed: list[str] = []  # tenants whose jobs with route auto may not leave
 
 
 class Since(NamedTuple):
@@ -114,24 +153,65 @@ class Forecast(msgspec.Struct):
     tenants: dict[str, int] = {}  # jobs that wait
     hands: dict[str, Hand] = {}
     turns: dict[int, float] = {}  # by urgency: how long groups waited for a hand
-    at_worker: float = 0.0  # from claim to end, of a mean job
-    services: dict[str, float] = {}  # the same, by adapter
-    tempers: dict[str, float] = {}  # by adapter: logarithm of how much longer its jobs take than is usual where they are
-    hosted: float = 0.0  # from enqueueing to the end, of jobs that are not for local workers
+    at_worker: float = 0.0  # from claim to end, of a mean job, beside the tokens of its answer
+    services: dict[str, float] = {}  # the same, by adapter (`served`); of hosted ones all of it
+    token_ms: float = 0.0  # of decoding a job
+    lengths: Lengths = msgspec.field(default_factory=Lengths)  # by `served`
+    tempers: dict[str, float] = {}  # by queue's name: logarithm of how much longer its jobs take than is usual where they are
+    there: Hosted = msgspec.field(default_factory=Hosted)
+    called: float = 0.0  # from claim to end, of a mean job at hosted workers
     counts: dict[str, list[float]] = {}
     levels: dict[str, tuple[float, float]] = {}  # by kind: the quantiles of its histograms that lately were the median and the 80th
     paused: list[str] = []  # as in the ledger
 
-    def place(self, digest: str, tenant: str, target: float, *, now: float, before: int | None = None, since: Since = NOTHING) -> Situation:
+    def place(
+        self,
+        digest: str,
+        tenant: str,
+        target: float,
+        *,
+        now: float,
+        before: int | None = None,
+        since: Since = NOTHING,
+        most: int = 0,
+    ) -> Situation:
         """Of a job that waits, or would wait, in that queue, to be due in `target`. `before`: the jobs of its group ahead of it, where
-        that is known."""
-        place = self._place(digest, tenant, target, now, before, since)
-        return place._replace(predicted=place.predicted * math.exp(self.tempers.get(digest, 0.0)))
+        that is known; `most`: how many tokens it asks for, 0 where it does not say."""
+        lane, temper = lane_of(digest), math.exp(self.tempers.get(digest, 0.0))
+        there, here = (temper * self.service(served(digest, hosted=hosted), most) for hosted in (True, False))
+        elsewhere = self._hosted(digest, tenant, now, before, since, there)
+        if lane not in ("", "auto") or (lane and not self.workers):
+            return elsewhere
+        place = self._place(digest, tenant, target, now, before, since, here)
+        may_leave = lane and self.there.workers and tenant not in self.there.closed
+        return elsewhere if may_leave and place.predicted > max(target, elsewhere.predicted) else place
 
-    def _place(self, digest: str, tenant: str, target: float, now: float, before: int | None, since: Since) -> Situation:
-        if lane_of(digest) not in ("", "auto"):
-            return Situation("hosted", self.hosted)
-        service = self.services.get(digest, self.at_worker)
+    def working(self, digest: str, worker: str, most: int = 0) -> Situation:
+        """Of a job that this worker has: from its claim."""
+        hosted = worker in self.there.workers or lane_of(digest) not in ("", "auto")
+        return Situation("called" if hosted else "worker", self.service(served(digest, hosted=hosted), most))
+
+    def service(self, name: str, most: int = 0) -> float:
+        """From claim to end, of a job of that name (`served`) that asks for so many tokens. Hosted ones are not told apart by that."""
+        if name.endswith(_THERE):
+            return self.services.get(name, self.called)
+        beside = self.services.get(name, self.at_worker)
+        return max(_LEAST_MS, beside + self.token_ms * self.lengths.expected(name, most))
+
+    def _hosted(self, digest: str, tenant: str, now: float, before: int | None, since: Since, service: float) -> Situation:
+        there, adapter = self.there, adapter_of(digest)
+        own, others = there.queues.get(f"{digest}:{tenant}", 0), sum(there.queues.values())
+        ahead = others + since.group if before is None else others - own + before
+        wait = max(0, ahead - there.room) * there.each_ms
+        if there.blocked_until > now:
+            return Situation("blocked", there.blocked_until - now + wait + service)
+        if there.failing or adapter in there.doubted:
+            return Situation("doubted", wait + service, adapter[:12])
+        if wait > 0:
+            return Situation("limited", wait + service, _size(service, wait), 0, ahead)
+        return Situation("hosted", service, adapter[:12])
+
+    def _place(self, digest: str, tenant: str, target: float, now: float, before: int | None, since: Since, service: float) -> Situation:
         group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(adapter_of(digest))
         ahead = (group.jobs if group else 0) + since.group if before is None else before
         queued = self.tenants.get(tenant, 0) + since.tenant
@@ -147,7 +227,9 @@ class Forecast(msgspec.Struct):
         if hand is not None:
             if ahead < hand.room and group is None:
                 return Situation("joins", service, self._crowd(came))
-            wait = ahead * self.each_ms * self.workers / hand.workers
+            each = self.each_ms * self.workers / hand.workers
+            behind = max(0.0, hand.flying * each - self.service(adapter_of(digest)))  # a job is there as long as those take before it
+            wait = behind + ahead * each
             return Situation("own", service + wait, _size(service, wait), 0, ahead)
         if group is None and came < self.room:
             return Situation("free", service, self._crowd(came))
@@ -178,15 +260,20 @@ class Forecast(msgspec.Struct):
 
     def quote(self, situation: Situation, deadline: float = 0.0, elapsed: float = 0.0) -> Quote:
         """From now on; `deadline` counts from now too (0: none). What is predicted began `elapsed` ago, and has not ended yet."""
-        shape = _mixed(*(tuple(self.counts.get(name, ())) for name in ("", *situation.names)))
-        predicted = max(situation.predicted, 1.0)
-        gone = _below(shape, math.log(elapsed / predicted)) if elapsed > 0 else 0.0
+        shape = mixed(*(tuple(self.counts.get(name, ())) for name in situation.names))
+        predicted = max(situation.predicted, elapsed / _FARTHEST, 1.0)
+        gone = below(shape, math.log(elapsed / predicted)) if elapsed > 0 else 0.0
         levels = self.levels.get(situation.kind, QUOTED)
-        median, p80 = (predicted * math.exp(_quantile(shape, gone + q * (1 - gone))) - elapsed for q in levels)
+        median, p80 = (predicted * math.exp(quantile(shape, gone + q * (1 - gone))) - elapsed for q in levels)
         risk = None
         if deadline > 0:
-            risk = (1 - _below(shape, math.log((elapsed + deadline) / predicted))) / max(1 - gone, 1e-9)
+            risk = (1 - below(shape, math.log((elapsed + deadline) / predicted))) / max(1 - gone, 1e-9)
         return Quote(max(median, 0.0), max(p80, 0.0), None if risk is None else min(1.0, risk))
+
+
+def served(digest: str, *, hosted: bool) -> str:
+    """What the time is known by that jobs in a queue of that name take where they run."""
+    return adapter_of(digest) + (_THERE if hosted else "")
 
 
 def _size(service: float, wait: float) -> int:
@@ -197,36 +284,3 @@ def _size(service: float, wait: float) -> int:
 def urgency(target: float) -> int:
     """By how long a job can wait, in powers of two of a millisecond."""
     return round(math.log2(max(1.0, target)))
-
-
-@lru_cache(maxsize=512)
-def _mixed(*kinds: Shape) -> Shape:
-    """Of histograms from the widest to the narrowest; below all lies a guess: as predicted, or half or twice that."""
-    shape = _GUESS
-    for counts in kinds:
-        total = sum(counts) + _PRIOR
-        shape = [(n + _PRIOR * p) / total for n, p in zip(counts or (0.0,) * BINS, shape, strict=True)]
-    return tuple(accumulate(shape))
-
-
-_BELL = [math.exp(-0.5 * ((LOWEST + (i + 0.5) * STEP) / 0.5) ** 2) for i in range(BINS)]
-_GUESS = [part / sum(_BELL) for part in _BELL]
-
-
-def _quantile(shape: Shape, q: float) -> float:
-    """Where the part `q` lies below."""
-    i = min(bisect(shape, q), BINS - 1)
-    before = shape[i - 1] if i else 0.0
-    return LOWEST + STEP * (i + min(1.0, (q - before) / max(shape[i] - before, 1e-12)))
-
-
-def _below(shape: Shape, x: float) -> float:
-    """What part lies below `x`."""
-    at = (x - LOWEST) / STEP
-    if at <= 0:
-        return 0.0
-    if at >= BINS:
-        return 1.0
-    i = int(at)
-    before = shape[i - 1] if i else 0.0
-    return before + (at - i) * (shape[i] - before)

@@ -7,6 +7,7 @@ then there are no quotes for a while, or less exact ones.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import Counter
@@ -17,8 +18,9 @@ import msgspec
 import redis
 
 from lorayard.errors import LorayardError
-from lorayard.jobs import BASE_DIGEST, TERMINAL, laned
+from lorayard.jobs import BASE_DIGEST, TERMINAL, lane_of, laned
 from lorayard.ledger import keys
+from lorayard.ledger.explained import waited
 from lorayard.ledger.ledger import Ledger
 from lorayard_scheduler.forecasts import Seen
 from lorayard_scheduler.quotes import Forecast, Quote, Since, Situation
@@ -76,12 +78,24 @@ class Board:
             return []
 
 
+class Look(NamedTuple):
+    """A quote that was given, of which it shall be known what became; `waited` so long after the job had come, which asked for `most`
+    tokens."""
+
+    digest: str
+    place: Situation
+    quote: Quote
+    most: int
+    waited: float = 0.0
+
+
 class Eta(NamedTuple):
     """A quote of jobs that are alike, as `place` says: when it was made, and as a document has it."""
 
     place: Situation
     quote: Quote
     document: dict[str, Any]
+    most: int
 
 
 def _document(quote: Quote, at: float) -> dict[str, Any]:
@@ -100,8 +114,8 @@ class Quoting:
         self._read = -READ_EVERY_S
         self._ahead_ms = 0.0  # of the ledger's clock before this process's
         self._groups, self._tenants = Counter[tuple[str, str]](), Counter[str]()  # jobs that came after the forecast
-        self._samples: dict[str, tuple[Situation, str, Quote]] = {}
-        self._left = 0
+        self._samples: dict[str, list[Look]] = {}
+        self._left = self._left_again = 0
 
     def now(self) -> float:
         """By the ledger's clock, ms."""
@@ -125,7 +139,7 @@ class Quoting:
         if found is None or now - found.at > STALE_MS:
             self._known = None
         elif self._known is None or found.at != self._known.at:
-            self._known, self._left = found, SAMPLES
+            self._known, self._left, self._left_again = found, SAMPLES, SAMPLES
             self._groups.clear()
             self._tenants.clear()
 
@@ -146,9 +160,12 @@ class Quoting:
             self._tenants[tenant] += digests.total()
             for job_id, digest, eta in sample[: self._left]:
                 self._left -= 1
-                self._samples[keys.ref(tenant, job_id)] = eta.place, digest, eta.quote
-            while len(self._samples) > _SAMPLES_MOST:
-                del self._samples[next(iter(self._samples))]
+                self._watch(keys.ref(tenant, job_id), Look(digest, eta.place, eta.quote, eta.most))
+
+    def _watch(self, ref: str, look: Look) -> None:
+        self._samples.setdefault(ref, []).append(look)
+        while len(self._samples) > _SAMPLES_MOST:
+            del self._samples[next(iter(self._samples))]
 
     def heard(self, refs: Sequence[str]) -> None:
         """These jobs have ended."""
@@ -156,21 +173,36 @@ class Quoting:
             return
         with self._lock:
             samples = {ref: self._samples.pop(ref) for ref in refs if ref in self._samples}
-        seen = [one for ref, sample in samples.items() if (one := self._look(ref, *sample))]
+        seen = [one for ref, looks in samples.items() for one in self._came_of(ref, looks)]
         if seen:
             self._board.report(seen)
 
-    def _look(self, ref: str, place: Situation, digest: str, quote: Quote) -> Seen | None:
+    def _came_of(self, ref: str, looks: list[Look]) -> list[Seen]:
         """Cancelled and failed jobs tell nothing of how long jobs take."""
         try:
             (document,) = self._ledger.show(*_split(ref))
         except LorayardError:
-            return None
+            return []
         if document is None or document["status"] not in ("succeeded", "expired"):
-            return None
+            return []
         times = document["latencies_ms"]
         took = times["total"] * (_EXPIRED if document["status"] == "expired" else 1)
-        return Seen(place, digest, took, took - times.get("queued", took), (quote.median, quote.p80))
+        at_worker = took - times.get("queued", took)
+        usage = (document["response"] or {}).get("usage") or {}
+        seen = Seen(
+            looks[0].place,
+            looks[0].digest,
+            took,
+            at_worker,
+            (0.0, 0.0),
+            hosted="hosted_model" in document,
+            most=looks[0].most,
+            tokens=int(usage.get("completion_tokens") or 0),
+            decode=times.get("decode", 0.0),
+        )
+        return [
+            msgspec.structs.replace(seen, situation=look.place, took=max(1.0, took - look.waited), quoted=look.quote[:2]) for look in looks
+        ]
 
     # -- at polls -------------------------------------------------------------------------------------------------------------------------
 
@@ -179,24 +211,43 @@ class Quoting:
         if document["status"] in TERMINAL:
             return document
         forecast, now = self.forecast(), self.now()
+        digest = laned(document["adapter_digest"] or BASE_DIGEST, document["lane"])
+        trouble = limits.trouble(digest, tenant, now) if _goes_there(document, forecast) else None
         if document["status"] in ("queued", "delayed"):
-            document["explanation"] = waits_for(document, tenant, forecast, now, limits)
-        document["eta"] = forecast and self._eta(document, tenant, forecast, now)
+            document["explanation"] = waits_for(document, tenant, forecast, now, limits, trouble)
+        elif document["status"] == "claimed" and trouble is not None:
+            document["explanation"] = waited(document, trouble.words)
+        endless = trouble is not None and trouble.endless
+        document["eta"] = None if forecast is None or endless else self._eta(document, digest, tenant, forecast, now)
         return document
 
-    @staticmethod
-    def _eta(document: dict[str, Any], tenant: str, forecast: Forecast, now: float) -> dict[str, Any] | None:
-        status, digest = document["status"], laned(document["adapter_digest"] or BASE_DIGEST, document["lane"])
+    def _eta(self, document: dict[str, Any], digest: str, tenant: str, forecast: Forecast, now: float) -> dict[str, Any] | None:
         deadline = max(1.0, document["deadline_ms"] - now) if document["deadline_ms"] else 0.0
+        status, there, most = document["status"], forecast.there, document["max_tokens"] or 0
         if status in ("claimed", "running"):
-            place = Situation("worker", forecast.services.get(digest, forecast.at_worker))
+            place = forecast.working(digest, document["worker"], most)
+            if status == "claimed" and place.kind == "called" and there.blocked_until > now:
+                return _quoted(forecast, place, deadline, there.blocked_until, now)
             return _document(forecast.quote(place, deadline, now - document["claimed_ms"]), now)
         if status == "submitted" or not _can_run(forecast, digest, tenant):
             return None
         begins = max(now, document.get("not_before_ms", 0))
-        place = forecast.place(digest, tenant, max(1.0, document["due_ms"] - begins), now=now, before=document.get("position", 0))
-        elapsed = now - document["enqueued_ms"] if place.kind == "hosted" and begins == now else 0.0
-        return _document(forecast.quote(place, deadline - (begins - now) if deadline else 0.0, elapsed), begins)
+        target, before = max(1.0, document["due_ms"] - begins), document.get("position", 0)
+        place = forecast.place(digest, tenant, target, now=begins, before=before, most=most)
+        if begins == now:
+            passed = _waits(document, digest, tenant, forecast, now)
+            place = place.after(passed)
+            if place.again:
+                self._sample(keys.ref(tenant, document["id"]), Look(digest, place, forecast.quote(place), most, passed))
+        return _quoted(forecast, place, deadline, begins, now)
+
+    def _sample(self, ref: str, look: Look) -> None:
+        """A few a forecast, and of a job none that is like the one before."""
+        with self._lock:
+            known = self._samples.get(ref)
+            if self._left_again > 0 and (not known or known[-1].place.names != look.place.names):
+                self._left_again -= 1
+                self._watch(ref, look)
 
 
 class Round:
@@ -215,23 +266,25 @@ class Round:
     ) -> None:
         self._forecast, self._now, self._tenant, self._adapters = forecast, now, tenant, adapters
         self._groups, self._queued, self._pool = groups, queued, pool
-        self._etas: dict[tuple[str, int, int, int], Eta] = {}
+        self._etas: dict[tuple[str, int, int, int, int], Eta] = {}
         self.came = Counter[str]()
 
-    def eta(self, adapter: str | None, digest: str, wait_ms: int, deadline_ms: int, delay_ms: int) -> Eta | None:
-        """Of jobs that name that adapter, to be queued by that digest, due in `wait_ms` or by their deadline, after a delay. None where
-        nobody can tell."""
+    def eta(self, adapter: str | None, digest: str, wait_ms: int, deadline_ms: int, delay_ms: int, most: int = 0) -> Eta | None:
+        """Of jobs that name that adapter, to be queued by that digest, due in `wait_ms` or by their deadline, after a delay, that ask for
+        so many tokens (0: they do not say). None where nobody can tell."""
         if self._forecast is None or not _can_run(self._forecast, digest, self._tenant):
             return None
-        key = (digest, wait_ms, deadline_ms, delay_ms)
+        most = _rounded(most)
+        key = (digest, wait_ms, deadline_ms, delay_ms, most)
         eta = self._etas.get(key)
         if eta is None:
             alike, together = self._adapters[adapter], self._adapters.total()
             since = Since(self._groups.get(digest, 0) + alike // 2, self._queued + together // 2, self._pool + together // 2)
             target = float(deadline_ms or wait_ms)
-            place = self._forecast.place(digest, self._tenant, target, now=self._now, since=since).among(together, self._forecast.each_ms)
+            place = self._forecast.place(digest, self._tenant, target, now=self._now, since=since, most=most)
+            place = place.among(together, self._forecast.each_ms)
             quote = self._forecast.quote(place, float(deadline_ms - delay_ms) if deadline_ms else 0.0)
-            eta = self._etas[key] = Eta(place, quote, _document(quote, self._now + delay_ms))
+            eta = self._etas[key] = Eta(place, quote, _document(quote, self._now + delay_ms), most)
         return eta
 
     def queued(self, digest: str) -> None:
@@ -239,10 +292,43 @@ class Round:
         self.came[digest] += 1
 
 
+def _rounded(most: int) -> int:
+    """To within a tenth, so that the jobs of a call that ask for about as much are quoted alike."""
+    return round(1.1 ** round(math.log(most, 1.1))) if most > 0 else 0
+
+
+def _goes_there(document: dict[str, Any], forecast: Forecast | None) -> bool:
+    """Whether hosted workers alone are what its end depends on."""
+    lane = document["lane"]
+    if lane != "auto" or forecast is None:
+        return lane in ("groq", "batch")
+    return document["worker"] in forecast.there.workers or (bool(forecast.there.workers) and not forecast.workers)
+
+
+def _waits(document: dict[str, Any], digest: str, tenant: str, forecast: Forecast, now: float) -> float:
+    """For how long it could have been run by now: not while it was to begin later, or was held back. Of one that came back from a worker
+    only its group tells."""
+    began = document["enqueued_ms"] + 1000 * (document["not_before_s"] or 0.0)
+    group = forecast.groups.get(f"{digest}:{tenant}")
+    if group is not None:
+        began = max(began, group.since)
+    elif document["attempts"] or document["postponed"]:
+        began = now
+    if lane_of(digest):
+        began = max(began, forecast.there.blocked_until)
+    return float(max(0.0, now - began))
+
+
+def _quoted(forecast: Forecast, place: Situation, deadline: float, begins: float, now: float) -> dict[str, Any]:
+    """Of what begins then."""
+    return _document(forecast.quote(place, max(1.0, deadline - (begins - now)) if deadline else 0.0), begins)
+
+
 def _can_run(forecast: Forecast, digest: str, tenant: str) -> bool:
     """Whether there is a time at all: not of what is paused or has no worker, nor of a service's batches, which take what they take."""
-    lane = digest.partition("@")[2]
-    return not is_paused(forecast.paused, digest, tenant) and lane != "batch" and (forecast.workers > 0 or lane == "groq")
+    lane = lane_of(digest)
+    some = lane == "groq" or forecast.workers > 0 or (lane == "auto" and bool(forecast.there.workers))
+    return some and lane != "batch" and not is_paused(forecast.paused, digest, tenant)
 
 
 def _split(ref: str) -> tuple[str, list[str]]:
