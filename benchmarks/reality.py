@@ -1,8 +1,10 @@
 """A real fleet on this machine against the simulator, and quotes against what became of them there.
 
-Completions of random words for 12 adapters (Zipf) arrive as a Poisson process at a share of what the worker's own measurements say it can
-do, one of five of them urgent, and later in a burst. Afterwards the same arrivals, with the tokens that were counted, are simulated with
-the costs that the worker has told of itself by then (`lorayard bench costs`).
+Jobs arrive at a share of what the worker's own measurements say it can do, one of five of them urgent. Afterwards the same arrivals, with
+the tokens that were counted, are simulated with the costs that the worker has told of itself by then (`lorayard bench costs`). Two kinds:
+
+words  completions of random words for 12 adapters (Zipf), a Poisson process with one burst: what the simulator was once fitted on
+chats  questions behind a system prompt of each of 6 adapters, in bursts of 6, less of them: what it was never fitted on
 """
 
 from __future__ import annotations
@@ -38,11 +40,23 @@ from lorayard_scheduler.simulated import Lorayard
 from lorayard_scheduler.simulator import Fleet as SimulatedFleet
 from lorayard_scheduler.simulator import Trace, WorkerSpec
 
-ADAPTERS = 12
-LOAD = 0.7
 SECONDS, QUICK_SECONDS = 170.0, 25.0
-BURST = 0.1  # of the jobs come at once, when two thirds of the time are over
 URGENT = 0.2
+SEED = 7
+
+
+class Kind(NamedTuple):
+    """A kind of workload. `burst`: the part of the jobs that comes at once, when two thirds of the time are over; `together`: so many
+    come together all the time; `system`: words of an adapter's own system prompt, 0 for completions."""
+
+    adapters: int
+    load: float
+    burst: float = 0.0
+    together: float = 1.0
+    system: int = 0
+
+
+KINDS = {"words": Kind(12, 0.7, burst=0.1), "chats": Kind(6, 0.6, together=6.0, system=60)}
 
 
 class Job(NamedTuple):
@@ -66,29 +80,31 @@ class Done(NamedTuple):
         return float(times["total"] - times["prefill"] - times["decode"] - times["stored"])
 
 
-def compare(out: Console, *, quick: bool) -> dict[str, Any]:
-    """Run it, simulate it, judge the quotes."""
-    with tempfile.TemporaryDirectory(prefix="lorayard-") as folder, _fleet(Path(folder)) as (settings, client, worker):
+def compare(out: Console, *, quick: bool, name: str = "words", seed: int = SEED) -> dict[str, Any]:
+    """Run it, simulate it, judge the quotes. The figures of `words` and the usual seed are the benchmark's; `real_runs` has all."""
+    kind = KINDS[name]
+    with tempfile.TemporaryDirectory(prefix="lorayard-") as folder, _fleet(Path(folder), kind.adapters) as (settings, client, worker):
         costs = Costs.of(worker.width, worker.costs)
-        jobs = workload(costs, QUICK_SECONDS if quick else SECONDS)
-        out.print(f"{len(jobs)} jobs in {jobs[-1].at:.0f} s, width {worker.width}")
+        jobs = workload(kind, costs, QUICK_SECONDS if quick else SECONDS, seed)
+        out.print(f"{name}, seed {seed}: {len(jobs)} jobs in {jobs[-1].at:.0f} s, width {worker.width}")
         done = list(_submit(client, jobs))
         told = _worker(settings)
         assert told is not None
-    trace = recorded(done)
+    trace = recorded(done, kind.adapters)
     ours = Lorayard()
     spec = WorkerSpec(Costs.of(told.width, told.costs), settings.contexts, settings.adapters_loaded)
     outcome = SimulatedFleet(trace, [spec], ours).run()
     real = _figures([d.wait for d in done], max(d.document["ended_ms"] for d in done) - done[0].document["enqueued_ms"])
     simulated = _figures(outcome.waits(), max(outcome.ended) - trace.arrivals[0])
     table = Table("real against simulated", *real)
-    for name, figures in (("real", real), ("simulated", simulated)):
-        table.add_row(name, *(f"{value:.2f}" for value in figures.values()))
+    for which, figures in (("real", real), ("simulated", simulated)):
+        table.add_row(which, *(f"{value:.2f}" for value in figures.values()))
     out.print(table)
-    judged = {f"real_{name}": value for name, value in eta.judge(_quoted(done)).items()}
+    judged = {f"real_{figure}": value for figure, value in eta.judge(_quoted(done)).items()}
     out.print(judged)
-    metrics = {f"sim_vs_real_{name}": simulated[name] / real[name] for name in real}
-    return metrics | judged | {"real": real, "simulated": simulated, "costs": told.costs}
+    metrics: dict[str, Any] = {f"sim_vs_real_{figure}": simulated[figure] / real[figure] for figure in real} | judged
+    metrics |= {"real": real, "simulated": simulated, "costs": told.costs}
+    return (metrics if (name, seed) == ("words", SEED) else {}) | {"real_runs": {f"{name}-{seed}": metrics}}
 
 
 def _figures(waits: Sequence[float], took_ms: float) -> dict[str, float]:
@@ -97,31 +113,41 @@ def _figures(waits: Sequence[float], took_ms: float) -> dict[str, float]:
     return {"throughput": 1000 * len(waits) / took_ms, "p50_wait": cuts[9] / 1000, "p95_wait": cuts[18] / 1000}
 
 
-def workload(costs: Costs, seconds: float) -> list[Job]:
+def workload(kind: Kind, costs: Costs, seconds: float, seed: int) -> list[Job]:
     """By the rate that the load is of the worker's capacity."""
-    rng = random.Random(7)
+    rng = random.Random(seed)
     words = vocabulary()
-    weights = [1 / (rank + 1) for rank in range(ADAPTERS)]
+    weights = [1 / (rank + 1) for rank in range(kind.adapters)]
     sizes = [(rng.randrange(10, 100), min(64, 4 + int(rng.expovariate(1 / 16)))) for _ in range(200)]
     mean = Work(1.4 * statistics.fmean(size[0] for size in sizes), 0, statistics.fmean(size[1] for size in sizes))
-    rate = LOAD * 1000 / costs.job_ms(mean)
+    rate = kind.load * 1000 / costs.job_ms(mean)
     count = round(rate * seconds)
-    at, jobs, burst = 0.0, [], round(BURST * count)
+    at, jobs, burst = 0.0, [], round(kind.burst * count)
+    gaps = traces.bursty if kind.together > 1 else traces.poisson
+    more: dict[str, Any] = {"burst": kind.together} if kind.together > 1 else {}
     times = []
-    for gap in traces.poisson(count - burst, rate * (1 - BURST)):
+    for gap in gaps(count - burst, rate * (1 - kind.burst), seed=seed, **more):
         at += gap
         times.append(at)
     times = sorted([*times, *([times[2 * len(times) // 3]] * burst)])
+    systems = [" ".join(rng.choices(words, k=kind.system)) for _ in weights]
     for when in times:
-        (rank,), (length, tokens) = rng.choices(range(ADAPTERS), weights), rng.choice(sizes)
-        request = {"prompt": " ".join(rng.choices(words, k=length)), "max_tokens": tokens, "temperature": 0}
+        (rank,), (length, tokens) = rng.choices(range(kind.adapters), weights), rng.choice(sizes)
+        request, endpoint = _request(systems[rank], " ".join(rng.choices(words, k=length)), tokens)
         priority = "high" if rng.random() < URGENT else "normal"
-        jobs.append(Job(when, {"adapter": f"adapter-{rank}", "request": request, "endpoint": "/v1/completions", "priority": priority}))
+        jobs.append(Job(when, {"adapter": f"adapter-{rank}", "request": request, "endpoint": endpoint, "priority": priority}))
     return jobs
 
 
+def _request(system: str, text: str, tokens: int) -> tuple[dict[str, Any], str]:
+    more = {"max_tokens": tokens, "temperature": 0}
+    if not system:
+        return {"prompt": text} | more, "/v1/completions"
+    return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]} | more, "/v1/chat/completions"
+
+
 @contextmanager
-def _fleet(folder: Path) -> Iterator[tuple[Settings, Client, WorkerInfo]]:
+def _fleet(folder: Path, adapters: int) -> Iterator[tuple[Settings, Client, WorkerInfo]]:
     """`lorayard up` with its shipped settings, and the adapters."""
     settings = Settings.load().model_copy(update={"state_dir": folder / "state", "api_port": free_port(), "flower_port": free_port()})
     os.environ |= {f"LORAYARD_{name.upper()}": str(getattr(settings, name)) for name in ("state_dir", "api_port", "flower_port")}
@@ -131,11 +157,11 @@ def _fleet(folder: Path) -> Iterator[tuple[Settings, Client, WorkerInfo]]:
         with Client(settings=settings) as client:
             with connect(embedded.redis_url(settings)) as store:
                 base = BaseModel(**(WorkerRegistry(store).base(settings.pool) or {}))
-            for rank in range(ADAPTERS):
+            for rank in range(adapters):
                 client.add_adapter(f"adapter-{rank}", write_adapter(folder / f"adapter-{rank}", base, rank), public=True)
             warm = [
                 {"adapter": f"adapter-{rank}", "request": {"prompt": "Hello", "max_tokens": 2}, "endpoint": "/v1/completions"}
-                for rank in range(ADAPTERS)
+                for rank in range(adapters)
             ]
             list(client.results([row["id"] for row in client.submit(warm)]))
             yield settings, client, until(lambda: _worker(settings), 30)
@@ -164,7 +190,7 @@ def _submit(client: Client, jobs: Sequence[Job]) -> Iterator[Done]:
     yield from sorted(found, key=lambda d: d.document["enqueued_ms"])
 
 
-def recorded(done: Sequence[Done]) -> Trace:
+def recorded(done: Sequence[Done], adapters: int) -> Trace:
     """What came, as it came, with the tokens that were counted."""
     settings = Settings.load()
     usage = [d.document["response"]["usage"] for d in done]
@@ -176,10 +202,15 @@ def recorded(done: Sequence[Done]) -> Trace:
         array("l", [u["prompt_tokens"] for u in usage]),
         array("l", [max(1, u["completion_tokens"]) for u in usage]),
         array("d", [float(settings.wait_target_ms(d.document["priority"])) for d in done]),
-        [f"adapter-{rank}" for rank in range(ADAPTERS)],
+        [f"adapter-{rank}" for rank in range(adapters)],
         ["default"],
-        [0] * ADAPTERS,
+        [_shared([u for d, u in zip(done, usage, strict=True) if d.adapter == rank]) for rank in range(adapters)],
     )
+
+
+def _shared(usage: Sequence[dict[str, Any]]) -> int:
+    """Of an adapter's prompts: the median of the tokens that were found computed."""
+    return int(statistics.median([(u.get("prompt_tokens_details") or {}).get("cached_tokens", 0) for u in usage] or [0]))
 
 
 def _quoted(done: Sequence[Done]) -> Iterator[eta.Row]:

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import eta
+from benchmarks import eta, reality
 from benchmarks.report import arguments, write
 from lorayard_scheduler import traces
 from lorayard_scheduler.bound import shortest_target
@@ -244,11 +244,9 @@ def quoted(sizes: Sequence[tuple[int, int]], minutes: float, out: Console) -> di
     return judged | {"eta_cells": cells}
 
 
-def real(out: Console, quick: bool) -> dict[str, Any]:
+def real(out: Console, quick: bool, kind: str, seed: int) -> dict[str, Any]:
     """The same workload simulated and run here; takes the whole machine, so only where it is asked for."""
-    from benchmarks.reality import compare
-
-    return compare(out, quick=quick)
+    return reality.compare(out, quick=quick, name=kind, seed=seed)
 
 
 def main() -> None:
@@ -257,6 +255,8 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, help="what `lorayard bench costs` printed; its first worker is the model `own`")
     parser.add_argument("--only", nargs="+", metavar="PART", help="gpu-64x8 and other cells, bound, flood, speed, eta, real")
     parser.add_argument("--loads", nargs="+", type=float, default=LOADS, help="of cells; default: %(default)s")
+    parser.add_argument("--real", choices=list(reality.KINDS), default="words", help="the workload of the part real")
+    parser.add_argument("--seed", type=int, default=reality.SEED, help="of that workload")
     options = parser.parse_args()
     models = ["cpu", "gpu"]
     if options.costs:
@@ -274,7 +274,7 @@ def main() -> None:
         "flood": lambda: flood(out, 5.0 if options.quick else 30.0),
         "speed": lambda: speed(out, 50_000 if options.quick else 1_000_000),
         "eta": lambda: quoted(sizes, 6.0 if options.quick else 30.0, out),
-        "real": lambda: real(out, options.quick),
+        "real": lambda: real(out, options.quick, options.real, options.seed),
     }
     for name, cell in cells.items():
         minutes = 5.0 if options.quick else MINUTES.get((cell.model, cell.workers), 60.0)
