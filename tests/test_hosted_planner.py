@@ -114,3 +114,7 @@ def test_the_rate_at_home_is_seen_while_there_is_work() -> None:
     rate.see(100.0, 50, busy=False)
     rate.see(106.0, 170, busy=True)
     assert rate.rate == 15
+    rate.see(106.1, 170, busy=False)
+    rate.see(106.2, 170, busy=True)
+    rate.see(111.0, 245, busy=True)
+    assert rate.rate == 15, "idle for a moment between two batches is not idle"

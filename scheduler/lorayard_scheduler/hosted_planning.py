@@ -22,6 +22,8 @@ from lorayard_scheduler.quotes import Hosted
 
 LOOK_EVERY_S = 2.0
 RATE_OVER_S = 5.0
+GAP_S = 1.0
+"""Idle for no longer than that, workers are between two batches."""
 HANDOVER_S = 900
 QUEUES_MOST = 500
 """Named in a forecast."""
@@ -34,10 +36,13 @@ class LocalRate:
         self.rate: float | None = None
         self._since = 0.0
         self._finished = 0.0
+        self._busy = 0.0
 
     def see(self, now_s: float, finished: float, busy: bool) -> None:
         """`finished` by all of them ever, as they tell it."""
-        if not busy or finished < self._finished or not self._since:
+        if busy:
+            self._busy = now_s
+        if now_s - self._busy > GAP_S or finished < self._finished or not self._since:
             self._since, self._finished = now_s, finished
             return
         passed = now_s - self._since
