@@ -27,15 +27,7 @@ from lorayard_scheduler.roster import Roster
 # -- pauses ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("pool", "the pool"),
-        ("adapter:base", "its adapter"),
-        ("tenant:acme", "its tenant"),
-        ("group:base:acme", "its adapter for its tenant"),
-    ],
-)
+@pytest.mark.parametrize(("what", "words"), [("pool", "the pool"), ("group:base:acme", "its adapter for its tenant")])
 def test_a_job_that_waited_through_a_pause_says_so_when_it_is_over(yard: Yard, what: str, words: str) -> None:
     yard.hire("w")
     yard.drain(quoted(yard)["id"])

@@ -88,13 +88,13 @@ def test_a_poll_counts_the_time_that_a_job_has_waited_in_vain(yard: Yard) -> Non
     (one,) = yard.enqueue(1, "a")
     first = eventually(lambda: yard.show(one)["eta"] and yard.left(one))
     begun, broken, promise, polls = time.monotonic(), 0, first["p80"], 0
-    while (waited := 1000 * (time.monotonic() - begun)) < 12_000:  # nothing ends there
+    while (waited := 1000 * (time.monotonic() - begun)) < 8_000:  # nothing ends there
         time.sleep(0.2)
         polls += 1
         if waited > promise:
             broken, promise = broken + 1, waited + yard.left(one)["p80"]
     assert broken <= 4, f"of {polls}"
-    assert yard.left(one)["p80"] > 3_000
+    assert yard.left(one)["p80"] > 2_500
 
 
 # -- lengths -----------------------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_job_that_asks_for_a_longer_answer_is_quoted_longer(yard: Yard) -> Non
     row = ask(40)
     assert yard.show(row["id"])["max_tokens"] == 40
     yard.drain(row["id"])
-    for most in [40, 400] * 6:
+    for most in [40, 400] * 4:
         row = ask(most)
         eventually(lambda: yard.ledger.outstanding("w"))
         yard.run(ms=most, response={"usage": {"completion_tokens": most}}, timings_ms={"decode": float(most)})
