@@ -57,6 +57,17 @@ def carry_out(ledger: Ledger, backlog: Backlog) -> list[tuple[str, str, int]]:
     return batches
 
 
+def test_it_knows_what_a_worker_would_have_to_fetch(backlog: Backlog) -> None:
+    backlog.meet([info(absent=["far"], loaded=["near"])])
+    backlog.view.planned()
+    there = backlog.roster.workers["w"]
+    assert [there.temperature(digest) for digest in ("far", "near", "other")] == ["remote", "loaded", "disk"]
+    backlog.stale = False
+    backlog.meet([info(loaded=["near"])])
+    assert backlog.stale, "it has been fetched: there may be another plan"
+    assert backlog.roster.workers["w"].temperature("far") == "disk"
+
+
 def test_it_follows_what_is_queued_claimed_and_ended(ledger: Ledger, backlog: Backlog) -> None:
     ledger.enqueue([make_entry(f"j{n}", digest="a" if n < 20 else "b") for n in range(23)], max_queued=99)
     hear(ledger, backlog)

@@ -406,6 +406,14 @@ def test_leaving_waits_for_what_has_begun(one: Bench, monkeypatch: pytest.Monkey
     assert one.runner.cancelled == []
 
 
+def test_what_a_worker_does_without_is_told(one: Bench) -> None:
+    registry = WorkerRegistry(one.ledger.client)
+    one.runner.emit(Ready({}, 8, 1000, 16, 2, fallback="without the GPU, because"))
+    until(lambda: (info := registry.find(POOL, "w")) is not None and info.fallback == "without the GPU, because", 10)
+    one.runner.emit(READY)
+    until(lambda: (info := registry.find(POOL, "w")) is not None and not info.fallback, 10)
+
+
 def test_what_is_planned_is_passed_on_with_every_heartbeat(one: Bench) -> None:
     registry = WorkerRegistry(one.ledger.client)
     registry.announce_next(POOL, ["d2", "d1"], {"d1": "w", "d2": "v"})

@@ -139,6 +139,13 @@ def test_a_worker_prefers_what_it_has_loaded_if_nothing_else_is_much_more_due() 
     assert plan(view([groups[0], ("far", "t", 2, -60_000)], [worker(loaded=["here"])]), NOW, POLICY)[0].digest == "far"
 
 
+def test_an_adapter_goes_where_it_need_not_be_fetched() -> None:
+    lacks, has = WorkerView("a", COSTS, absent={"rare"}), WorkerView("b", COSTS)
+    assert chosen(plan(view([("rare", "t", 1, 1000)], [lacks, has]), NOW, POLICY)) == [("b", "rare", 1)]
+    assert chosen(plan(view([("rare@auto", "t", 1, 1000)], [lacks, has]), NOW, POLICY)) == [("b", "rare@auto", 1)]
+    assert chosen(plan(view([("rare", "t", 1, 1000)], [lacks]), NOW, POLICY)) == [("a", "rare", 1)], "where nobody has it, it is fetched"
+
+
 def test_a_rare_adapter_goes_where_it_is_warm() -> None:
     workers = [worker(f"w{i:02}") for i in range(40)] + [worker("z", loaded=["rare"])]
     assert chosen(plan(view([("rare", "t", 1, 1000)], workers), NOW, POLICY)) == [("z", "rare", 1)]
