@@ -163,4 +163,6 @@ def test_what_put_a_job_off_and_what_made_it_fail_is_in_its_sentence() -> None:
     assert told.endswith(" Before that it had been put off 2 times, the last time because: the service is over capacity.")
     assert waited(document | {"postponed": None, "postponed_why": None}).endswith("took 0.10 s.")
     failed = {"status": "failed", "error": {"code": "hosted_rejected", "message": "messages: too long"}, "postponed": None}
+    assert waited(document | failed).endswith("; failed (hosted_rejected): messages: too long.")
+    failed["error"] = {"message": "messages: too long"}
     assert waited(document | failed).endswith("; failed: messages: too long.")

@@ -73,8 +73,10 @@ def _since(document: dict[str, Any], there: str) -> str:
         return f"; it runs on {worker}"
     if status == "submitted":
         return "; it lies at the hosted service's batch API"
-    if status == "failed" and (message := (document["error"] or {}).get("message")):
-        return f"; failed: {message.rstrip('.')}"
+    error = document["error"] or {}
+    if status == "failed" and error.get("message"):
+        code = f" ({error['code']})" if error.get("code") else ""
+        return f"; failed{code}: {error['message'].rstrip('.')}"
     took = times.get("prefill", 0.0) + times.get("decode", 0.0) + times.get("network", 0.0)
     return f"; computing took {_seconds(took)}" if took else f"; {status}"
 
