@@ -62,6 +62,23 @@ def test_a_line_that_cannot_be_read_costs_what_was_set_aside_for_it(
     assert desk.spent() == desk.cost() == desk.at_most("a") + round(other["cost_usd"] * NANO)
 
 
+def test_lines_that_are_missing_from_a_batch_that_ran_out_of_time_cost_nothing(
+    desk: Desk, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = desk.keeper._service.content
+
+    def silent(file_id: str) -> bytes:
+        return b"\n".join(line for line in content(file_id).splitlines() if b"batch_expired" not in line)
+
+    monkeypatch.setattr(desk.keeper._service, "content", silent)
+    service.service.expire_after = 1
+    desk.put("a", "b")
+    desk.claim()
+    until(desk.settled, 10, every_s=0.02)
+    (cost,) = [d["cost_usd"] for d in desk.ledger.show("acme", ["a", "b"]) if d and d["status"] == "succeeded"]
+    assert desk.spent() == round(cost * NANO)
+
+
 def test_a_line_that_fails_costs_nothing(desk: Desk, service: Running) -> None:
     service.service.fail_lines = ("acme a",)
     desk.put("a")
