@@ -185,17 +185,17 @@ def test_a_fleets_jobs_are_replayed(command: Cli, costs: Path, tmp_path: Path) -
 def test_what_is_changed_changes_what_it_should(command: Cli, costs: Path, tmp_path: Path) -> None:
     path = tmp_path / "load.csv"
     recording.write(load(300), path)
-    changes = ["--workers", "1", "--workers", "3", "--adapters-cached", "3", "--policy", "fcfs", "--policy", "lorayard", "--speed", "4"]
+    changes = ["--workers", "1", "--workers", "3", "--adapters-cached", "2", "--policy", "fcfs", "--policy", "lorayard", "--speed", "4"]
     found = answers(command, "--costs", str(costs), "--trace", str(path), *changes)
     assert set(found) == {
         "simulated",
-        *(f"{who}{'' if n == 1 else f'{n} workers, '}3 cached, 4x the jobs" for n in (1, 3) for who in ("", "first come first served, ")),
+        *(f"{who}{'' if n == 1 else f'{n} workers, '}2 cached, 4x the jobs" for n in (1, 3) for who in ("", "first come first served, ")),
     }
-    ours, more = found["3 cached, 4x the jobs"], found["3 workers, 3 cached, 4x the jobs"]
-    theirs = found["first come first served, 3 cached, 4x the jobs"]
+    ours, more = found["2 cached, 4x the jobs"], found["3 workers, 2 cached, 4x the jobs"]
+    theirs = found["first come first served, 2 cached, 4x the jobs"]
     assert more["wait_s"]["p95"] < ours["wait_s"]["p95"] < theirs["wait_s"]["p95"]
     assert ours["switches"] < theirs["switches"]
-    assert ours["loads"] > found["simulated"]["loads"] == 4, "three in memory are too few for four"
+    assert ours["loads"] > found["simulated"]["loads"] == 4, "two in memory are too few for four"
     assert answers(command, "--costs", str(costs), "--trace", str(path), "--policy", "all").keys() > {"LoRAX", "S-LoRA", "dLoRA"}
 
 

@@ -106,10 +106,11 @@ class _Asked(msgspec.Struct):
 
 
 def asked_tokens(request: dict[str, Any] | bytes) -> int | None:
-    """How many tokens at most a request asks for, of whatever kind it is, decoded or not; None where it does not say."""
+    """How many tokens at most a request asks for, of whatever kind it is, decoded or not; None where it does not say, or cannot be read
+    because it is nested too deep."""
     try:
         found = msgspec.json.decode(request, type=_Asked) if isinstance(request, bytes) else msgspec.convert(request, _Asked)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     most = found.max_completion_tokens or found.max_tokens
     return int(most) if isinstance(most, int | float) and 1 <= most <= _INT32 else None
