@@ -22,7 +22,7 @@ from lorayard.errors import SetupError
 from lorayard.settings import Settings
 from lorayard_workers.llama import process
 from lorayard_workers.llama.process import LlamaRunner, resolve_model
-from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Started, WorkItem
+from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Started, Work, WorkItem
 
 pytestmark = pytest.mark.fleet
 E = TypeVar("E")
@@ -123,6 +123,24 @@ def test_a_cancel_is_of_one_batch_and_not_of_the_same_job_in_the_next(started: C
     runner.cancel("b1", ["t/1"])
     outcome = heard.until(Outcome)
     assert (outcome.batch, outcome.ref) == ("b2", "t/1")
+
+
+def test_a_job_that_came_again_waits_whatever_its_last_batch_did(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, ready = started()
+    runner.submit(work("b1", None, long("t/1"), long("t/2")))
+    heard.until(Started)
+    runner.submit(work("b2", None, long("t/1")))
+    os.kill(ready.pid, signal.SIGKILL)
+    died = heard.until(Died)
+    assert (died.running, died.waiting) == (["t/2"], ["t/1"])
+
+
+def test_what_is_left_of_a_batch_is_what_it_was(demo_gguf: Path) -> None:
+    """One that was cut while no child was there to take it."""
+    runner = LlamaRunner(Settings(n_ctx=512, width=2, contexts=1), demo_gguf)
+    runner.submit(Work("b", None, [item("t/1", "Say hello."), item("t/2", "Say hello.")], "@t"))
+    runner.cancel("b", ["t/1"])
+    assert [(held.lane, [kept.ref for kept in held.items]) for held in runner._held] == [("@t", ["t/2"])]
 
 
 def test_a_child_that_is_stuck_and_does_not_read_can_be_killed(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:

@@ -73,7 +73,7 @@ class Stage:
         self._width = settings.width or 16
         self._log = os.open(os.environ[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._waiting: deque[tuple[str, WorkItem]] = deque()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[tuple[str, str], _Running] = {}  # by batch and ref: a recalled job may come again while it is still run
         self._steps = 0
         self._shown = 0.0
 
@@ -94,10 +94,10 @@ class Stage:
         if isinstance(message, Work):
             self._waiting.extend((message.batch, item) for item in message.items)
         elif isinstance(message, Cancel):
-            gone = set(message.refs)
-            self._waiting = deque(pair for pair in self._waiting if pair[1].ref not in gone)
-            for ref in gone & self._running.keys():
-                self._write("stop", self._running.pop(ref))
+            gone = {(message.batch, ref) for ref in message.refs}
+            self._waiting = deque((batch, item) for batch, item in self._waiting if (batch, item.ref) not in gone)
+            for job in gone & self._running.keys():
+                self._write("stop", self._running.pop(job))
 
     def _begin(self) -> None:
         begun: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ class Stage:
             batch, item = self._waiting.popleft()
             script = msgspec.json.decode(msgspec.json.decode(item.request)["messages"][-1]["content"], type=Script)
             nth = _executions(item.ref) if script.die or script.retry or script.eat else 1
-            self._running[item.ref] = running = _Running(batch, item, script, time.monotonic(), nth)
+            self._running[batch, item.ref] = running = _Running(batch, item, script, time.monotonic(), nth)
             self._write("start", running)
             begun.setdefault(batch, []).append(item.ref)
         for batch, refs in begun.items():
@@ -130,11 +130,11 @@ class Stage:
 
     def _end(self) -> None:
         now = time.monotonic()
-        for ref, running in list(self._running.items()):
+        for job, running in list(self._running.items()):
             if running.ends <= now:
-                del self._running[ref]
+                del self._running[job]
                 self._write("end", running)
-                self._emit(self._outcome(ref, running, now))
+                self._emit(self._outcome(running.item.ref, running, now))
 
     def _outcome(self, ref: str, running: _Running, now: float) -> Outcome:
         timings = {"adapter_load": 0.0, "adapter_switch": 0.0, "prefill": 0.0, "decode": (now - running.began) * 1000, "on_deck": 0.0}

@@ -111,7 +111,7 @@ class LlamaRunner:
         wanted = set(refs)
         with self._lock:
             kept = [[item for item in work.items if work.batch != batch or item.ref not in wanted] for work in self._held]
-            self._held = [Work(work.batch, work.adapter, items) for work, items in zip(self._held, kept, strict=True) if items]
+            self._held = [msgspec.structs.replace(work, items=items) for work, items in zip(self._held, kept, strict=True) if items]
             known = {ref for ref in refs if self._batches.get(ref) == batch}
             for ref in known:
                 del self._batches[ref]
@@ -144,6 +144,7 @@ class LlamaRunner:
     def _hand_over(self, work: Work) -> None:
         assert self._child is not None
         self._batches.update((item.ref, work.batch) for item in work.items)
+        self._begun.difference_update(item.ref for item in work.items)  # in another batch, which it was recalled from
         self._child.send(work)
 
     # The runner's own thread
