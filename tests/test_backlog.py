@@ -6,6 +6,7 @@ import pytest
 import redis
 from ledger_support import make_entry
 
+from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
@@ -108,6 +109,49 @@ def test_a_worker_that_leaves_a_batch_lying_gets_nothing_new_until_it_is_heard_o
     assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}, "b does all of it"
     backlog.meet([info("a", seen_ms=backlog.now + 1), info("b", seen_ms=backlog.now)])
     assert "a" in backlog.roster.workers
+
+
+def test_what_a_silent_worker_has_not_begun_is_for_others_where_there_are_any(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    ledger.enqueue([make_entry("j"), make_entry("k")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a", seen_ms=1)])
+    assert carry_out(ledger, backlog) == [("a", "base", 2)]
+    batch = f"b{backlog.now}-0"
+    hear(ledger, backlog)
+    assert backlog.waits, "it may never be taken"
+    store.hincrby(f"ly:{{main}}:batch:{batch}", "c", -UNTAKEN_MS - 500)
+    hear(ledger, backlog)
+    assert backlog.forsaken == [], "nobody else is there"
+    backlog.meet([info("a", seen_ms=1), info("b", seen_ms=backlog.now)])
+    assert backlog.forsaken == [batch]
+    assert ledger.recall(epoch=ledger.lead("test", 60_000), batch=batch) == 2
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
+    assert carry_out(ledger, backlog) == [("b", "base", 2)]
+    assert ledger.take(batch, "a", "i", 60_000) is None, "late, it finds nothing"
+    assert audit(ledger) == []
+
+
+def test_what_a_worker_had_begun_when_it_vanished_is_left_to_its_lease(ledger: Ledger, backlog: Backlog) -> None:
+    ledger.enqueue([make_entry("j"), make_entry("k")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a")])
+    carry_out(ledger, backlog)
+    batch = f"b{backlog.now}-0"
+    taken = ledger.take(batch, "a", "i", 60_000)
+    assert taken is not None
+    ledger.start(batch, taken.fence, ["acme/j"])
+    backlog.meet([info("a"), info("b")])
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
+    backlog.meet([info("b")])
+    assert backlog.forsaken == [batch]
+    assert ledger.recall(epoch=ledger.lead("test", 60_000), batch=batch) == 1
+    backlog.recalled(batch)
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
+    assert carry_out(ledger, backlog) == [("b", "base", 1)]
+    assert [document["status"] for document in ledger.show("acme", ["j", "k"]) if document] == ["running", "claimed"]
 
 
 def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from fleet_support import until
@@ -24,6 +25,7 @@ from lorayard_scheduler.costs import Work
 from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Policy, View
+from lorayard_scheduler.quoting import Board
 from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulated import Lorayard
@@ -173,6 +175,25 @@ def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterable[Yard]:
         finally:
             dispatcher.stop()
             thread.join()
+
+
+def test_a_scheduler_sends_elsewhere_what_a_vanished_worker_has_not_taken(yard: Yard) -> None:
+    """Long before its delivery lapses."""
+    vanishes, board = msgspec.structs.replace(yard.info, name="v"), Board(yard.ledger)
+
+    def both_are_known() -> bool:
+        yard.registry.beat(yard.info)
+        yard.registry.beat(vanishes)
+        forecast, _ = board.read()
+        return forecast is not None and forecast.workers == 2
+
+    assert until(both_are_known, 10)
+    yard.put("job", digest="a", wait_ms=40_000)
+    assert until(lambda: yard.ledger.outstanding("v"), 10), "it is the first of two that have nothing to do"
+    assert [job.ref for job in yard.take().jobs] == ["acme/job"]
+    counts = yard.ledger.counts()
+    assert (counts["recalled"], counts.get("deliveries_lapsed", 0)) == (1, 0)
+    assert yard.ledger.outstanding("v") == []
 
 
 def test_a_scheduler_recalls_what_is_on_deck_and_sends_what_is_urgent(yard: Yard) -> None:

@@ -20,9 +20,9 @@ _LOCAL: tuple[Lane, ...] = ("", "auto")
 """The lanes that local workers may claim."""
 _TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
 """Of a worker's counters, in the order of `Work`."""
-UNTAKEN_MS = 1_000
+UNTAKEN_MS = 800
 """Batches are taken within milliseconds. A worker that has left one lying for so long, and told nothing since, gets nothing new until it is
-heard of again."""
+heard of again, and what it has not begun is for others."""
 
 
 class Backlog:
@@ -42,6 +42,8 @@ class Backlog:
         self._dues: dict[str, float] = {}  # of batches that were dispatched from here
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
         self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
+        self._gone: set[str] = set()  # workers that were there, and have jobs
+        self._recalled: set[str] = set()  # batches of such workers, of which only what had begun is left
         self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
@@ -127,6 +129,7 @@ class Backlog:
         alive = {info.name: info for info in infos}
         for name in self.roster.workers.keys() - alive:
             self.roster.drop(name)
+        self._gone = {name for name in self._gone | self._infos.keys() if name not in alive and self._held.get(name)}
         changed = [name for name, info in alive.items() if name not in self.roster.workers or _differs(info, self._infos[name])]
         self._infos = alive
         well = [name for name, since in self._doubted.items() if name not in alive or alive[name].seen_ms > since]
@@ -137,6 +140,18 @@ class Backlog:
         self.stale = self.stale or bool(self.roster.news)
         if alive:
             self._measure()
+
+    @property
+    def forsaken(self) -> list[str]:
+        """Batches with jobs that have not begun, of local workers that nobody hears of; where others are there that could have them."""
+        silent = self._doubted.keys() | self._gone
+        if not silent or not self.roster.workers:
+            return []
+        return [f.batch for f in self.in_flight if f.worker in silent and f.waiting and f.batch not in self._recalled]
+
+    def recalled(self, batch: str) -> None:
+        """What of a forsaken batch had not begun was queued again."""
+        self._recalled = {flight.batch for flight in self.in_flight if flight.batch in self._recalled} | {batch}
 
     def _doubt(self, flight: InFlight) -> None:
         """Of a worker that was heard of since then, only the word was lost."""
@@ -200,8 +215,8 @@ class Backlog:
 
     @property
     def waits(self) -> bool:
-        """Whether there are jobs that some worker could take as soon as one of its own ends."""
-        return bool(self.groups.jobs and self.in_flight)
+        """Whether there are jobs that some worker could take as soon as one of its own ends, or that one may never take."""
+        return bool(self.groups.jobs and self.in_flight) or any(not flight.taken for flight in self.in_flight)
 
 
 def _differs(now: WorkerInfo, before: WorkerInfo) -> bool:

@@ -163,13 +163,24 @@ class Dispatcher:
         self._workers = alive
 
     def _recall(self) -> None:
-        """What waits at workers makes room for what is urgent, so that the plan that follows can send that there."""
+        """What waits at workers that nobody hears of goes back; at others it makes room for what is urgent: so that the plan that follows
+        can send it elsewhere, or the urgent there."""
+        if batches := self._backlog.forsaken:
+            jobs = 0
+            for batch in batches:
+                jobs += self._ledger.recall(epoch=self._epoch, batch=batch)
+                self._backlog.recalled(batch)
+            log.warning("jobs taken back from workers that are not heard of", jobs=jobs, batches=len(batches))
+            self._hear_again()
         for recall in recalls(self._backlog.view, self._backlog.now, self._policy):
             jobs = sum(self._ledger.recall(epoch=self._epoch, batch=batch) for batch in recall.batches)
             log.info("recalled", worker=recall.worker, jobs=jobs, adapter=recall.digest[:12], why=recall.why)
-            self._event, events = self._ledger.events(self._event, 0)
-            self._backlog.hear(events)
-            self._backlog.refresh()
+            self._hear_again()
+
+    def _hear_again(self) -> None:
+        self._event, events = self._ledger.events(self._event, 0)
+        self._backlog.hear(events)
+        self._backlog.refresh()
 
     def _dispatch(self, dispatch: Dispatch) -> None:
         batch = f"{self._settings.pool}-b{secrets.token_hex(6)}"
