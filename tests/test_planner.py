@@ -29,7 +29,8 @@ def view(groups: Iterable[tuple[str, str, int, float]], workers: Iterable[Worker
         index.level(tenant, tokens)
     for digest, tenant, jobs, due in groups:
         index.put(digest, tenant, jobs, NOW + due, NOW)
-    index.steady_at = NOW  # somebody who does not flood was there
+    index.put("base", "somebody", 1, NOW, NOW)  # who does not flood
+    index.put("base", "somebody", 0, NOW, NOW)
     return View(index, Roster(workers))
 
 
@@ -238,6 +239,21 @@ def test_a_flood_leaves_room_for_others_and_does_not_go_with_them() -> None:
     assert [d.jobs for d in plan(beside, NOW + POLICY.flood_ms + 1, POLICY)] == [8, 8], "nobody else has been there for long"
     seen = view([*groups, ("a", "small", 3, 60_000)], [worker("w", ("a", 2), ("b", 2))])
     assert plan(seen, NOW, POLICY)[0].takes == (("small", 3),)
+
+
+def test_who_grows_into_a_flood_keeps_no_room_for_what_it_was_before() -> None:
+    index = Groups(Scale(POLICY.patience_ms, POLICY.flood_ms, COSTS, WORK, 1))
+    index.put("a", "flood", 1, NOW, NOW)
+    assert not index.alone(NOW - POLICY.flood_ms)
+    index.put("a", "flood", FLOOD, NOW, NOW)
+    assert index.alone(NOW - POLICY.flood_ms)
+    assert [d.jobs for d in plan(View(index, Roster([worker()])), NOW, POLICY)] == [8]
+    index.put("b", "small", 1, NOW, NOW)
+    index.put("a", "flood", FLOOD + 1, NOW, NOW)
+    assert not index.alone(NOW + 1), "it waits"
+    index.put("b", "small", 0, NOW, NOW)
+    assert not index.alone(NOW), "it was there"
+    assert index.alone(NOW + 1)
 
 
 def test_nobody_takes_a_flooding_tenants_share() -> None:

@@ -93,7 +93,6 @@ class Groups:
         self.tenants: dict[str, Tenant] = {}
         self.floods: dict[str, Tenant] = {}  # those of them that flood
         self.jobs = 0
-        self.steady_at = -math.inf  # when somebody who does not flood last had jobs
         self.news: set[str] = set()  # adapters for which there were new jobs since the last plan
         self._by_adapter: dict[str, Group | dict[tuple[str, str], Group]] = {}  # mostly one tenant asks for it, in one lane
         self._number = 0
@@ -101,6 +100,7 @@ class Groups:
         self._served: dict[str, float] = {}  # of tenants that do not wait as well
         self._active: set[str] = set()
         self._contended = False
+        self._steady: dict[str, float] = {}  # tenants, by when they were last told to have jobs and not flood, the latest last
         self._measure(scale or Scale())
 
     def __len__(self) -> int:
@@ -141,6 +141,15 @@ class Groups:
     def limit(self, slack: float) -> float:
         """How much a tenant may have been served and still be: `slack` more than the least served that floods; anything, if nobody does."""
         return min(tenant.served for tenant in self.floods.values()) + slack if self.floods else float("inf")
+
+    def alone(self, since: float) -> bool:
+        """Whether those who flood now are the only ones who have had jobs since then: on its way to a flood a tenant does not flood yet."""
+        if len(self.floods) < len(self.tenants):
+            return False
+        for name, at in reversed(self._steady.items()):
+            if at < since or name not in self.floods:
+                return at < since
+        return True
 
     def by_rank(self, floods: bool, limit: float) -> Iterator[Group]:
         """The groups of tenants that do, or do not, flood, and were served no more than the limit, least rank first.
@@ -189,7 +198,8 @@ class Groups:
             self.news.add(adapter_of(digest))
             self._change(group, jobs, float(due), group.turn)
         if jobs > 0 and not self.tenants[tenant].floods:
-            self.steady_at = now
+            self._steady.pop(tenant, None)
+            self._steady[tenant] = now
 
     def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
         """So many of its jobs go to a worker."""

@@ -139,7 +139,7 @@ class _Plan:
         self.swift: dict[Costs, Sequence[str]] = {}
         self.idle = view.roster.idle
         self.busy = view.groups.waits_ms >= policy.batch_ms
-        self.alone = now - view.groups.steady_at > policy.flood_ms  # those who flood
+        self.alone = view.groups.alone(now - policy.flood_ms)  # those who flood
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
