@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,22 @@ def test_processes_share_a_cache(artifacts: ArtifactStore, configured: Settings,
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert fetched.value == 1
+
+
+def test_a_process_that_stands_still_while_it_makes_a_file_holds_nobody_up(
+    artifacts: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, digest = GgufCache(tmp_path / "cache", artifacts, base()), artifacts.put(adapter())
+    made = cache.path(digest)
+    monkeypatch.setattr(store_module, "LOCK_S", 0.1)
+    with (made.parent / f".{digest}.lock").open("wb") as other, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        try:
+            made.unlink()
+            assert pool.submit(cache.path, digest).result(timeout=10) == made
+        finally:
+            fcntl.flock(other, fcntl.LOCK_UN)
+    assert made.exists()
 
 
 # ---- intake

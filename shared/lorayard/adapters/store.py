@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
@@ -21,6 +22,9 @@ from lorayard.errors import AdapterRejected, LorayardError, NotFound, SetupError
 from lorayard.settings import Settings
 
 IN_USE_S = 600.0
+LOCK_S = 3.0
+"""How long a process waits for another one that makes the same file, before it makes it as well."""
+_LOOK_S = 0.02
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -132,7 +136,7 @@ class GgufCache:
             return found
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f".{digest}.lock").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _wait_for(lock)
             path = self.cached(digest)
             if path is None:
                 if on_fetch is not None:
@@ -163,6 +167,21 @@ class GgufCache:
                 over -= stat.st_size
                 deleted.append(path.stem)
         return deleted
+
+
+def _wait_for(lock: IO[bytes]) -> None:
+    """Have it, or go on without: it saves doing twice what another process does, and that one may stand still or wait for a store for ever.
+    Two that write the same file write the same, each under a name of its own until it is whole."""
+    give_up = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                return
+            time.sleep(_LOOK_S)
+        else:
+            return
 
 
 def _used(file: Path) -> bool:
