@@ -215,12 +215,25 @@ def test_jobs_do_not_join_a_slow_worker_where_a_fast_one_would_end_them_sooner()
         assert chosen(plan(view([("a", "t", 2, due)], [at_slow]), NOW, POLICY)) == [("s", "a", 2)]
 
 
-def test_tenants_of_one_adapter_share_a_batch_the_least_served_first() -> None:
-    groups = [("a", "x", 9, 0), ("a", "y", 9, 0)]
-    (first, *_) = plan(view(groups, [worker()]), NOW, POLICY)
-    assert first.takes == (("x", 4), ("y", 4))
-    (first, *_) = plan(view(groups, [worker()], {"x": 4 * WORK.tokens}), NOW, POLICY)
-    assert first.takes == (("x", 2), ("y", 6))
+def test_whose_jobs_of_an_adapter_are_due_first_goes_first_whatever_it_was_served() -> None:
+    served = {"urgent": 1e6}
+    urgent, bulk = ("a", "urgent", 3, 5_000), ("a", "bulk", 400, 3_600_000)
+    (first, *_) = plan(view([bulk, urgent], [worker()], served), NOW, POLICY)
+    assert first.takes == (("bulk", 5), ("urgent", 3))
+    (first, *_) = plan(view([bulk, ("a", "urgent", 9, 5_000)], [worker()], served), NOW, POLICY)
+    assert first.takes == (("urgent", 8),)
+    (first, *_) = plan(view([bulk, ("a", "urgent", 5, 5_000)], [worker("w", ("a", 2), ("b", 2))], served), NOW, POLICY)
+    assert first.takes == (("urgent", 4),), "there is room for four"
+    (first, *_) = plan(view([bulk, urgent, ("b", "flood", FLOOD, 0)], [worker()], {"urgent": 1_000.0}), NOW, POLICY)
+    assert first.takes == (("bulk", 5), ("urgent", 3)), "somebody else's flood changes nothing between them"
+
+
+def test_tenants_of_one_adapter_that_flood_or_are_due_alike_share_a_batch_the_least_served_first() -> None:
+    for groups in ([("a", "x", 9, 0.0), ("a", "y", 9, 0.0)], [("a", "x", FLOOD, 5_000.0), ("a", "y", FLOOD, 0.0)]):
+        (first, *_) = plan(view(groups, [worker()]), NOW + 2 * POLICY.flood_ms, POLICY)
+        assert first.takes == (("x", 4), ("y", 4))
+        (first, *_) = plan(view(groups, [worker()], {"x": 4 * WORK.tokens}), NOW + 2 * POLICY.flood_ms, POLICY)
+        assert first.takes == (("x", 2), ("y", 6))
 
 
 FLOOD = 100_000  # jobs that take all workers far longer than Policy.flood_ms

@@ -35,7 +35,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from lorayard.jobs import adapter_of
@@ -396,8 +397,8 @@ class _Plan:
         return math.ceil(jobs / workers)
 
     def _dispatch(self, seat: _Seat, choice: _Choice) -> Dispatch | None:
-        """Fill one batch: the eligible tenants with jobs for this adapter in turns, the least served first. None: a part of them went
-        already, and when the rest is due is not known, nor whether something else is due sooner."""
+        """Fill one batch with jobs for this adapter of the eligible tenants: by due times, or by turns of those who flood. None: a part of
+        them went already, and when the rest is due is not known, nor whether something else is due sooner."""
         digest, tokens = choice.digest, self.groups.scale.work.tokens
         adapter = adapter_of(digest)
         able = [
@@ -406,15 +407,11 @@ class _Plan:
         ]  # fmt: skip
         if self.left and self.waiting > 1 and any(group in self.left for group in able):
             return None
-        waiting = {g.tenant.name: self._jobs(g) for g in able}
         rows = self._rows(seat, choice.floods)
         if adapter in seat.hand:
             rows -= seat.load
-        rows = min(rows, self._share(seat, digest, sum(waiting.values())))
-        if len(waiting) == 1:
-            takes = {t: min(rows, n) for t, n in waiting.items()}
-        else:
-            takes = _in_turns(waiting, {g.tenant.name: g.tenant.served + self.charged.get(g.tenant.name, 0.0) for g in able}, rows, tokens)
+        rows = min(rows, self._share(seat, digest, sum([self._jobs(group) for group in able])))
+        takes = self._in_turns(able, rows) if choice.floods else self._by_due(able, rows)
         for group in able:
             if jobs := takes.get(group.tenant.name, 0):
                 self._take(group, jobs, jobs * tokens)
@@ -424,6 +421,33 @@ class _Plan:
         seat.given += 1
         seat.hand |= {adapter}
         return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])), choice.rank)
+
+    def _by_due(self, groups: Sequence[Group], rows: int) -> dict[str, int]:
+        """How many jobs of each of these tenants so many rows take: whose are due first; in turns, of those due at the same moment."""
+        if len(groups) == 1:
+            return {groups[0].tenant.name: min(rows, self._jobs(groups[0]))}
+        takes: dict[str, int] = {}
+        for _, alike in groupby(sorted(groups, key=_due), _due):
+            if not rows:
+                break
+            takes |= (some := self._in_turns(list(alike), rows))
+            rows -= sum(some.values())
+        return takes
+
+    def _in_turns(self, groups: Sequence[Group], rows: int) -> dict[str, int]:
+        """The same by turns: one row at a time, to whoever was served least by then."""
+        takes: dict[str, int] = defaultdict(int)
+        waiting = {group.tenant.name: self._jobs(group) for group in groups}
+        heap = [(group.tenant.served + self.charged.get(group.tenant.name, 0.0), group.tenant.name) for group in groups]
+        heapq.heapify(heap)
+        for _ in range(min(rows, sum(waiting.values()))):
+            level, tenant = heap[0]
+            takes[tenant] += 1
+            if takes[tenant] == waiting[tenant]:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (level + self.groups.scale.work.tokens, tenant))
+        return takes
 
     def _take(self, group: Group, jobs: int, tokens: float) -> None:
         left = self.left[group] = self._jobs(group) - jobs
@@ -458,20 +482,4 @@ _WARMTH: Mapping[Temperature, str] = {
 _JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
 _FIRST = TICKS << 45
 """More than any rank."""
-
-
-def _in_turns(waiting: dict[str, int], served: dict[str, float], rows: int, tokens: float) -> dict[str, int]:
-    """Whose jobs a batch of so many rows takes: a row at a time, to whoever was served least by then."""
-    takes: dict[str, int] = defaultdict(int)
-    heap = [(served[tenant], tenant) for tenant in waiting]
-    heapq.heapify(heap)
-    for _ in range(rows):
-        if not heap:
-            break
-        level, tenant = heap[0]
-        takes[tenant] += 1
-        if takes[tenant] == waiting[tenant]:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (level + tokens, tenant))
-    return takes
+_due = attrgetter("due")
