@@ -40,8 +40,6 @@ class Batch:
     submitted: int = 0
     note: str = ""
     keeper: str = ""
-    begun: set[str] = field(default_factory=set)
-    """Jobs that were started here and not taken out of it since, ended ones included."""
 
 
 class Result(NamedTuple):
@@ -394,7 +392,6 @@ class Model:
             elif job.status is Status.CLAIMED:
                 job.status = Status.RUNNING
                 job.attempts += 1
-                self.batches[batch].begun.add(ref)
         return stop
 
     def renew(self, pairs: Iterable[tuple[str, int]], lease_ms: int) -> tuple[list[str], list[tuple[str, str]]]:
@@ -534,8 +531,6 @@ class Model:
 
     def _stop(self, job: Job) -> None:
         job.leader = ""
-        if job.batch:
-            job.batch.begun.discard(job.ref)
         if job.batch and not job.batch.submitted:
             self.stops[job.batch.name].add(job.ref)
 

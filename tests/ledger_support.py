@@ -107,8 +107,7 @@ Dump = dict[str, tuple[Value, bool]]
 def dump(client: redis.Redis) -> Dump:
     """All that a ledger keeps but the stream of hints, read at one moment.
 
-    Left out is what might as well be absent: counts of nothing, a batch's token, which is anyone's guess, and what it says of begun jobs
-    that have left it.
+    Left out is what might as well be absent: counts of nothing, and a batch's token, which is anyone's guess.
     """
     rows: Any = client.eval(_DUMP, 0, PREFIX)
     out: Dump = {}
@@ -122,10 +121,6 @@ def dump(client: redis.Redis) -> Dump:
         elif name.startswith("batch:") and isinstance(value, dict):
             value.pop("k", None)
             value.pop("x", None)
-        elif name.startswith("begun:") and isinstance(value, set):
-            members = out.get(name.replace("begun:", "members:"), (set[str](), False))[0]
-            assert isinstance(members, set)
-            out[name] = value & members, mortal
     return {name: (value, mortal) for name, (value, mortal) in out.items() if value}
 
 

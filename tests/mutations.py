@@ -222,7 +222,8 @@ RECALL = of(
     ("a batch that was recalled whole stays open", "recall", "close_if_empty(c, bid)", ""),
     ("nobody is told that recalled jobs are queued", "recall", "commit(c)", ""),
     ("a worker that missed the word goes on with what was recalled", "recall", "redis.call('SADD', p .. 'stop:' .. bid, ...)", ""),
-    ("what has begun looks as if it could be recalled", "in_flight", "math.min(left, b[6] - begun)", "left"),
+    ("what has begun looks as if it could be recalled", "in_flight", "math.max(0, left - begun)", "left"),
+    ("what has ended counts as begun", "finish", "redis.call('SREM', p .. 'begun:' .. bid, ...)", ""),
 )
 
 COALESCE = of(

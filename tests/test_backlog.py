@@ -147,7 +147,6 @@ def test_what_a_worker_had_begun_when_it_vanished_is_left_to_its_lease(ledger: L
     backlog.meet([info("b")])
     assert backlog.forsaken == [batch]
     assert ledger.recall(epoch=ledger.lead("test", 60_000), batch=batch) == 1
-    backlog.recalled(batch)
     hear(ledger, backlog)
     assert backlog.forsaken == []
     assert carry_out(ledger, backlog) == [("b", "base", 1)]

@@ -395,6 +395,7 @@ def test_what_has_not_begun_is_recalled_and_waits_as_if_it_had_never_been_claime
     yard.put("urgent", wait_ms=10)
     assert yard.ledger.recall(epoch=yard.epoch - 1, batch=at_worker) == 0, "another leads"
     assert [yard.ledger.recall(epoch=yard.epoch, batch=b) for b in (on_its_way, at_worker, at_worker, on_its_way, "b9")] == [1, 1, 0, 0, 0]
+    assert {f.batch: (f.left, f.waiting) for f in yard.ledger.snapshot().in_flight} == {at_worker: (1, 0)}, "what is left of it runs"
     # Whoever had it is refused, and none of it is lost, or has used an attempt.
     assert yard.ledger.take(on_its_way, "w1", "i", 5000) is None
     assert yard.ledger.start(at_worker, grant.fence, ["acme/second"]) == ["acme/second"]

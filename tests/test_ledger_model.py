@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ledger_model import CODES, Model
 from ledger_support import CLOCKED, START_MS, Census, ClockedLedger, Server, dump, make_entry, outlive, serving
 
-from lorayard.jobs import TERMINAL
+from lorayard.jobs import TERMINAL, Status
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import End, EndStatus, Entry, Taken
@@ -438,7 +438,7 @@ class LedgerMachine(RuleBasedStateMachine):
         }
         mine = [b for b in self.model.batches.values() if not b.submitted]
         left = {b.name: len(self.model.members(b.name)) for b in mine}
-        waiting = {b.name: min(left[b.name], b.size - len(b.begun)) for b in mine}
+        waiting = {b.name: sum(job.status is Status.CLAIMED for job in self.model.members(b.name).values()) for b in mine}
         assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken, left[b.name], waiting[b.name]) for b in mine}
         assert view.served == +self.model.served
         named = [(digest, tenant) for digest in DIGESTS for tenant in TENANTS]

@@ -43,7 +43,6 @@ class Backlog:
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
         self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
         self._gone: set[str] = set()  # workers that were there, and have jobs
-        self._recalled: set[str] = set()  # batches of such workers, of which only what had begun is left
         self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
@@ -147,11 +146,7 @@ class Backlog:
         silent = self._doubted.keys() | self._gone
         if not silent or not self.roster.workers:
             return []
-        return [f.batch for f in self.in_flight if f.worker in silent and f.waiting and f.batch not in self._recalled]
-
-    def recalled(self, batch: str) -> None:
-        """What of a forsaken batch had not begun was queued again."""
-        self._recalled = {flight.batch for flight in self.in_flight if flight.batch in self._recalled} | {batch}
+        return [f.batch for f in self.in_flight if f.worker in silent and f.waiting]
 
     def _doubt(self, flight: InFlight) -> None:
         """Of a worker that was heard of since then, only the word was lost."""

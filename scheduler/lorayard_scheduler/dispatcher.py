@@ -166,10 +166,7 @@ class Dispatcher:
         """What waits at workers that nobody hears of goes back; at others it makes room for what is urgent: so that the plan that follows
         can send it elsewhere, or the urgent there."""
         if batches := self._backlog.forsaken:
-            jobs = 0
-            for batch in batches:
-                jobs += self._ledger.recall(epoch=self._epoch, batch=batch)
-                self._backlog.recalled(batch)
+            jobs = sum(self._ledger.recall(epoch=self._epoch, batch=batch) for batch in batches)
             log.warning("jobs taken back from workers that are not heard of", jobs=jobs, batches=len(batches))
             self._hear_again()
         for recall in recalls(self._backlog.view, self._backlog.now, self._policy):

@@ -17,7 +17,7 @@
 --   batch:BID            HASH    w worker, i incarnation, k token of the take, d digest, f fence, c claimed ms, t taken ms, n jobs,
 --                                by tenants, y why; of a submitted one: s submitted ms, o note, x token of who looks after it
 --   members:BID          SET     refs not ended yet
---   begun:BID            SET     those that were started
+--   begun:BID            SET     those of them that were started
 --   stop:BID             SET     refs cancelled, deleted or recalled while at a worker, until the worker has heard of it
 --   leases               ZSET    batch -> expiry ms (of the delivery until it is taken, of the lease from then on)
 --   submitted            ZSET    batch -> ms when it is looked at next: batches at a hosted batch service, no worker's, with no lease
@@ -823,16 +823,16 @@ end
 local function in_flight(p)
   local reply = {}
   for _, bid in ipairs(redis.call('ZRANGE', p .. 'leases', 0, -1)) do
-    local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'd', 'by', 'c', 't', 'n')
+    local b = redis.call('HMGET', p .. 'batch:' .. bid, 'w', 'd', 'by', 'c', 't')
     if b[1] then
       local left, begun = redis.call('SCARD', p .. 'members:' .. bid), redis.call('SCARD', p .. 'begun:' .. bid)
-      reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0', left, math.min(left, b[6] - begun) }
+      reply[#reply + 1] = { bid, b[1], b[2], b[3], b[4], b[5] or '0', left, math.max(0, left - begun) }
     end
   end
   return reply
 end
 
--- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken, jobs left, of them at most not begun}..., served}
+-- ly_groups P | group... -> {now, {group, jobs, earliest due}..., {batch, worker, digest, by, claimed, taken, jobs left, of them not begun}..., served}
 local function groups(keys, args)
   return { now(), measure(keys[1], args), in_flight(keys[1]), redis.call('HGETALL', keys[1] .. 'served') }
 end
@@ -1043,6 +1043,7 @@ local function finish(keys, args)
   for tenant, tokens in pairs(served) do redis.call('HINCRBY', p .. 'served', tenant, digits(tokens)) end
   chunks(gone, function(...)
     redis.call('SREM', p .. 'members:' .. bid, ...)
+    redis.call('SREM', p .. 'begun:' .. bid, ...)
   end)
   commit(c)
   if valid then close_if_empty(c, bid) end

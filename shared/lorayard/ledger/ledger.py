@@ -117,7 +117,7 @@ class Group(NamedTuple):
 
 class InFlight(NamedTuple):
     """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it; `left` is jobs that have not ended,
-    of which at most `waiting` have not begun."""
+    of which `waiting` have not begun."""
 
     batch: str
     worker: str
