@@ -171,7 +171,7 @@ CALLS = [
     *of(
         "hosted plans",
         ("what is doubted goes first", "_next", "not in worker.doubted]", "in worker.doubted]"),
-        ("home is late by its own jobs only", "overdue_at_home", "if g.due <= group.due and", "if False and"),
+        ("home is late by its own jobs only", "overdue_at_home", "ahead += group.jobs", ""),
         ("what is on its way is sent", "_is_known", "and digest not in self.pending", ""),
         suite="plans",
         file="lorayard_scheduler/hosted_planner.py",

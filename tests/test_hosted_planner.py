@@ -54,21 +54,34 @@ def test_adapters_whose_calls_fail_go_last() -> None:
     assert len(plan(bad, workers=(worker,))) == 1, "but they go"
 
 
+def leaving(*groups: GroupView, home: AtHome, now: int = NOW) -> list[int]:
+    """How many jobs of each."""
+    found = overdue_at_home(reversed(groups), home, now)
+    return [found[group.digest, group.tenant] for group in groups if group.digest.endswith("@auto")]
+
+
 def test_auto_leaves_as_far_as_home_would_be_late() -> None:
     mine = group("d@auto", jobs=100, due=NOW + 10_000)
     home = AtHome(workers=1, rate=5.0, in_flight=10)
-    assert overdue_at_home(mine, [mine], home, NOW) == 60, "50 in 10 s, 10 of them for what runs already"
+    assert leaving(mine, home=home) == [60], "50 in 10 s, 10 of them for what runs already"
     ahead = group("d", "zeta", jobs=30, due=NOW + 5_000)
-    assert overdue_at_home(mine, [mine, ahead], home, NOW) == 90
+    assert leaving(mine, ahead, home=home) == [90]
     behind = group("d", "zeta", jobs=30, due=NOW + 20_000)
-    assert overdue_at_home(mine, [mine, behind], home, NOW) == 60
+    assert leaving(mine, behind, home=home) == [60]
     unseen = AtHome(workers=1)
-    assert overdue_at_home(mine, [mine], unseen, NOW) == 0
-    assert overdue_at_home(mine, [mine], unseen, NOW + 10_000) == 100
+    assert leaving(mine, home=unseen) == [0]
+    assert leaving(mine, home=unseen, now=NOW + 10_000) == [100]
     (dispatch,) = plan(mine, ahead, home=home, workers=(HostedWorker("g", 20, 0, 0, WORKER.serves),))
     assert dispatch.takes == (("acme", 20),)
     assert "due time" in dispatch.why
     assert plan(mine, ahead, home=home, closed={"acme"}) == []
+
+
+def test_of_groups_that_are_due_at_the_same_moment_only_those_leave_that_home_has_no_time_for() -> None:
+    """As those of one call are."""
+    one_call = [group(f"d{n}@auto", due=NOW + 120_000) for n in range(10)]
+    assert leaving(*one_call, home=AtHome(workers=2, rate=0.5)) == [0] * 6 + [10] * 4
+    assert leaving(group("d", due=NOW + 120_000), *one_call, home=AtHome(workers=2, rate=0.5)) == [0] * 5 + [10] * 5
 
 
 def test_room_is_filled_and_not_more() -> None:

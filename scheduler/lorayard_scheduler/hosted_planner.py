@@ -75,17 +75,24 @@ def local_groups(groups: Iterable[GroupView]) -> tuple[GroupView, ...]:
     return tuple(g for g in groups if lane_of(g.digest) in ("", "auto"))
 
 
-def overdue_at_home(group: GroupView, groups: Iterable[GroupView], home: AtHome, now: int) -> int:
-    """How many of an `auto` group's jobs would miss its due time at home: those that the jobs queued ahead leave no time for."""
+def overdue_at_home(groups: Iterable[GroupView], home: AtHome, now: int) -> dict[tuple[str, str], int]:
+    """Of each `auto` group, by digest and tenant, how many of its jobs would miss its due time at home: those that the jobs queued ahead
+    leave no time for. Of groups that are due at the same moment, as those of one call are, one is ahead of the other and not both."""
+    found, ahead = {}, home.in_flight
+    for group in sorted(local_groups(groups), key=lambda g: (g.due, g.digest, g.tenant)):
+        if lane_of(group.digest) == "auto":
+            found[group.digest, group.tenant] = group.jobs - min(group.jobs, _in_time(group, ahead, home, now))
+        ahead += group.jobs
+    return found
+
+
+def _in_time(group: GroupView, ahead: int, home: AtHome, now: int) -> int:
+    """How many jobs home has time for by the group's due time, when it has done so many others."""
     if not home.workers:
-        return group.jobs
+        return 0
     if home.rate is None:
-        return group.jobs if group.due <= now else 0
-    ahead = home.in_flight + sum(
-        g.jobs for g in local_groups(groups) if g.due <= group.due and (g.digest, g.tenant) != (group.digest, group.tenant)
-    )
-    in_time = home.rate * max(0, group.due - now) / 1000 - ahead
-    return max(0, min(group.jobs, group.jobs - int(max(0.0, in_time))))
+        return 0 if group.due <= now else group.jobs
+    return max(0, int(home.rate * max(0, group.due - now) / 1000 - ahead))
 
 
 def plan_hosted(
@@ -127,13 +134,8 @@ class _State:
         self.now, self.policy, self.pending = now, policy, pending
         self.served = defaultdict(float, served)
         self.groups = {(g.digest, g.tenant): g for g in groups}
-        self.left = {(g.digest, g.tenant): self._may_go(g, groups, home, closed) for g in groups}
-
-    def _may_go(self, group: GroupView, groups: Collection[GroupView], home: AtHome, closed: Collection[str]) -> int:
-        lane = lane_of(group.digest)
-        if lane == "auto":
-            return 0 if group.tenant in closed else overdue_at_home(group, groups, home, self.now)
-        return group.jobs if lane in ("groq", "batch") else 0
+        self.left = {key: g.jobs for key, g in self.groups.items() if lane_of(g.digest) in ("groq", "batch")}
+        self.left |= {key: jobs for key, jobs in overdue_at_home(groups, home, now).items() if key[1] not in closed}
 
     def fill(self, worker: HostedWorker) -> Iterable[Dispatch]:
         room, outstanding = worker.room - worker.held, worker.outstanding
@@ -153,7 +155,7 @@ class _State:
         open_groups = [
             g
             for key, g in self.groups.items()
-            if self.left[key] > 0 and self._is_known(g, worker) and (self._gathered(g) or (room > 0 and not self._gathering(g)))
+            if self.left.get(key, 0) > 0 and self._is_known(g, worker) and (self._gathered(g) or (room > 0 and not self._gathering(g)))
         ]
         if not open_groups:
             return None
