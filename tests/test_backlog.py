@@ -7,7 +7,7 @@ import redis
 from ledger_support import make_entry
 
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.ledger import End, Ledger
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import UNTAKEN_MS, Backlog
@@ -161,6 +161,22 @@ def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: L
     hear(ledger, backlog)
     assert backlog.groups.served("zeta") == backlog.groups.served("acme") == 5_000
     assert store.hget("ly:{main}:served", "zeta") == b"5000"
+
+
+def test_what_has_ended_of_a_batch_is_not_counted_twice(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    """As served, and as still in flight."""
+    ledger.enqueue([make_entry(f"j{n}") for n in range(4)], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info()])
+    carry_out(ledger, backlog)
+    batch, tokens = f"b{backlog.now}-0", backlog.groups.scale.work.tokens
+    hear(ledger, backlog)
+    assert backlog.groups.served("acme") == pytest.approx(4 * tokens, abs=1)
+    taken = ledger.take(batch, "w", "i", 60_000)
+    assert taken is not None
+    ledger.finish(batch, taken.fence, [End(f"acme/j{n}", "succeeded", tokens=10) for n in range(3)])
+    hear(ledger, backlog)
+    assert backlog.groups.served("acme") == pytest.approx(30 + tokens, abs=1)
 
 
 def test_when_a_flood_begins_everyone_begins_level(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:

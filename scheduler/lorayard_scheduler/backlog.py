@@ -43,7 +43,7 @@ class Backlog:
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
         self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
         self._gone: set[str] = set()  # workers that were there, and have jobs
-        self._flying: Counter[str] = Counter()  # jobs at workers, by tenant
+        self._flying: dict[str, float] = {}  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
         self.view = View(self.groups, self.roster)
@@ -104,14 +104,17 @@ class Backlog:
 
     def _fly(self, flights: Sequence[InFlight]) -> None:
         held: dict[str, list[Held]] = defaultdict(list)
-        self._flying = Counter()
+        flying: dict[str, float] = defaultdict(float)
         for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
             due = self._dues.get(flight.batch, 0.0)
             waiting = flight.waiting if due else 0
             held[flight.worker].append(Held(flight.batch, adapter_of(flight.digest), flight.left, waiting=waiting, due=due))
-            self._flying.update(flight.by)
+            left = flight.left / max(1, sum(flight.by.values()))  # what has ended counts as served already
+            for tenant, jobs in flight.by.items():
+                flying[tenant] += left * jobs
             if not flight.taken and self.now - flight.claimed > UNTAKEN_MS:
                 self._doubt(flight)
+        self._flying = flying
         if len(self._dues) > 2 * len(flights) + 100:
             current = {flight.batch for flight in flights}
             self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
