@@ -527,7 +527,8 @@ class Model:
         names[f"group:{digest}:{e.tenant}"] = "its adapter for its tenant"
         if paused := [words for name, words in names.items() if name in self.halted]:
             return f"for a pause of {paused[0]}"
-        return f"behind {self.queue(job.group).index(job)} jobs of its own adapter and tenant"
+        ahead = self.queue(job.group).index(job)
+        return f"behind {ahead} job{'s' * (ahead != 1)} of its own adapter and tenant"
 
     def _stop(self, job: Job) -> None:
         job.leader = ""

@@ -21,10 +21,11 @@ from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler import traces
 from lorayard_scheduler.forecasts import Forecaster, Seen
 from lorayard_scheduler.groups import Groups, Scale
+from lorayard_scheduler.planner import Dispatch, View
 from lorayard_scheduler.planner import Policy as Planning
-from lorayard_scheduler.planner import View
 from lorayard_scheduler.quotes import Forecast, Since, Situation
 from lorayard_scheduler.quoting import Quoting
+from lorayard_scheduler.reasons import held_up
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulator import Fleet, WorkerSpec
 
@@ -94,6 +95,32 @@ def test_the_situation_of_a_job_follows_from_what_is_in_hand_and_what_waits() ->
     assert kind(empty, "a", since=Since(tenant=100_000)) == "flood"
     ahead = [queued.place("b", "t", 120_000.0, now=now, since=Since(group=n)).predicted for n in (0, 10, 100)]
     assert ahead == sorted(set(ahead)), "whoever is farther behind waits longer"
+
+
+def test_what_a_group_waits_for_is_what_its_first_job_does() -> None:
+    """Which is not itself, nor those behind it."""
+    now, scale = 1_000_000.0, Scale(costs=COSTS, workers=1)
+
+    def told(jobs: int, due_in: float, *held: Held, others: int = 0) -> str:
+        groups, forecaster = Groups(scale), Forecaster()
+        groups.put("a", "t", jobs, round(now + due_in), now)
+        if others:
+            groups.put("z", "t", others, round(now + 500), now)
+        forecaster.make(View(groups, Roster([WorkerView("w", COSTS, held)])), now, Planning(), ended=0)
+        return forecaster.dispatched(groups, Dispatch("w", "a", (("t", 1),), ""), now + 2_000, in_hand=True)
+
+    own, busy = Held("b1", "a", 4), (Held("b1", "b", 4), Held("b2", "c", 4))
+    for jobs in (1, 300):
+        assert told(jobs, 100_000.0, own) == told(jobs, 1_000.0, own) == "for room beside what runs of its adapter"
+        for due_in in (1_000.0, 100_000.0):
+            assert told(jobs, due_in, *busy) == "for a switch until a worker has a hand free for another adapter"
+    assert told(300, 1_000.0, own, others=40).startswith("behind ")
+    assert " s of work that is due sooner" in told(300, 1_000.0, *busy, others=40)
+
+
+@pytest.mark.parametrize(("before", "words"), [(0, "for room beside"), (1, "behind 1 job of its own"), (2, "behind 2 jobs of its own")])
+def test_one_job_is_no_jobs(before: int, words: str) -> None:
+    assert held_up(Situation("own", 100.0, before=before), Forecast(0.0)).startswith(words)
 
 
 # -- submitting and polling --------------------------------------------------------------------------------------------------------------

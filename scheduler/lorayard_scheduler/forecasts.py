@@ -203,11 +203,11 @@ class Forecaster:
         return {name: Waits(g.jobs, g.due, self._waiting[name][0]) for name, g in named.items()}
 
     def _note_why(self, groups: Groups, now: float) -> None:
-        """Of groups that have just begun to wait."""
+        """Of groups that have just begun to wait: what their first job does."""
         for group in groups:
             name = f"{group.digest}:{group.tenant.name}"
             if not self._waiting[name][1]:
-                place = self._last.place(group.digest, group.tenant.name, group.due - now, now=now)
+                place = self._last.place(group.digest, group.tenant.name, group.due - now, now=now, before=0)
                 self._waiting[name] = (self._waiting[name][0], held_up(place, self._last))
 
     def _measure(self, now: float, ended: int, job_ms: float, *, busy: bool) -> None:

@@ -219,8 +219,9 @@ class Forecast(msgspec.Struct):
         if queued > self.flood_jobs:
             rivals = [jobs for name, jobs in self.tenants.items() if name != tenant and jobs > self.flood_jobs]
             return self._after("flood", service, queued + sum(min(jobs, queued) for jobs in rivals), len(rivals))
+        sooner = self.due_before(now + target, None if before is None else group) + (before or 0)
         if not self.calm:
-            before_it = self.due_before(now + target) + since.pool
+            before_it = sooner + since.pool
             return self._after(
                 "late" if hand is None else "behind", service, before_it, int(3 * ahead / max(1.0, before_it)), urgency(target)
             )
@@ -237,7 +238,7 @@ class Forecast(msgspec.Struct):
         turn, waited = self.turns.get(level, 0.0), now - group.since if group else 0.0
         part = min(4, int(4 * waited / turn)) if group and turn else -1
         wait = max(turn - waited, 0.1 * turn, since.pool * self.each_ms) + ahead * self.each_ms
-        return Situation("turn", service + wait, part, level, self.due_before(now + target))
+        return Situation("turn", service + wait, part, level, sooner)
 
     def _after(self, kind: str, service: float, jobs: float, size: int, urgency: int = 0) -> Situation:
         return Situation(kind, service + jobs * self.each_ms, size, urgency, jobs)
@@ -246,17 +247,21 @@ class Forecast(msgspec.Struct):
         """How many jobs there are for each place, in steps that double every second time."""
         return min(12, int(2 * math.log2(1 + 4 * (self.flying + sum(self.tenants.values()) + more) / max(1, self.places))))
 
-    def due_before(self, due: float) -> float:
-        """About how many jobs that wait are, of tenants that do not flood."""
+    def due_before(self, due: float, beside: Waits | None = None) -> float:
+        """About how many jobs that wait are, of tenants that do not flood; `beside` those of this group."""
         at = due - self.at
         after = bisect(EDGES_MS, at)
-        if not self.ahead or after == 0:
-            return self.ahead[0] if self.ahead else 0
-        if after == len(EDGES_MS):
-            return self.ahead[-1]
+        if not self.ahead:
+            return 0
+        if after in (0, len(EDGES_MS)):
+            return self._due_by(min(after, len(EDGES_MS) - 1), beside)
         low, high = EDGES_MS[after - 1], EDGES_MS[after]
-        few, many = self.ahead[after - 1], self.ahead[after]
+        few, many = self._due_by(after - 1, beside), self._due_by(after, beside)
         return few + (many - few) * (at - low) / (high - low)
+
+    def _due_by(self, edge: int, beside: Waits | None) -> int:
+        jobs = beside.jobs if beside and beside.due - self.at <= EDGES_MS[edge] else 0
+        return max(0, self.ahead[edge] - jobs)
 
     def quote(self, situation: Situation, deadline: float = 0.0, elapsed: float = 0.0) -> Quote:
         """From now on; `deadline` counts from now too (0: none). What is predicted began `elapsed` ago, and has not ended yet."""

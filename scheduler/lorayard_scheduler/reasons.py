@@ -30,17 +30,17 @@ def held_up(place: Situation, forecast: Forecast) -> str:
     What begins so is known to `lorayard.ledger.explained`.
     """
     ahead = f"{place.before * forecast.each_ms / 1000:.1f} s of work"
+    sooner = f"behind {ahead} that is due sooner" if place.before >= 1 else ""
     if place.kind == "flood":
         return f"for its tenant's share, for the tenant has {ahead} queued, and whoever floods comes after all others"
-    if place.kind in ("late", "behind"):
-        return f"behind {ahead} that is due sooner"
-    if place.kind == "own":
-        return (
-            f"behind {place.before:.0f} jobs of its own adapter and tenant" if place.before else "for room beside what runs of its adapter"
-        )
-    if place.kind == "turn":
-        due = f", behind {ahead} that is due sooner," if place.before >= 1 else ""
-        return f"for a switch{due} until a worker has a hand free for another adapter"
+    if place.kind in ("late", "behind") and sooner:
+        return sooner
+    if place.kind == "own" and place.before:
+        return f"behind {place.before:.0f} job{'s' * (place.before != 1)} of its own adapter and tenant"
+    if place.kind in ("own", "behind"):
+        return "for room beside what runs of its adapter"
+    if place.kind in ("turn", "late"):
+        return f"for a switch{f', {sooner},' if sooner else ''} until a worker has a hand free for another adapter"
     return ""
 
 

@@ -674,7 +674,7 @@ local function waits_for(p, job)
   local place = redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
   if not place then return 'until a later time' end
   local paused = is_paused(read_paused(p), job.digest, job.tenant)
-  return paused and 'for a pause of ' .. paused or 'behind ' .. place .. ' jobs of its own adapter and tenant'
+  return paused and 'for a pause of ' .. paused or 'behind ' .. place .. (place == 1 and ' job' or ' jobs') .. ' of its own adapter and tenant'
 end
 
 -- ly_claim P | epoch worker max_outstanding batch digest delivery_ms why, then per tenant: tenant n
