@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 from simulation_support import COSTS, simulate
 
 from lorayard_scheduler.rivals import (
@@ -51,6 +54,15 @@ def test_round_robin_gives_every_adapter_a_turn_however_deep_anothers_queue() ->
     jobs: Jobs = [(0.0, 0, 10, 5)] * 100 + [(1.0, 1, 10, 5), (1.0, 2, 10, 5)]
     outcome = simulate(jobs, RoundRobin(most=8), spec=ONE)
     assert order(outcome)[:19] == [0] * 16 + [1, 2, 0]
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_every_rival_can_begin_with_nothing_fetched(name: str) -> None:
+    make, grid = GRID[name]
+    rng = random.Random(1)
+    jobs = [(rng.uniform(0, 20_000), rng.randrange(6), 20, rng.randint(1, 60)) for _ in range(200)]
+    outcome = simulate(jobs, make(**grid[0]), workers=2, spec=WorkerSpec(COSTS, cold=True))
+    assert all(math.isfinite(end) for end in outcome.ended)
 
 
 def test_lorax_leaves_an_adapter_after_its_cycle_and_not_before() -> None:

@@ -71,6 +71,12 @@ def test_what_a_lost_worker_had_runs_elsewhere_and_ends_once() -> None:
     assert simulate(jobs, Lorayard(), workers=3, failures=failures).ended == simulate(jobs, Lorayard(), workers=3, failures=failures).ended
 
 
+def test_what_contexts_are_bound_to_stays_loaded_however_small_the_cache() -> None:
+    outcome = simulate([(0, i % 6, 20, 50) for i in range(60)], Lorayard(), spec=WorkerSpec(COSTS, contexts=4, adapters_loaded=2))
+    assert all(math.isfinite(end) for end in outcome.ended)
+    assert outcome.loads >= 6
+
+
 def test_every_job_of_any_load_ends_and_the_same_load_ends_the_same_way() -> None:
     mix = traces.Mix(adapters=30, tenants=3, zipf=1.0, shared=10, targets_ms=((0.2, 10_000.0), (0.8, 120_000.0)))
     sizes = [(50, 5), (200, 20), (20, 90)]

@@ -209,7 +209,7 @@ class Lorax(Replicas):
         for adapter in [a for a in since if a not in running]:
             del since[adapter]
         others = [a for a in replica.queues if a not in running]
-        fresh = [a for a in running if not others or now - since[a] < self.cycle_ms]
+        fresh = [a for a in running if not others or now - since.setdefault(a, now) < self.cycle_ms]  # what was fetched begins unseen
         slots = replica.machine.spec.contexts - len(running)
         chosen = replica.oldest(fresh + others if slots else fresh)
         if chosen is not None:

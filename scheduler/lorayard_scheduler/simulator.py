@@ -271,9 +271,8 @@ class Machine:
             return binding
         self.loads += 1
         loaded[adapter] = None
-        if len(loaded) > self.spec.adapters_loaded:
+        if len(loaded) > self.spec.adapters_loaded and (free := [other for other in loaded if other not in self.bound]):  # the others stay
             queued = {batch.adapter for batch in self.queue}
-            free = [other for other in loaded if other not in self.bound]
             del loaded[self._last_wanted([other for other in free if other not in queued] or free)]
         return binding + max(0.0, self.reading.pop(adapter) - now)
 
