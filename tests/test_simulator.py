@@ -77,6 +77,16 @@ def test_what_contexts_are_bound_to_stays_loaded_however_small_the_cache() -> No
     assert outcome.loads >= 6
 
 
+def test_a_worker_that_comes_back_works_again() -> None:
+    jobs = [(10_000.0 * i, 0, 20, 10) for i in range(6)]
+    for scheduler in (Lorayard(), FirstComeFirstServed()):
+        outcome = simulate(jobs, scheduler, failures=[Failure(0, 15_000, 20_000)])
+        waits = [s - a for a, s in zip(outcome.trace.arrivals, outcome.started, strict=True)]
+        assert max(waits[0], waits[1], *waits[4:]) < 500
+        assert 15_000 <= waits[2] < 15_500, "nobody else is there"
+        assert 5_000 <= waits[3] < 5_500
+
+
 def test_every_job_of_any_load_ends_and_the_same_load_ends_the_same_way() -> None:
     mix = traces.Mix(adapters=30, tenants=3, zipf=1.0, shared=10, targets_ms=((0.2, 10_000.0), (0.8, 120_000.0)))
     sizes = [(50, 5), (200, 20), (20, 90)]

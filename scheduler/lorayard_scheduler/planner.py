@@ -66,7 +66,6 @@ class Dispatch:
     digest: str
     takes: tuple[tuple[str, int], ...]
     why: str
-    rank: int = 0
     more: bool = False
     """Of the last: with these carried out and their groups read again, there is more to plan, also where nothing else changes."""
 
@@ -420,7 +419,7 @@ class _Plan:
         seat.load += sum(takes.values())
         seat.given += 1
         seat.hand |= {adapter}
-        return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])), choice.rank)
+        return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])))
 
     def _by_due(self, groups: Sequence[Group], rows: int) -> dict[str, int]:
         """How many jobs of each of these tenants so many rows take: whose are due first; in turns, of those due at the same moment."""

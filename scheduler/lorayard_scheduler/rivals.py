@@ -25,6 +25,9 @@ class _Rival(ABC):
     def ended(self, job: int, machine: Machine, batch: Batch) -> None:  # noqa: B027 — for those that learn
         """Nothing to be learnt."""
 
+    def back(self, machine: Machine) -> None:  # noqa: B027 — they see for themselves which machines are up
+        """Nothing to be done."""
+
     @abstractmethod
     def turn(self) -> None:
         """Give machines what they should have by now."""

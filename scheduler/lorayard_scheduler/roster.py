@@ -14,13 +14,12 @@ from lorayard_scheduler.costs import MUCH, Costs, Temperature
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A batch that a worker has been given, with so many jobs of an adapter that have not ended; `rank` is what its group had then.
-    `waiting` of them have not begun and could be recalled; the most due was due at `due`, ms."""
+    """A batch that a worker has been given, with so many jobs of an adapter that have not ended. `waiting` of them have
+    not begun and could be recalled; the most due was due at `due`, ms."""
 
     batch: str
     digest: str  # the adapter's, without a lane: to a worker, all lanes are alike
     jobs: int
-    rank: int = 0
     waiting: int = 0
     due: float = 0.0
 

@@ -56,7 +56,7 @@ class Lorayard:
             self.roster.drop(view.name)
             self.bound[machine.index] = -1
             return
-        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, b.rank, len(b.jobs) - b.started, b.due) for b in machine.batches])
+        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, len(b.jobs) - b.started, b.due) for b in machine.batches])
         if self.bound[machine.index] != machine.switches:  # what is in memory changes with a switch only
             self.bound[machine.index] = machine.switches
             view.hot = tuple([names[a] for a in machine.bound])
@@ -139,7 +139,7 @@ class Lorayard:
         jobs.sort()
         for _, job in jobs:
             self.charged[job] = self.work.tokens
-        batch = self.fleet.give(machine, adapter, [job for _, job in jobs], dispatch.rank)
+        batch = self.fleet.give(machine, adapter, [job for _, job in jobs])
         batch.due = jobs[0][0]
         self._see(machine)
 
@@ -156,6 +156,10 @@ class Lorayard:
     def lost(self, jobs: Iterable[int], machine: Machine) -> None:
         self._again(jobs)
         self._see(machine)
+
+    def back(self, machine: Machine) -> None:
+        self._see(machine)
+        self.news = True
 
     def _again(self, jobs: Iterable[int]) -> None:
         trace = self.fleet.trace

@@ -57,10 +57,10 @@ class WorkerSpec:
 class Batch:
     """Jobs of one adapter on their way through a worker."""
 
-    __slots__ = ("adapter", "due", "jobs", "left", "number", "rank", "started")
+    __slots__ = ("adapter", "due", "jobs", "left", "number", "started")
 
-    def __init__(self, number: int, adapter: int, jobs: list[int], rank: int = 0) -> None:
-        self.number, self.adapter, self.jobs, self.rank = number, adapter, jobs, rank
+    def __init__(self, number: int, adapter: int, jobs: list[int]) -> None:
+        self.number, self.adapter, self.jobs = number, adapter, jobs
         self.left = len(jobs)
         self.started = 0
         self.due = 0.0  # of its most due job, where the scheduler wants to remember it
@@ -291,6 +291,9 @@ class Scheduler(Protocol):
     def lost(self, jobs: Iterable[int], machine: Machine) -> None:
         """A worker is gone; these jobs wait again."""
 
+    def back(self, machine: Machine) -> None:
+        """It is there again, with nothing in memory."""
+
 
 @dataclass
 class Outcome:
@@ -375,10 +378,10 @@ class Fleet:
             sum(m.worked_ms for m in machines),
         )  # fmt: skip
 
-    def give(self, machine: Machine, adapter: int, jobs: list[int], rank: int = 0) -> Batch:
+    def give(self, machine: Machine, adapter: int, jobs: list[int]) -> Batch:
         """Send a batch to a machine."""
         self._numbers += 1
-        batch = Batch(self._numbers, adapter, jobs, rank)
+        batch = Batch(self._numbers, adapter, jobs)
         before = machine.wakes
         machine.give(batch, self.now)
         if machine.wakes != before:
@@ -387,5 +390,7 @@ class Fleet:
 
     def _trouble(self, machine: Machine, back: bool) -> None:
         machine.up = back
-        if not back:
+        if back:
+            self.scheduler.back(machine)
+        else:
             self.scheduler.lost(machine.clear(), machine)
