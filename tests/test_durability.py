@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import redis
 import structlog
-from benchmarks.sentinels import PASSWORD, Server, Watched, free_port, server, until
+from benchmarks.ports import free_port
+from benchmarks.sentinels import PASSWORD, Server, Watched, server, until
 from fleet_support import FleetProcess, chat
 
 from lorayard import embedded
