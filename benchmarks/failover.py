@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.sentinels import PASSWORD, Server, Watched, free_port, until
+from benchmarks.ports import free_port
+from benchmarks.sentinels import PASSWORD, Server, Watched, until
 from lorayard.errors import Unavailable
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Entry, Ledger

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import eta
+from benchmarks.ports import free_port
 from benchmarks.workloads import vocabulary, write_adapter
-from benchmarks.yard import free_port, until
+from benchmarks.yard import until
 from lorayard import embedded
 from lorayard.adapters import BaseModel
 from lorayard.client import Client

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +13,13 @@ from typing import Any, TypeVar
 
 import redis
 
+from benchmarks.ports import free_port
 from lorayard.embedded import server_binary
 from lorayard.fleet import end_with_parent
 from lorayard.ledger.connection import connect
 
 T = TypeVar("T")
 PASSWORD, SENTINEL_PASSWORD, SERVICE = "p@ss/word", "watch&tell", "yard"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def until(what: Callable[[], T], timeout_s: float = 30.0, *, every_s: float = 0.02) -> T:

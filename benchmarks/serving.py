@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import msgspec
 
+from benchmarks.ports import free_port
 from benchmarks.workloads import CONTEXT, Job, Workload
-from benchmarks.yard import free_port, until
+from benchmarks.yard import until
 from lorayard import embedded
 from lorayard.client import Client
 from lorayard.fleet import Fleet

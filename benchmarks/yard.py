@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from benchmarks.ports import free_port
 from lorayard import embedded
 from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.adapters.manifest import PUBLIC
@@ -44,12 +44,6 @@ def until(what: Callable[[], Any], timeout_s: float, *, every_s: float = 0.02) -
             raise TimeoutError(f"waited {timeout_s:.0f} s in vain")
         time.sleep(every_s)
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def job(i: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 import uvicorn
+from benchmarks.ports import free_port
 
 from lorayard.celery_app import make_app
 from lorayard.ledger.connection import connect
@@ -28,12 +28,6 @@ ANSWER = {
     "object": "chat.completion",
     "choices": [{"index": 0, "message": {"role": "assistant", "content": "seven"}, "finish_reason": "stop"}],
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def job(text: str = "How many?", **fields: Any) -> dict[str, Any]:

@@ -11,13 +11,16 @@ import redis
 from api_support import Api
 from api_support import serving as serving_api
 from hosted_service import Running, serving
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from yard_support import Yard, yard_of
 
 from lorayard import embedded
 from lorayard.ledger.connection import connect
 from lorayard.settings import Settings
 
+# How long an example takes is the machine's business.
+settings.register_profile("lorayard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lorayard")
 settings.register_profile("hunt", phases=[Phase.generate], database=None)  # for mutants: the first failure is enough
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before llama.cpp is loaded into this process: its threads would spin

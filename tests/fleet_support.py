@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from benchmarks.ports import free_port
 
 from lorayard import embedded
 from lorayard.client import Client
@@ -64,12 +65,6 @@ def until(what: Callable[[], T], timeout_s: float = 60.0, *, every_s: float = 0.
         assert time.monotonic() < give_up, f"waited {timeout_s:.0f} s in vain for {what}"
         time.sleep(every_s)
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def chat(text: str, *, adapter: str | None = None, job_id: str | None = None, **options: Any) -> dict[str, Any]:

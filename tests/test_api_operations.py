@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from api_support import Api, job
+import redis
+from api_support import Api, job, serving
 from test_api import error
 from test_cli import Cli, fails
 
@@ -194,10 +196,17 @@ def test_pause_and_resume_as_commands(command: Cli) -> None:
 # -- memory ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_nearly_full_takes_no_more_jobs_and_says_when_to_come_again(api: Api) -> None:
-    store = api.ledger.client
+def test_a_server_that_is_nearly_full_takes_no_more_jobs_and_says_when_to_come_again(
+    store: redis.Redis, redis_url: str, tmp_path: Path
+) -> None:
+    with serving(redis_url, tmp_path, max_memory=0.2) as api:  # far from what the server itself would refuse, and from what it may free
+        api.new_keys()
+        _is_full_and_then_not(api, store)
+
+
+def _is_full_and_then_not(api: Api, store: redis.Redis) -> None:
     before = str(store.config_get("maxmemory")["maxmemory"])
-    store.config_set("maxmemory", int(int(store.info("memory")["used_memory"]) / 0.9))
+    store.config_set("maxmemory", 2 * int(store.info("memory")["used_memory"]))
     try:
         reply = api.call("POST", "/v1/jobs", json=job())
         assert "maxmemory" in error(reply, 503, "ledger_full")["message"]

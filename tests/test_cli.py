@@ -20,7 +20,8 @@ from unittest import mock
 import pytest
 import redis
 import typer
-from api_support import EXAMPLES, Api, free_port, job, serving
+from api_support import EXAMPLES, Api, job, serving
+from benchmarks.ports import free_port
 
 from lorayard import __version__, cli, embedded
 from lorayard.ledger.connection import connect

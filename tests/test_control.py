@@ -92,7 +92,7 @@ def test_a_cancelled_sequence_stops_within_a_decode_step(bench: Callable[..., Be
     one.until("gone", "running")
     assert one.ledger.cancel("acme", ["long"]) == ["cancelled"]
     assert one.ledger.delete("acme", ["gone"]) == ["deleted"]
-    until(lambda: not one.control._held, 1, every_s=0.005)
+    until(lambda: not one.control._held, 10, every_s=0.005)
     one.put(["next"])
     one.dispatch()
     assert one.until("next", "succeeded")["width"] == 1
@@ -106,11 +106,11 @@ def test_an_adapter_that_is_out_of_reach_puts_jobs_off_at_no_cost(bench: Callabl
 
     one = bench(away)
     one.put(["a"], digest="d" * 64)
+    before = one.ledger.snapshot().now
     one.dispatch(digest="d" * 64)
     document = one.until("a", "delayed")
     assert (document["attempts"], document["postponed"]) == (0, 1)
-    now = one.ledger.snapshot().now
-    assert 0 < document["not_before_ms"] - now <= 1500
+    assert before + 500 <= document["not_before_ms"] <= one.ledger.snapshot().now + 1500
     one.put(["b"])
     one.dispatch()
     assert answer(one.until("b", "succeeded")), "others go on"
@@ -126,13 +126,14 @@ def test_a_batch_that_keeps_killing_its_process_is_cut_into_smaller_ones(bench: 
         while (poison := one.job("poison"))["attempts"] < attempt:
             feed(one)
         assert poison["status"] == "running"
-        beside.append(sum(one.job(mate)["status"] == "running" for mate in mates))
+        seen = [one.job(mate) for mate in mates]
+        assert attempt > 1 or [mate["attempts"] for mate in seen] == [1] * 7, "all begin at once; some may have ended by now"
+        beside.append(sum(mate["status"] == "running" for mate in seen))
         os.kill(one.control._runner._child.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         until(lambda: one.job("poison")["status"] != "running", 30)
     assert one.until("poison", "failed")["error"]["code"] == "worker_died"
     while not all(one.job(mate)["status"] == "succeeded" for mate in mates):
         feed(one)
-    assert beside[0] == 7
     assert beside[1] <= company(1, 3, 8) - 1 == 2
     assert beside[2] == 0
     assert one.ledger.list_ids("acme", limit=9, dead=True) == ["poison"]

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import redis
-from benchmarks.sentinels import Server, Watched, free_port, server, until
+from benchmarks.ports import free_port
+from benchmarks.sentinels import Server, Watched, server, until
 from fleet_support import FleetProcess, chat
 
 from lorayard.adapters.hosting import Publications

@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 3
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, demo_gguf: Path) -> Iterator[FleetProcess]:
     folder = tmp_path_factory.mktemp("faults")
-    fleet = FleetProcess(folder, demo_gguf, lease_ms=3000, delivery_ms=3000, hang_s=6, n_ctx=4096, width=8, max_attempts=MAX_ATTEMPTS)
+    fleet = FleetProcess(folder, demo_gguf, lease_ms=8000, delivery_ms=3000, hang_s=6, n_ctx=4096, width=8, max_attempts=MAX_ATTEMPTS)
     try:
         fleet.start()
         with fleet.client() as client:
@@ -65,7 +65,7 @@ def test_what_is_killed_comes_back_and_no_job_is_lost(fleet: FleetProcess, role:
     killed_at = time.monotonic()
     killed = fleet.signal(role, signal.SIGKILL)
     if role == "worker":
-        until(lambda: gone(child), 2)
+        until(lambda: gone(child), 10)
     documents = fleet.ended(ids)
     seconds = time.monotonic() - killed_at
     again = until(lambda: (pid := fleet.pid(role)) != killed and pid)
@@ -82,7 +82,7 @@ def test_a_worker_killed_in_mid_decode_takes_its_model_with_it(fleet: FleetProce
         until(lambda: client.job(job_id)["status"] == "running")
         child = fleet.pid("child")
         fleet.signal("worker", signal.SIGKILL)
-        until(lambda: gone(child), 2)
+        until(lambda: gone(child), 10)
         until(lambda: client.job(job_id)["status"] != "running", 20)
         assert client.cancel(job_id)["status"] == "cancelled"
     fleet.assert_settled()

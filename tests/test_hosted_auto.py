@@ -85,13 +85,14 @@ def test_what_would_be_late_at_home_leaves_and_the_rest_stays(yard: Yard, servic
 
 def test_a_hosted_worker_that_is_killed_loses_nothing(yard: Yard, service: Running) -> None:
     hire(yard, "g", "h")
-    service.service.service_s = 0.4
+    service.service.service_s = 2.0
     ids = [f"groq-{n}" for n in range(200)]
     with yard.client("acme") as client:
         client.submit([job(n, "groq") for n in range(200)])
-    until(lambda: service.service.under_way > 4)
+        until(lambda: "g" in {document["worker"] for document in client.jobs(limit=1000, status="running")["data"]})
     yard.members["g"].wanted = False
     os.kill(yard.members["g"].pid, signal.SIGKILL)
+    service.service.service_s = 0.4
     documents = ended(yard, ids)
     assert max(document["attempts"] for document in documents.values()) == 2, "what ran there was begun again, once"
     assert {document["worker"] for document in documents.values()} <= {"g", "h"}

@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from fleet_support import FleetProcess, answer, example_of, free_port, labels, until
+from benchmarks.ports import free_port
+from fleet_support import FleetProcess, answer, example_of, labels, until
 from hosted_service import BASE, KEY, Running, serving
 from hosted_support import Bench, settings_of, tiny_adapter, write_adapter
 

@@ -28,10 +28,13 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl
 
 
 class Http2:
-    """Answers as the stand-in does, after 50 ms; a call whose text is `reset` or `goaway` loses its stream, or everybody the connection."""
+    """Answers as the stand-in does, 50 ms after `together` calls were there at once; a call whose text is `reset` or `goaway` loses its
+    stream, or everybody the connection."""
 
     def __init__(self, tls: ssl.SSLContext) -> None:
         self.connections = self.most_streams = self._streams = 0
+        self.together = 1
+        self._come = asyncio.Condition()
         self._tls = tls
         self._service = Service()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -80,6 +83,9 @@ class Http2:
     async def _answer(self, wire: H2Connection, writer: asyncio.StreamWriter, stream: int, body: dict[str, Any]) -> None:
         self._streams += 1
         self.most_streams = max(self.most_streams, self._streams)
+        async with self._come:
+            self._come.notify_all()
+            await self._come.wait_for(lambda: self.most_streams >= self.together)
         await asyncio.sleep(0.05)
         self._streams -= 1
         text = body["messages"][-1]["content"]
@@ -118,7 +124,10 @@ async def with_client(http2: Http2, calls: list[list[str]]) -> list[list[Reply |
     """Each list of texts at once, one list after the other."""
     async with http2.running() as url:
         client = ChatClient(Settings(hosted_model=BASE, hosted_url=url, hosted_key=KEY))
-        found = [await asyncio.gather(*(ask(client, text) for text in texts)) for texts in calls]
+        found = []
+        for texts in calls:
+            http2.together = len(texts)
+            found.append(await asyncio.gather(*(ask(client, text) for text in texts)))
         await client.close()
     return found
 
@@ -129,7 +138,7 @@ def test_many_calls_at_once_share_few_connections(http2: Http2) -> None:
     for text, answer in zip(texts, answers, strict=True):
         assert isinstance(answer, Reply)
         assert answer.body["choices"][0]["message"]["content"] == f"{BASE} says: {text}"
-    assert http2.most_streams > 50
+    assert http2.most_streams == 150
     assert http2.connections == 2, "a hundred calls each"
 
 

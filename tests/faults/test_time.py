@@ -39,7 +39,7 @@ def _epoch(yard: Yard) -> int:
 @fault(quick=True)
 def test_two_schedulers(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None:
     """Scheduler killed, two schedulers: the other takes over; one that stood still just before it claims, claims nothing any more"""
-    yard, witness = fleet(schedulers=2)
+    yard, witness = fleet(schedulers=2, lease_ms=20_000)  # none lapses, however busy the machine
     ttl_s = yard.settings.leader_ttl_ms / 1000
     with row.judging(yard, witness):
         for _ in range(1 if quick else 6):
@@ -72,14 +72,14 @@ def test_clock_skew(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> 
     library = _libfaketime()
     if library is None:
         pytest.skip("libfaketime is not installed")
-    yard, witness = fleet(workers=0, adapters=False)
+    yard, witness = fleet(workers=0, adapters=False, lease_ms=5000)  # which outlasts a busy machine's stalls
     for name, offset in (("worker-1", "+2h"), ("worker-2", "-2h")):
         yard.worker(name, LD_PRELOAD=str(library), FAKETIME=offset, FAKETIME_DONT_FAKE_MONOTONIC="1", DONT_FAKE_MONOTONIC="1")
         row.injected[f"{offset} on {name}"] += 1
     yard.ready({"worker-1", "worker-2"})
     yard.add_adapters()
     with row.judging(yard, witness):
-        witness.submit([witness.job(ms=5000) for _ in range(40)])  # longer than two leases
+        witness.submit([witness.job(ms=11_000) for _ in range(32)])  # longer than two leases
         witness.submit(witness.jobs(100 if quick else 600))
         witness.wait()
         counts = yard.counts()

@@ -18,7 +18,7 @@ from fleet_support import until
 from faults.report import Row
 from faults.scale import fault
 from faults.witness import Witness
-from faults.yard import Yard
+from faults.yard import QUICK, Yard
 from lorayard.celery_app import worker_queue
 
 Fleet = Callable[..., tuple[Yard, Witness]]
@@ -161,20 +161,27 @@ def test_zombie(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None
 @fault(quick=True)
 def test_slow_batch(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None:
     """Slow batch: longer than three leases and than the visibility timeout (60 s)"""
-    yard, witness = fleet(lease_ms=1500, delivery_ms=1500, haste=quick)
-    ms = 6_000 if quick else 75_000
+    yard, witness = fleet(lease_ms=5000, haste=quick)  # which outlasts a busy machine's stalls
+    ms, places = 16_000 if quick else 75_000, 2 * 16
     with row.judging(yard, witness, timeout_s=200):
-        witness.submit([witness.job(ms=ms) for _ in range(40)])  # some run, some wait on deck
-        row.injected[f"{ms / 1000:g} s a job"] += 40
+        witness.submit([witness.job(ms=ms) for _ in range(places)])
+        until(lambda: _begun(yard) == places, 20)
+        witness.submit([witness.job(ms=100) for _ in range(8)])  # wait on deck as long
+        row.injected[f"{ms / 1000:g} s a job"] += places
     starts = Counter(line.split(" ")[1] for line in yard.runs.read_text().splitlines() if line.startswith("start"))
     assert set(starts.values()) == {1}, "each is run once"
     assert (row.attempts, yard.counts().get("leases_lapsed", 0)) == ({1: 40}, 0)
 
 
+def _begun(yard: Yard) -> int:
+    """How many runs of jobs the models have begun."""
+    return sum(line.startswith("start") for line in yard.runs.read_text().splitlines())
+
+
 @fault(quick=True)
 def test_model_dies(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> None:
     """Model child dies: SIGKILL; the kernel's out-of-memory kill in a control group; an allocation that fails"""
-    yard, witness = fleet()
+    yard, witness = fleet(lease_ms=20_000)  # none lapses, however busy the machine
     with row.judging(yard, witness):
         for _ in range(1 if quick else 6):
             witness.submit(witness.jobs(100, ms=(20, 60)))
@@ -183,7 +190,7 @@ def test_model_dies(row: Row, rng: random.Random, fleet: Fleet, quick: bool) -> 
                 os.kill(yard.child(worker), signal.SIGKILL)
                 row.injected["SIGKILL"] += 1
             killed = time.monotonic()
-            row.recovered(witness.wait() - killed, yard.settings.lease_ms / 1000 + SLACK_S)
+            row.recovered(witness.wait() - killed, QUICK["lease_ms"] / 1000 + SLACK_S)
         for limit in ("allocation",) if quick else ("allocation", "control group"):
             # What it needs once it does not need again; whoever ran beside it is run again.
             hungry = witness.submit([*witness.jobs(40, ms=(20, 60)), *(witness.job(eat=1, ms=500) for _ in range(2))])

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redis
-from fleet_support import free_port, until
+from benchmarks.ports import free_port
+from fleet_support import until
 
 from faults import role
 from faults.child import LOG
