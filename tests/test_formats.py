@@ -125,6 +125,20 @@ def test_tools_are_shown_by_the_template(model: Model, monkeypatch: pytest.Monke
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
 
 
+def test_tools_that_must_not_be_called_are_not_shown(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.__dict__, "chat_template", TEMPLATE)
+    reader = RequestReader(model, n_ctx=512, max_prompt=400)
+    body = {"messages": [{"role": "user", "content": "Rome?"}], "tools": [TOOL], "tool_choice": "none"}
+    request = reader.read(CHAT, json.dumps(body).encode())
+    assert isinstance(request, Request)
+    assert b"".join(model.pieces[token] for token in request.prompt) == b"<user>Rome?<assistant>"
+    said = b'<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    choice = response(request, [Answer(said, "stop", 9, [])], 0, model.pieces)["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", said.decode())
+    with pytest.raises(BadRequest, match="tools"):
+        reader.read(CHAT, json.dumps(body | {"tools": [{"type": "function"}]}).encode())
+
+
 @pytest.mark.parametrize("library", [False, True])
 def test_an_answer_is_taken_back_as_history(model: Model, monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
     """As we write it, and as OpenAI's library does, with every field there is."""

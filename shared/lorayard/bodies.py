@@ -23,7 +23,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("auto",),
     "parallel_tool_calls": (True,),
     "modalities": (["text"],),
 }
@@ -199,6 +199,9 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
         raise BadRequest(f"{endpoint}: workers answer only {', '.join(kinds)}", code="endpoint_unavailable", param="endpoint")
     kind = kinds[endpoint]
     given = {name: value for name, value in fields.items() if value is not None}
+    uncalled = given.get("tool_choice") == "none"
+    if uncalled:
+        del given["tool_choice"]
     if isinstance(given.get("messages"), list):
         given["messages"] = [_said(message) for message in given["messages"]]
     for name, value in list(given.items()):
@@ -222,6 +225,7 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
     _check_format(body)
     if isinstance(body, ChatBody):
         _check_messages(body.messages)
+        body.tools = [] if uncalled else body.tools
     if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("top_logprobs: set logprobs to true with it", param="top_logprobs")
     return body
