@@ -24,7 +24,7 @@ from lorayard.errors import AdapterRejected, LorayardError, SetupError
 from lorayard.settings import Settings
 
 _MiB = 1024 * 1024
-_LOG_ERROR, _LOG_CONTINUED = 3, 5
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # GGML_LOG_LEVEL_ERROR and _CONT of ggml.h
 FILE_TYPES = {"Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "F16": ll.LLAMA_FTYPE_MOSTLY_F16}
 
 _SPLITS = {"none": ll.LLAMA_SPLIT_MODE_NONE, "layer": ll.LLAMA_SPLIT_MODE_LAYER, "row": ll.LLAMA_SPLIT_MODE_ROW}
