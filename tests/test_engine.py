@@ -13,9 +13,12 @@ import gguf
 import numpy as np
 import pytest
 from llama_support import CHAT, alike, finish, item, outcomes, text, work, write_adapter
+from structlog.testing import capture_logs
 
 from lorayard.settings import Settings
+from lorayard_workers.llama import contexts, embeddings, engine
 from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
 
@@ -383,6 +386,40 @@ def test_suspects_run_among_themselves_in_companies_no_larger_than_allowed(
     done = outcomes(one.events)
     assert len(done) == 7
     assert done["alone"].width == 1
+
+
+@pytest.mark.parametrize(("kept", "jobs"), [(0, 330), (55, 230)])
+def test_the_widest_context_there_may_be_runs_full(bench: Callable[..., Bench], kept: int, jobs: int) -> None:
+    """llama.cpp has 256 sequences in one, those of kept beginnings and of prompts computed ahead among them."""
+    one = bench(width=200, n_ctx=4096, prefixes_kept=kept)
+    short: dict[str, Any] = {"endpoint": "/v1/completions", "messages": None, "max_tokens": 3, "logit_bias": {"2": -100}}
+    one.engine.submit(work("b", None, *(item(str(number), "", prompt=[number + 1000], **short) for number in range(jobs))))
+    most = 0
+    while one.engine.step():
+        most = max(most, len(one.engine.active))
+    assert 200 <= most <= 256 - kept
+    assert len(outcomes(one.events)) == jobs
+    assert all(outcome.response for outcome in outcomes(one.events).values())
+
+
+def test_where_a_second_context_finds_no_room_the_first_serves_all(
+    bench: Callable[..., Bench], adapters: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any, **options: Any) -> Context:
+        return Context(*arguments, **options | {"n_seq_max": 1000})  # llama.cpp makes none of so many sequences
+
+    one = bench()
+    one.engine.submit(work("a", None, item("base", "Tell me a story.", max_tokens=20)))
+    one.engine.step()
+    monkeypatch.setattr(contexts, "Context", refused)
+    with capture_logs() as said:
+        assert all(map(text, one.run("b", adapters[0], item("waits", "Say hello.")).values()))
+        assert text(one.run("c", adapters[1], item("idle", "Say hello."))["idle"]), "an idle context serves at once"
+    assert [entry["log_level"] for entry in said] == ["warning"]
+    assert "LORAYARD_CONTEXTS=1" in said[0]["event"]
+    none = bench().run("d", None, item("none", "Say hello."))["none"]
+    assert none.error is not None, "without any context there is nothing to go on with"
+    assert "n_seq_max" in none.error["message"], "llama.cpp's own reason"
 
 
 def test_answers_longer_than_the_cells_allow_all_end(bench: Callable[..., Bench]) -> None:

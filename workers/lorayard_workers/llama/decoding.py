@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lorayard.errors import LorayardError, SetupError
 from lorayard_workers.llama.bindings import LoraAdapter, Model, complaint, said
 
+MOST_SEQUENCES = int(ll.llama_max_parallel_sequences())  # that one context can have
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _KV_TYPES = {"f32": ll.GGML_TYPE_F32, "f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 

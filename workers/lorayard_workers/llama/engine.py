@@ -28,7 +28,7 @@ from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
 from lorayard_workers.llama.costs import Costs, Widths, measure
-from lorayard_workers.llama.decoding import Batch
+from lorayard_workers.llama.decoding import MOST_SEQUENCES, Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.probe import probe
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
@@ -86,8 +86,9 @@ class Engine:
         self.width = self._widths.most
         self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
-        most = self.width + self.width // _AHEAD
-        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=most, n_batch=step_tokens)
+        # of the sequences that llama.cpp has in one context, some are kept beginnings', and one is nobody's
+        self._most = min(self.width + self.width // _AHEAD, MOST_SEQUENCES - settings.prefixes_kept - 1)
+        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self._most, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
@@ -273,7 +274,7 @@ class Engine:
         prompts = sum(len(other.tokens) - other.strand.shared for other in slot.running if other.strand and other.pending > 1)
         company = any(other.company for other in (sequence, *self.active))
         places = self._places(slot)
-        return len(slot.running) < places + places // _AHEAD and prompts < _COMPANY and not company
+        return len(slot.running) < min(places + places // _AHEAD, self._most) and prompts < _COMPANY and not company
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
