@@ -92,7 +92,7 @@ class Engine:
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
-        self._embedder = Embedder(model, emit, longest=limit)
+        self._embedder = Embedder(model, settings, emit, longest=limit)
         self._share = settings.n_ctx // self.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
@@ -143,7 +143,7 @@ class Engine:
         """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""
         self._receive(wait_s)
         self._admit()
-        embedded = self._embedder.step()
+        embedded = self._embedder.step(self._may_embed)
         slot = self._next_slot()
         if slot is None:
             if embedded:
@@ -250,17 +250,31 @@ class Engine:
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a place is left beside what runs. Jobs suspected of having killed a process share the engine with such jobs only."""
+        if sequence.received_ms > self._embedder.held_ms:
+            return False
         active = self.active
-        if not active:
-            return True
-        companies = {other.company for other in active} | {sequence.company}
-        if companies == {0}:
+        beside = [other.company for other in active] + self._embedder.companies
+        if not any(beside) and not sequence.company:
+            if not active:
+                return True
             digest = sequence.adapter.digest if sequence.adapter else BASE_DIGEST
             own = next((slot for slot in self.pool.slots if slot.digest == digest and slot.running), None)
             if own is not None:
                 return len(own.running) < self._places(own)
             return len(active) < min(self._places(slot) for slot in self.pool.slots if slot.running)
-        return len(active) < min(companies | {self.width})
+        return self._suspects_fit(beside, sequence.company)
+
+    def _may_embed(self, job: EmbeddingJob) -> bool:
+        """Whether an embedding may begin beside what runs: as suspects do in `_may_start`, and not before one that came earlier."""
+        first = self._works[0].waiting[0] if self._works else None
+        if first is not None and first.company and first.received_ms < job.received_ms:
+            return False
+        beside = [other.company for other in self.active]
+        return (not any(beside) and not job.item.company) or self._suspects_fit(beside, job.item.company)
+
+    def _suspects_fit(self, beside: list[int], company: int) -> bool:
+        """Whether a job may run beside jobs of these companies, where it or one of them is a suspect."""
+        return not beside or len(beside) < min(*beside, company, self.width)
 
     def _places(self, slot: Slot[Sequence]) -> int:
         """How many sequences of a slot that runs some decode at once."""
