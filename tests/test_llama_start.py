@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llama_cpp as ll
 import msgspec
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lorayard.adapters import BaseModel
 from lorayard.adapters.conversion import changeable
 from lorayard.errors import SetupError
 from lorayard.settings import Settings
-from lorayard_workers.llama import child, process
+from lorayard_workers.llama import bindings, child, process
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Batch, Context
 from lorayard_workers.llama.fallbacks import ways
@@ -178,3 +179,27 @@ def test_a_base_that_no_adapter_fits_is_probed_alone(demo: tuple[Model, Context,
     assert trial(msgspec.structs.replace(base, architecture="mamba")) is None
     probe(model, context, batch, msgspec.structs.replace(base, architecture="mamba"))
     probe(model, context, batch, msgspec.structs.replace(base, n_ff=999))  # as where experts take the place of one network
+
+
+@pytest.mark.parametrize("given", [{"n_gpu_layers": 0, "gpu_split": "row", "main_gpu": 1}, {"gpu_split": "none"}])
+def test_without_the_gpu_no_device_is_as_much_as_started(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    """llama.cpp drops its devices for the main one -1 with no split, and hands no prompts to one without op_offload."""
+    asked: dict[str, int] = {}
+    load, make = ll.llama_model_load_from_file, ll.llama_init_from_model
+
+    def loads(path: bytes, params: Any) -> Any:
+        asked.update(split=params.split_mode, main=params.main_gpu)
+        return load(path, params)
+
+    def makes(model: Any, params: Any) -> Any:
+        asked.update(offload=params.op_offload)
+        return make(model, params)
+
+    monkeypatch.setattr(ll, "llama_model_load_from_file", loads)
+    monkeypatch.setattr(ll, "llama_init_from_model", makes)
+    monkeypatch.setattr(bindings, "has_gpu", lambda: True)
+    model = Model(demo_gguf, Settings(**given))
+    Context(model, n_ctx=256, n_seq_max=1, n_batch=64).close()
+    model.close()
+    expected = {"split": 0, "main": -1, "offload": False} if given.get("n_gpu_layers") == 0 else {"split": 0, "main": 0, "offload": True}
+    assert asked == expected

@@ -134,6 +134,9 @@ class Model:
         params.n_gpu_layers = settings.n_gpu_layers
         params.main_gpu = settings.main_gpu
         params.split_mode = _SPLITS[settings.gpu_split]
+        if settings.n_gpu_layers == 0:  # of no device: else each context starts all, and they compute prompts, wherever the weights lie
+            params.split_mode, params.main_gpu = ll.LLAMA_SPLIT_MODE_NONE, -1
+        self.on_gpu = settings.n_gpu_layers != 0 and has_gpu()
         if len(settings.gpu_shares) > int(ll.llama_max_devices()):
             raise SetupError(f"LORAYARD_GPU_SHARES: {len(settings.gpu_shares)} shares for {ll.llama_max_devices()} devices at most")
         self._shares = (ctypes.c_float * int(ll.llama_max_devices()))(*settings.gpu_shares)
