@@ -203,3 +203,13 @@ def test_without_the_gpu_no_device_is_as_much_as_started(demo_gguf: Path, monkey
     model.close()
     expected = {"split": 0, "main": -1, "offload": False} if given.get("n_gpu_layers") == 0 else {"split": 0, "main": 0, "offload": True}
     assert asked == expected
+
+
+def test_a_gpu_computes_a_call_at_once(demo: tuple[Model, Context, Batch, BaseModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(demo[0], "on_gpu", on_gpu)
+        context = Context(demo[0], n_ctx=1024, n_seq_max=1, n_batch=1024)
+        parts.append(int(ll.llama_n_ubatch(context._handle)))
+        context.close()
+    assert parts == [512, 1024]

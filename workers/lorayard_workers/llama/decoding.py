@@ -98,7 +98,7 @@ class Context:
         params.n_ctx = n_ctx
         params.n_seq_max = n_seq_max
         params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, 512)
+        params.n_ubatch = n_batch if model.on_gpu else min(n_batch, 512)
         params.op_offload = model.on_gpu
         params.n_outputs_max = n_seq_max  # one row of logits a sequence: otherwise room for n_batch rows is reserved
         params.n_threads = params.n_threads_batch = model.threads
