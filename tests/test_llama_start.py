@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gguf
 import llama_cpp as ll
 import msgspec
 import numpy as np
@@ -213,3 +214,61 @@ def test_a_gpu_computes_a_call_at_once(demo: tuple[Model, Context, Batch, BaseMo
         parts.append(int(ll.llama_n_ubatch(context._handle)))
         context.close()
     assert parts == [512, 1024]
+
+
+def _recurrent(path: Path, architecture: str, numbers: dict[str, int], heads: list[int], weights: dict[str, tuple[int, ...]]) -> Path:
+    """A model of one layer, which reads and writes nothing."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("no_vocab")
+    for name, number in numbers.items():
+        writer.add_uint32(f"{architecture}.{name}", number)
+    writer.add_array(f"{architecture}.attention.head_count_kv", heads)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    for name, shape in weights.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SIZES = {"context_length": 64, "vocab_size": 8, "embedding_length": 32, "block_count": 1}
+NORMS = {"token_embd.weight": (8, 32), "blk.0.attn_norm.weight": (32,)}
+MAMBA = {
+    "output_norm.weight": (32,),
+    "blk.0.ssm_in.weight": (128, 32),
+    "blk.0.ssm_conv1d.weight": (64, 4),
+    "blk.0.ssm_conv1d.bias": (64,),
+    "blk.0.ssm_x.weight": (34, 64),
+    "blk.0.ssm_dt.weight": (64, 2),
+    "blk.0.ssm_dt.bias": (64,),
+    "blk.0.ssm_a": (64, 16),
+    "blk.0.ssm_d": (64,),
+    "blk.0.ssm_out.weight": (32, 64),
+}
+LFM2 = {
+    "token_embd_norm.weight": (32,),
+    "blk.0.ffn_norm.weight": (32,),
+    "blk.0.ffn_gate.weight": (32, 32),
+    "blk.0.ffn_up.weight": (32, 32),
+    "blk.0.ffn_down.weight": (32, 32),
+    "blk.0.shortconv.conv.weight": (32, 3),
+    "blk.0.shortconv.in_proj.weight": (96, 32),
+    "blk.0.shortconv.out_proj.weight": (32, 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "numbers", "weights"),
+    [
+        ("mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16, "ssm.time_step_rank": 2}, MAMBA),
+        ("lfm2", {"shortconv.l_cache": 3, "feed_forward_length": 32, "attention.head_count": 4}, LFM2),
+    ],
+)
+def test_models_whose_state_cannot_be_shared_or_cut_are_refused(
+    tmp_path: Path, architecture: str, numbers: dict[str, int], weights: dict[str, tuple[int, ...]]
+) -> None:
+    path = _recurrent(tmp_path / "model.gguf", architecture, SIZES | numbers, [0], NORMS | weights)
+    with pytest.raises(SetupError, match=rf"recurrent.*{architecture}.*LORAYARD_MODEL"):
+        Model(path)

@@ -154,6 +154,11 @@ class Model:
             raise SetupError(f"{path}: llama.cpp cannot load this model: {complaint()}")
         if not ll.llama_model_has_decoder(self.handle) or ll.llama_model_has_encoder(self.handle):
             raise SetupError(f"{path}: not a decoder-only language model; set LORAYARD_MODEL to one")
+        if ll.llama_model_is_recurrent(self.handle) or ll.llama_model_is_hybrid(self.handle):
+            raise SetupError(
+                f"{path}: a recurrent model, or one with recurrent layers ({self.meta('general.architecture')}): what it has read cannot be"
+                " shared between prompts or cut off; set LORAYARD_MODEL to one with attention in all layers"
+            )
         self.vocab = ll.llama_model_get_vocab(self.handle)
         self.n_vocab = int(ll.llama_vocab_n_tokens(self.vocab))
         self.n_embd = int(ll.llama_model_n_embd(self.handle))
