@@ -18,6 +18,7 @@ import openai
 import pytest
 import redis
 from api_support import EXAMPLES, Api, job, serving
+from openai.types.chat import ChatCompletionMessage
 
 from lorayard import embedded
 from lorayard.adapters import BaseModel
@@ -89,6 +90,14 @@ def test_a_bare_job_a_list_and_json_lines_are_accepted(api: Api) -> None:
     document = api.call("GET", f"/v1/jobs/{rows[2]['id']}").json()
     assert (document["status"], document["adapter"], document["response"], document["error"]) == ("delayed", None, None, None)
     assert api.call("POST", "/v1/jobs", json={"jobs": []}).json() == {"jobs": []}
+
+
+def test_an_answer_is_taken_back_as_history(api: Api) -> None:
+    """As OpenAI's library writes it, with every field there is."""
+    answer = ChatCompletionMessage.model_validate({"role": "assistant", "content": "seven", "refusal": None}).model_dump()
+    assert None in answer.values()
+    messages = [{"role": "user", "content": "How many?"}, answer, {"role": "user", "content": "Why?"}]
+    assert [row["status"] for row in api.post(job(request={"messages": messages, "max_tokens": 4}))] == ["queued"]
 
 
 def test_a_refused_job_harms_no_other_and_says_which_and_why(api: Api) -> None:

@@ -13,9 +13,12 @@ import gguf
 import numpy as np
 import pytest
 from llama_support import CHAT, alike, finish, item, outcomes, text, work, write_adapter
+from structlog.testing import capture_logs
 
 from lorayard.settings import Settings
+from lorayard_workers.llama import contexts, embeddings, engine
 from lorayard_workers.llama.bindings import Model
+from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
 
@@ -385,6 +388,40 @@ def test_suspects_run_among_themselves_in_companies_no_larger_than_allowed(
     assert done["alone"].width == 1
 
 
+@pytest.mark.parametrize(("kept", "jobs"), [(0, 330), (55, 230)])
+def test_the_widest_context_there_may_be_runs_full(bench: Callable[..., Bench], kept: int, jobs: int) -> None:
+    """llama.cpp has 256 sequences in one, those of kept beginnings and of prompts computed ahead among them."""
+    one = bench(width=200, n_ctx=4096, prefixes_kept=kept)
+    short: dict[str, Any] = {"endpoint": "/v1/completions", "messages": None, "max_tokens": 3, "logit_bias": {"2": -100}}
+    one.engine.submit(work("b", None, *(item(str(number), "", prompt=[number + 1000], **short) for number in range(jobs))))
+    most = 0
+    while one.engine.step():
+        most = max(most, len(one.engine.active))
+    assert 200 <= most <= 256 - kept
+    assert len(outcomes(one.events)) == jobs
+    assert all(outcome.response for outcome in outcomes(one.events).values())
+
+
+def test_where_a_second_context_finds_no_room_the_first_serves_all(
+    bench: Callable[..., Bench], adapters: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any, **options: Any) -> Context:
+        return Context(*arguments, **options | {"n_seq_max": 1000})  # llama.cpp makes none of so many sequences
+
+    one = bench()
+    one.engine.submit(work("a", None, item("base", "Tell me a story.", max_tokens=20)))
+    one.engine.step()
+    monkeypatch.setattr(contexts, "Context", refused)
+    with capture_logs() as said:
+        assert all(map(text, one.run("b", adapters[0], item("waits", "Say hello.")).values()))
+        assert text(one.run("c", adapters[1], item("idle", "Say hello."))["idle"]), "an idle context serves at once"
+    assert [entry["log_level"] for entry in said] == ["warning"]
+    assert "LORAYARD_CONTEXTS=1" in said[0]["event"]
+    none = bench().run("d", None, item("none", "Say hello."))["none"]
+    assert none.error is not None, "without any context there is nothing to go on with"
+    assert "n_seq_max" in none.error["message"], "llama.cpp's own reason"
+
+
 def test_answers_longer_than_the_cells_allow_all_end(bench: Callable[..., Bench]) -> None:
     one = bench(n_ctx=256, prefill_tokens=32)
     long: dict[str, Any] = {"max_tokens": 100, "logit_bias": {"2": -100}}
@@ -436,3 +473,90 @@ def test_embeddings_are_of_length_one_and_near_for_what_is_alike(bench: Callable
     refused = one.run("c", adapters[0], item("adapter", "", input="x", **asked))["adapter"].error
     assert refused is not None
     assert refused["param"] == "adapter"
+
+
+EMBEDDING: dict[str, Any] = {"messages": None, "max_tokens": None, "temperature": None, "endpoint": "/v1/embeddings"}
+LONG_TEXT = "word " * 220  # of four parts
+
+
+def test_a_long_text_keeps_nobody_waiting(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_PROGRESS_MS", 0.0)
+    one = bench()
+    one.engine.submit(work("a", None, item("story", "Tell me a story.", max_tokens=30, logit_bias={"2": -100})))
+    one.engine.step()
+    (story,) = one.engine.active
+    one.engine.submit(work("b", None, item("gone", "", input=LONG_TEXT, **EMBEDDING), item("text", "", input=LONG_TEXT, **EMBEDDING)))
+    one.engine.step()
+    one.engine.cancel("b", ["gone"])
+    generated, told = story.generated, len([event for event in one.events if isinstance(event, Progress)])
+    while "text" not in outcomes(one.events):
+        one.engine.step()
+    assert story.generated == generated + 4
+    assert len([event for event in one.events if isinstance(event, Progress)]) == told + 4
+    finish(one.engine)
+    done = outcomes(one.events)
+    assert text(done["story"])
+    assert "gone" not in done, "a cancel takes effect between two parts"
+    monkeypatch.setattr(embeddings, "_PART", 512)
+    whole = bench().run("c", None, item("text", "", input=LONG_TEXT, **EMBEDDING))["text"]
+    assert whole.response is not None
+    assert done["text"].response is not None
+    vectors = [np.array(outcome.response["data"][0]["embedding"]) for outcome in (whole, done["text"]) if outcome.response]
+    assert vectors[0] @ vectors[1] > 0.9999
+
+
+def test_embeddings_under_suspicion_keep_to_their_company(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    tell, embed = "Tell me a story.", {"input": LONG_TEXT, **EMBEDDING}
+    one.engine.submit(work("1", None, item("story-1", tell), item("text-1", "", **embed), item("text-alone", "", company=1, **embed)))
+    one.engine.submit(work("2", None, item("alone", tell, company=1), item("story-2", tell), item("text-2", "", **embed)))
+    one.engine.submit(work("3", None, item("pair", tell, company=2), item("text-pair", "", company=2, **embed), item("story-3", tell)))
+    finish(one.engine)
+    running: set[str] = set()
+    together: set[frozenset[str]] = set()
+    for event in one.events:
+        if isinstance(event, Started):
+            running |= set(event.refs)
+            together.add(frozenset(running))
+        elif isinstance(event, Outcome):
+            running.remove(event.ref)
+    for company in together:
+        assert company == {"alone"} or "alone" not in company
+        assert company == {"text-alone"} or "text-alone" not in company
+        assert company <= {"pair", "text-pair"} or not company & {"pair", "text-pair"}
+    assert {"story-1", "text-1"} in together
+    assert {"pair", "text-pair"} in together
+    assert len(outcomes(one.events)) == 9
+
+
+def test_nobody_goes_on_overtaking_an_embedding_that_waits_for_company(bench: Callable[..., Bench]) -> None:
+    one = bench(width=2)
+    one.engine.submit(work("1", None, item("first", "Tell me a story.")))
+    one.engine.step()
+    one.engine.submit(work("2", None, item("text", "", input="x", company=1, **EMBEDDING)))
+    one.engine.step()
+    one.engine.submit(work("3", None, item("later", "Tell me a story.")))
+    finish(one.engine)
+    assert [event.ref for event in one.events if isinstance(event, Outcome)] == ["first", "text", "later"]
+    one.engine.submit(work("4", None, item("next", "Tell me a story.")))
+    one.engine.step()
+    one.engine.submit(work("5", None, item("never", "", input="x", company=1, **EMBEDDING)))
+    one.engine.step()
+    one.engine.submit(work("6", None, item("last", "Tell me a story.")))
+    one.engine.cancel("5", ["never"])
+    one.engine.step()
+    assert [sequence.item.ref for sequence in one.engine.active] == ["next", "last"], "a cancelled one holds nobody up"
+
+
+def test_embeddings_are_computed_with_the_settings(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the worker has found to work."""
+    asked: dict[str, Any] = {}
+
+    def noted(*arguments: Any, **options: Any) -> Context:
+        asked.update(options)
+        return Context(*arguments, **options)
+
+    monkeypatch.setattr(embeddings, "Context", noted)
+    one = bench(flash_attn="off", kv_type="f32")
+    assert one.run("b", None, item("x", "", input="x", **EMBEDDING))["x"].response
+    assert (asked["flash_attn"], asked["kv_type"]) == ("off", "f32")

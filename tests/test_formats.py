@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_support import CHAT, finish, item, outcomes, text, work
+from openai.types.chat import ChatCompletionMessage
 
+from lorayard.bodies import read_body
 from lorayard.errors import BadRequest
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
@@ -121,6 +123,58 @@ def test_tools_are_shown_by_the_template(model: Model, monkeypatch: pytest.Monke
     assert choice["message"]["content"] == "I look."
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+
+def test_tools_that_must_not_be_called_are_not_shown(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.__dict__, "chat_template", TEMPLATE)
+    reader = RequestReader(model, n_ctx=512, max_prompt=400)
+    body = {"messages": [{"role": "user", "content": "Rome?"}], "tools": [TOOL], "tool_choice": "none"}
+    request = reader.read(CHAT, json.dumps(body).encode())
+    assert isinstance(request, Request)
+    assert b"".join(model.pieces[token] for token in request.prompt) == b"<user>Rome?<assistant>"
+    said = b'<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
+    choice = response(request, [Answer(said, "stop", 9, [])], 0, model.pieces)["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", said.decode())
+    with pytest.raises(BadRequest, match="tools"):
+        reader.read(CHAT, json.dumps(body | {"tools": [{"type": "function"}]}).encode())
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_an_answer_is_taken_back_as_history(model: Model, monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """As we write it, and as OpenAI's library does, with every field there is."""
+    monkeypatch.setitem(model.__dict__, "chat_template", TEMPLATE)
+    reader = RequestReader(model, n_ctx=512, max_prompt=400)
+    history: list[dict[str, Any]] = [{"role": "user", "content": "Rome?"}]
+    for said in (b'<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>', b"It is fine."):
+        request = reader.read(CHAT, json.dumps({"messages": history, "tools": [TOOL]}).encode())
+        assert isinstance(request, Request)
+        message = response(request, [Answer(said, "stop", 9, [])], 0, model.pieces)["choices"][0]["message"]
+        history.append(ChatCompletionMessage.model_validate(message).model_dump() if library else message)
+        if calls := message.get("tool_calls"):
+            history.append({"role": "tool", "tool_call_id": calls[0]["id"], "content": "22 degrees"})
+    refusal: dict[str, Any] = {"role": "assistant", "content": None, "refusal": "I had rather not.", "annotations": []}
+    history += [{"role": "user", "content": "Sing."}, refusal, {"role": "user", "content": "Why?", "name": None}]
+    request = reader.read(CHAT, json.dumps({"messages": history}).encode())
+    assert isinstance(request, Request)
+    prompt = b"".join(model.pieces[token] for token in request.prompt).decode()
+    turns = "<user>Rome?<assistant>(weather Rome)<tool>22 degrees<assistant>It is fine.<user>Sing.<assistant>I had rather not.<user>Why?"
+    assert prompt == turns + "<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": "x", "refusal": "no"}, "messages[1].refusal"),
+        ({"role": "assistant", "content": None, "refusal": None}, "messages[1].content"),
+        ({"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]}, "messages[1]"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[1]"),
+        ("x", "messages[1]"),
+    ],
+)
+def test_history_that_says_what_no_template_knows_is_refused(message: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        read_body(CHAT, {"messages": [{"role": "user", "content": "x"}, message]})
+    assert raised.value.param == param
 
 
 @pytest.mark.parametrize("broken", ["<tool_call>{}</tool_call>", '<tool_call>{"name": 1, "arguments": {}}</tool_call>', "<tool_call>{"])

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gguf
+import llama_cpp as ll
 import msgspec
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from lorayard.adapters import BaseModel
 from lorayard.adapters.conversion import changeable
 from lorayard.errors import SetupError
 from lorayard.settings import Settings
-from lorayard_workers.llama import child, process
+from lorayard_workers.llama import bindings, child, process
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Batch, Context
 from lorayard_workers.llama.fallbacks import ways
@@ -178,3 +180,95 @@ def test_a_base_that_no_adapter_fits_is_probed_alone(demo: tuple[Model, Context,
     assert trial(msgspec.structs.replace(base, architecture="mamba")) is None
     probe(model, context, batch, msgspec.structs.replace(base, architecture="mamba"))
     probe(model, context, batch, msgspec.structs.replace(base, n_ff=999))  # as where experts take the place of one network
+
+
+@pytest.mark.parametrize("given", [{"n_gpu_layers": 0, "gpu_split": "row", "main_gpu": 1}, {"gpu_split": "none"}])
+def test_without_the_gpu_no_device_is_as_much_as_started(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    """llama.cpp drops its devices for the main one -1 with no split, and hands no prompts to one without op_offload."""
+    asked: dict[str, int] = {}
+    load, make = ll.llama_model_load_from_file, ll.llama_init_from_model
+
+    def loads(path: bytes, params: Any) -> Any:
+        asked.update(split=params.split_mode, main=params.main_gpu)
+        return load(path, params)
+
+    def makes(model: Any, params: Any) -> Any:
+        asked.update(offload=params.op_offload)
+        return make(model, params)
+
+    monkeypatch.setattr(ll, "llama_model_load_from_file", loads)
+    monkeypatch.setattr(ll, "llama_init_from_model", makes)
+    monkeypatch.setattr(bindings, "has_gpu", lambda: True)
+    model = Model(demo_gguf, Settings(**given))
+    Context(model, n_ctx=256, n_seq_max=1, n_batch=64).close()
+    model.close()
+    expected = {"split": 0, "main": -1, "offload": False} if given.get("n_gpu_layers") == 0 else {"split": 0, "main": 0, "offload": True}
+    assert asked == expected
+
+
+def test_a_gpu_computes_a_call_at_once(demo: tuple[Model, Context, Batch, BaseModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(demo[0], "on_gpu", on_gpu)
+        context = Context(demo[0], n_ctx=1024, n_seq_max=1, n_batch=1024)
+        parts.append(int(ll.llama_n_ubatch(context._handle)))
+        context.close()
+    assert parts == [512, 1024]
+
+
+def _recurrent(path: Path, architecture: str, numbers: dict[str, int], heads: list[int], weights: dict[str, tuple[int, ...]]) -> Path:
+    """A model of one layer, which reads and writes nothing."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("no_vocab")
+    for name, number in numbers.items():
+        writer.add_uint32(f"{architecture}.{name}", number)
+    writer.add_array(f"{architecture}.attention.head_count_kv", heads)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    for name, shape in weights.items():
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SIZES = {"context_length": 64, "vocab_size": 8, "embedding_length": 32, "block_count": 1}
+NORMS = {"token_embd.weight": (8, 32), "blk.0.attn_norm.weight": (32,)}
+MAMBA = {
+    "output_norm.weight": (32,),
+    "blk.0.ssm_in.weight": (128, 32),
+    "blk.0.ssm_conv1d.weight": (64, 4),
+    "blk.0.ssm_conv1d.bias": (64,),
+    "blk.0.ssm_x.weight": (34, 64),
+    "blk.0.ssm_dt.weight": (64, 2),
+    "blk.0.ssm_dt.bias": (64,),
+    "blk.0.ssm_a": (64, 16),
+    "blk.0.ssm_d": (64,),
+    "blk.0.ssm_out.weight": (32, 64),
+}
+LFM2 = {
+    "token_embd_norm.weight": (32,),
+    "blk.0.ffn_norm.weight": (32,),
+    "blk.0.ffn_gate.weight": (32, 32),
+    "blk.0.ffn_up.weight": (32, 32),
+    "blk.0.ffn_down.weight": (32, 32),
+    "blk.0.shortconv.conv.weight": (32, 3),
+    "blk.0.shortconv.in_proj.weight": (96, 32),
+    "blk.0.shortconv.out_proj.weight": (32, 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "numbers", "weights"),
+    [
+        ("mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 64, "ssm.state_size": 16, "ssm.time_step_rank": 2}, MAMBA),
+        ("lfm2", {"shortconv.l_cache": 3, "feed_forward_length": 32, "attention.head_count": 4}, LFM2),
+    ],
+)
+def test_models_whose_state_cannot_be_shared_or_cut_are_refused(
+    tmp_path: Path, architecture: str, numbers: dict[str, int], weights: dict[str, tuple[int, ...]]
+) -> None:
+    path = _recurrent(tmp_path / "model.gguf", architecture, SIZES | numbers, [0], NORMS | weights)
+    with pytest.raises(SetupError, match=rf"recurrent.*{architecture}.*LORAYARD_MODEL"):
+        Model(path)

@@ -23,7 +23,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("auto",),
     "parallel_tool_calls": (True,),
     "modalities": (["text"],),
 }
@@ -122,8 +122,11 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """`refusal` is what the assistant said instead of `content`."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
+    refusal: str | UnsetType = UNSET
     name: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
     tool_call_id: str | UnsetType = UNSET
@@ -132,7 +135,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     def plain(self) -> dict[str, Any]:
         """As chat templates know messages: text content, arguments as objects, and no role that only OpenAI has."""
         parts = self.content if isinstance(self.content, list) else []
-        content = "".join(part.text for part in parts) if parts else self.content or ""
+        content = "".join(part.text for part in parts) if parts else self.content or self.refusal or ""
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         for key in ("name", "tool_call_id"):
             if (value := getattr(self, key)) is not UNSET:
@@ -196,6 +199,11 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
         raise BadRequest(f"{endpoint}: workers answer only {', '.join(kinds)}", code="endpoint_unavailable", param="endpoint")
     kind = kinds[endpoint]
     given = {name: value for name, value in fields.items() if value is not None}
+    uncalled = given.get("tool_choice") == "none"
+    if uncalled:
+        del given["tool_choice"]
+    if isinstance(given.get("messages"), list):
+        given["messages"] = [_said(message) for message in given["messages"]]
     for name, value in list(given.items()):
         if name in kind.__struct_fields__:
             continue
@@ -217,9 +225,17 @@ def read_body(endpoint: str, fields: dict[str, Any]) -> Body:
     _check_format(body)
     if isinstance(body, ChatBody):
         _check_messages(body.messages)
+        body.tools = [] if uncalled else body.tools
     if isinstance(body, ChatBody) and body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("top_logprobs: set logprobs to true with it", param="top_logprobs")
     return body
+
+
+def _said(message: Any) -> Any:
+    """A message without what says nothing: answers come back as history as clients' libraries write them, with all fields there are."""
+    if not isinstance(message, dict):
+        return message
+    return {name: value for name, value in message.items() if value is not None and (name, value) != ("annotations", [])}
 
 
 def _check_format(body: CommonBody) -> None:
@@ -231,9 +247,11 @@ def _check_format(body: CommonBody) -> None:
 def _check_messages(messages: list[Message]) -> None:
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        if message.content is None and not (message.role == "assistant" and (message.tool_calls or message.refusal)):
             raise BadRequest(f"{where}.content: is missing", param=f"{where}.content")
         if message.tool_calls is not UNSET and message.role != "assistant":
             raise BadRequest(f"{where}.tool_calls: only the assistant calls tools", param=f"{where}.tool_calls")
+        if message.refusal is not UNSET and message.role != "assistant":
+            raise BadRequest(f"{where}.refusal: only the assistant refuses", param=f"{where}.refusal")
         if (message.tool_call_id is not UNSET) != (message.role == "tool"):
             raise BadRequest(f"{where}.tool_call_id: goes with the role tool, and with no other", param=f"{where}.tool_call_id")

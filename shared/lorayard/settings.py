@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     max_prompt_tokens: int | None = Field(None, ge=1)  # None: n_ctx, or what the model was trained for, whichever is less
     width: int | None = Field(None, ge=1, le=200)  # sequences decoded at once in a context; None: measured at start-up
     share_prefixes: bool = True  # compute what prompts of one tenant and adapter begin with once
-    prefixes_kept: int = Field(16, ge=0, le=56)  # beginnings of prompts kept in a context while its adapter is hot
+    prefixes_kept: int = Field(16, ge=0, le=55)  # beginnings of prompts kept in a context while its adapter is hot; 256 less width and one
     prefix_share: float = Field(0.25, ge=0, le=0.9)  # part of a context's cells that they may hold
     contexts: int = Field(2, ge=1)
     adapters_loaded: int = Field(32, ge=1)  # in memory, ready to be computed with

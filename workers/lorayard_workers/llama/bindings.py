@@ -24,7 +24,7 @@ from lorayard.errors import AdapterRejected, LorayardError, SetupError
 from lorayard.settings import Settings
 
 _MiB = 1024 * 1024
-_LOG_ERROR, _LOG_CONTINUED = 3, 5
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # GGML_LOG_LEVEL_ERROR and _CONT of ggml.h
 FILE_TYPES = {"Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0, "F16": ll.LLAMA_FTYPE_MOSTLY_F16}
 
 _SPLITS = {"none": ll.LLAMA_SPLIT_MODE_NONE, "layer": ll.LLAMA_SPLIT_MODE_LAYER, "row": ll.LLAMA_SPLIT_MODE_ROW}
@@ -134,6 +134,9 @@ class Model:
         params.n_gpu_layers = settings.n_gpu_layers
         params.main_gpu = settings.main_gpu
         params.split_mode = _SPLITS[settings.gpu_split]
+        if settings.n_gpu_layers == 0:  # of no device: else each context starts all, and they compute prompts, wherever the weights lie
+            params.split_mode, params.main_gpu = ll.LLAMA_SPLIT_MODE_NONE, -1
+        self.on_gpu = settings.n_gpu_layers != 0 and has_gpu()
         if len(settings.gpu_shares) > int(ll.llama_max_devices()):
             raise SetupError(f"LORAYARD_GPU_SHARES: {len(settings.gpu_shares)} shares for {ll.llama_max_devices()} devices at most")
         self._shares = (ctypes.c_float * int(ll.llama_max_devices()))(*settings.gpu_shares)
@@ -151,6 +154,11 @@ class Model:
             raise SetupError(f"{path}: llama.cpp cannot load this model: {complaint()}")
         if not ll.llama_model_has_decoder(self.handle) or ll.llama_model_has_encoder(self.handle):
             raise SetupError(f"{path}: not a decoder-only language model; set LORAYARD_MODEL to one")
+        if ll.llama_model_is_recurrent(self.handle) or ll.llama_model_is_hybrid(self.handle):
+            raise SetupError(
+                f"{path}: a recurrent model, or one with recurrent layers ({self.meta('general.architecture')}): what it has read cannot be"
+                " shared between prompts or cut off; set LORAYARD_MODEL to one with attention in all layers"
+            )
         self.vocab = ll.llama_model_get_vocab(self.handle)
         self.n_vocab = int(ll.llama_vocab_n_tokens(self.vocab))
         self.n_embd = int(ll.llama_model_n_embd(self.handle))

@@ -10,6 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+import structlog
+
+from lorayard.errors import SetupError
 from lorayard.jobs import BASE_DIGEST
 from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
@@ -22,6 +25,8 @@ from lorayard_workers.runner import AdapterFile
 
 Temperature = Literal["hot", "loaded", "disk"]
 S = TypeVar("S")
+
+log = structlog.get_logger("lorayard.llama")
 
 
 @dataclass(eq=False)
@@ -46,7 +51,7 @@ class Switch:
 
 
 class ContextPool(Generic[S]):
-    """Up to `settings.contexts` slots, made when first needed.
+    """Up to `settings.contexts` slots, made when first needed; fewer where there is no memory for as many, but one.
 
     Each bound slot pins its adapter, so there are never more slots than adapters that may be loaded.
     """
@@ -88,21 +93,29 @@ class ContextPool(Generic[S]):
 
     def _idle(self) -> Slot[S] | None:
         if len(self.slots) < self._limit:
-            s = self._settings
-            context = Context(
-                self._model,
-                n_ctx=s.n_ctx,
-                n_seq_max=self._width + s.prefixes_kept,
-                n_batch=self._n_batch,
-                kv_type=s.kv_type,
-                flash_attn=s.flash_attn,
-            )
-            budget = round(s.prefix_share * context.n_ctx)
-            prefixes = Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes)
-            self.slots.append(Slot(context, prefixes))
-            return self.slots[-1]
+            try:
+                self.slots.append(self._new())
+                return self.slots[-1]
+            except SetupError as error:
+                if not self.slots:
+                    raise
+                self._limit = len(self.slots)
+                log.warning(f"no further context; set LORAYARD_CONTEXTS={self._limit}, or a smaller LORAYARD_N_CTX", reason=error.message)
         idle = sorted((slot for slot in self.slots if not slot.running), key=lambda slot: slot.used_at)
         return max(idle, key=lambda slot: self._cache.wanted(slot.digest or ""), default=None)
+
+    def _new(self) -> Slot[S]:
+        s = self._settings
+        context = Context(
+            self._model,
+            n_ctx=s.n_ctx,
+            n_seq_max=self._width + s.prefixes_kept,
+            n_batch=self._n_batch,
+            kv_type=s.kv_type,
+            flash_attn=s.flash_attn,
+        )
+        budget = round(s.prefix_share * context.n_ctx)
+        return Slot(context, Prefixes(context, width=self._width, keepers=s.prefixes_kept, budget=budget, sharing=s.share_prefixes))
 
     def _bind(self, slot: Slot[S], adapter: AdapterFile | None, digest: str) -> Switch:
         self._release(slot)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lorayard.errors import LorayardError, SetupError
 from lorayard_workers.llama.bindings import LoraAdapter, Model, complaint, said
 
+MOST_SEQUENCES = int(ll.llama_max_parallel_sequences())  # that one context can have
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _KV_TYPES = {"f32": ll.GGML_TYPE_F32, "f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 
@@ -82,8 +83,6 @@ class Context:
     `embeddings`: it is for `embed` alone.
     """
 
-    EMBEDDED = 64  # tokens that `embed` computes in one call: each costs a row of logits that nobody reads
-
     def __init__(
         self,
         model: Model,
@@ -99,7 +98,8 @@ class Context:
         params.n_ctx = n_ctx
         params.n_seq_max = n_seq_max
         params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, 512)
+        params.n_ubatch = n_batch if model.on_gpu else min(n_batch, 512)
+        params.op_offload = model.on_gpu
         params.n_outputs_max = n_seq_max  # one row of logits a sequence: otherwise room for n_batch rows is reserved
         params.n_threads = params.n_threads_batch = model.threads
         params.kv_unified = True
@@ -115,6 +115,7 @@ class Context:
         self._memory = ll.llama_get_memory(self._handle)
         self._model = model
         self.n_seq_max = n_seq_max
+        self._n_outputs = int(params.n_outputs_max)
         self.n_batch = n_batch
         self.n_ctx = int(ll.llama_n_ctx(self._handle))
 
@@ -140,7 +141,7 @@ class Context:
 
     def _run(self, batch: Batch) -> None:
         tokens, sequences = batch.used()
-        if not 0 < batch.size <= self.n_batch or batch.outputs > self.n_seq_max:
+        if not 0 < batch.size <= self.n_batch or batch.outputs > self._n_outputs:
             raise ValueError(f"a batch of {batch.size} tokens and {batch.outputs} outputs does not fit the context")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self._model.n_vocab or int(sequences.max()) >= self.n_seq_max:
             raise ValueError("token or sequence id out of range")
@@ -149,19 +150,18 @@ class Context:
         if code != 0:
             raise LorayardError(f"llama_decode returned {code}: {complaint()}", code="decode_failed")
 
-    def embed(self, tokens: list[int], batch: Batch) -> NDArray[np.float32]:
-        """The embedding of a text (n_embd,): the mean of its tokens' last hidden states, of length 1. Clears the context."""
-        total = np.zeros(self._model.n_embd, np.float64)
-        self.clear()
-        for start in range(0, len(tokens), self.EMBEDDED):
-            part = tokens[start : start + self.EMBEDDED]
-            batch.clear()
-            batch.add(0, start, part, want_logits=False)
-            self._run(batch)
-            rows = np.ctypeslib.as_array(ll.llama_get_embeddings(self._handle), (len(part), self._model.n_embd))
-            total += rows.sum(axis=0, dtype=np.float64)
-        self.clear()
-        return (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
+    def embed(self, start: int, part: list[int], batch: Batch) -> NDArray[np.float64]:
+        """The sum (n_embd,) of the last hidden states of a part of a text: its tokens from `start`, before which all have been computed.
+
+        At 0 another text begins: the context is cleared.
+        """
+        if not start:
+            self.clear()
+        batch.clear()
+        batch.add_steps([0] * len(part), list(range(start, start + len(part))), part)
+        self._run(batch)
+        rows = np.ctypeslib.as_array(ll.llama_get_embeddings(self._handle), (len(part), self._model.n_embd))
+        return np.asarray(rows.sum(axis=0, dtype=np.float64))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let `target`, which is empty, have the first `length` cells of `source` too: nothing is computed, nothing moves."""

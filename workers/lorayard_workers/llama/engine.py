@@ -28,7 +28,7 @@ from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
 from lorayard_workers.llama.costs import Costs, Widths, measure
-from lorayard_workers.llama.decoding import Batch
+from lorayard_workers.llama.decoding import MOST_SEQUENCES, Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.probe import probe
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
@@ -86,12 +86,13 @@ class Engine:
         self.width = self._widths.most
         self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
-        most = self.width + self.width // _AHEAD
-        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=most, n_batch=step_tokens)
+        # of the sequences that llama.cpp has in one context, some are kept beginnings', and one is nobody's
+        self._most = min(self.width + self.width // _AHEAD, MOST_SEQUENCES - settings.prefixes_kept - 1)
+        self.pool: ContextPool[Sequence] = ContextPool(model, self.cache, settings, width=self._most, n_batch=step_tokens)
         self._batch = Batch(step_tokens)
         limit = min(settings.n_ctx, model.n_ctx_train)
         self.reader = RequestReader(model, n_ctx=limit, max_prompt=settings.max_prompt_tokens or limit)
-        self._embedder = Embedder(model, emit, longest=limit)
+        self._embedder = Embedder(model, settings, emit, longest=limit)
         self._share = settings.n_ctx // self.width
         self._inbox: queue.SimpleQueue[_Queued | Cancel] = queue.SimpleQueue()
         self._works: deque[_Queued] = deque()
@@ -142,7 +143,7 @@ class Engine:
         """One turn of the loop. Without work, waits up to `wait_s` seconds for some (None: for ever). False if nothing was computed."""
         self._receive(wait_s)
         self._admit()
-        embedded = self._embedder.step()
+        embedded = self._embedder.step(self._may_embed)
         slot = self._next_slot()
         if slot is None:
             if embedded:
@@ -249,17 +250,31 @@ class Engine:
 
     def _may_start(self, sequence: Sequence) -> bool:
         """Whether a place is left beside what runs. Jobs suspected of having killed a process share the engine with such jobs only."""
+        if sequence.received_ms > self._embedder.held_ms:
+            return False
         active = self.active
-        if not active:
-            return True
-        companies = {other.company for other in active} | {sequence.company}
-        if companies == {0}:
+        beside = [other.company for other in active] + self._embedder.companies
+        if not any(beside) and not sequence.company:
+            if not active:
+                return True
             digest = sequence.adapter.digest if sequence.adapter else BASE_DIGEST
             own = next((slot for slot in self.pool.slots if slot.digest == digest and slot.running), None)
             if own is not None:
                 return len(own.running) < self._places(own)
             return len(active) < min(self._places(slot) for slot in self.pool.slots if slot.running)
-        return len(active) < min(companies | {self.width})
+        return self._suspects_fit(beside, sequence.company)
+
+    def _may_embed(self, job: EmbeddingJob) -> bool:
+        """Whether an embedding may begin beside what runs: as suspects do in `_may_start`, and not before one that came earlier."""
+        first = self._works[0].waiting[0] if self._works else None
+        if first is not None and first.company and first.received_ms < job.received_ms:
+            return False
+        beside = [other.company for other in self.active]
+        return (not any(beside) and not job.item.company) or self._suspects_fit(beside, job.item.company)
+
+    def _suspects_fit(self, beside: list[int], company: int) -> bool:
+        """Whether a job may run beside jobs of these companies, where it or one of them is a suspect."""
+        return not beside or len(beside) < min(*beside, company, self.width)
 
     def _places(self, slot: Slot[Sequence]) -> int:
         """How many sequences of a slot that runs some decode at once."""
@@ -273,7 +288,7 @@ class Engine:
         prompts = sum(len(other.tokens) - other.strand.shared for other in slot.running if other.strand and other.pending > 1)
         company = any(other.company for other in (sequence, *self.active))
         places = self._places(slot)
-        return len(slot.running) < places + places // _AHEAD and prompts < _COMPANY and not company
+        return len(slot.running) < min(places + places // _AHEAD, self._most) and prompts < _COMPANY and not company
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
