@@ -32,7 +32,7 @@ from lorayard_workers.llama.decoding import Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.probe import probe
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
-from lorayard_workers.llama.sampling import sample
+from lorayard_workers.llama.sampling import STUCK, sample
 from lorayard_workers.llama.sequence import Sequence, now_ms
 from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progress, Started, Work
 
@@ -356,6 +356,12 @@ class Engine:
 
     def _take(self, rows: list[Sequence], tokens: list[int]) -> None:
         for sequence, token in zip(rows, tokens, strict=True):
+            if sequence.slot is None:  # another answer to its job got stuck in this step
+                continue
+            if token == STUCK:
+                stuck = LorayardError("no token of the model goes on with what response_format asks for", code="grammar_stuck")
+                self._give_up(sequence, stuck)
+                continue
             first = not sequence.generated
             sequence.take(token, self._model.pieces, self._model.end_tokens)
             if first:
@@ -368,6 +374,11 @@ class Engine:
                 if outcome is not None:
                     self.counters.finished += 1
                     self._emit(outcome)
+
+    def _give_up(self, sequence: Sequence, error: LorayardError) -> None:
+        """Its job fails, with all of its answers."""
+        self._forget(sequence.batch, {sequence.item.ref})
+        self._emit(_failure(sequence.batch, sequence.item.ref, error))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its cells to older ones; it is first in the queue, and what it generated stays."""
@@ -384,8 +395,7 @@ class Engine:
         slot.prefixes.bind(slot.prefixes.owner)
         slot.context.clear(data=True)
         if len(suspects) == 1:
-            self._forget(suspects[0].batch, {suspects[0].item.ref})
-            self._emit(_failure(suspects[0].batch, suspects[0].item.ref, error))
+            self._give_up(suspects[0], error)
 
     def _tell_progress(self) -> None:
         when, *known = self._told
@@ -399,5 +409,5 @@ class Engine:
 
 def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:
     """An error as a job's end; what is not the request's or the adapter's fault may go better another time."""
-    retryable = not isinstance(error, BadRequest) and error.code not in ("not_a_number", "unreadable_request")
+    retryable = not isinstance(error, BadRequest) and error.code not in ("not_a_number", "unreadable_request", "grammar_stuck")
     return Outcome(batch, ref, error=error.document(), retryable=retryable)
