@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,22 @@ def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench]
     assert one.engine.counters.preemptions == 0, "nothing failed and was run again"
     assert [ref for ref in done if not alike(alone[ref], done[ref])] == []
     assert max(outcome.width for outcome in done.values()) == 4
+
+
+def test_what_has_been_read_begins_while_the_rest_is_read(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    begun: list[list[str]] = []
+
+    def slowly(ref: str) -> None:
+        one.engine.step()
+        begun.append([ref for event in one.events if isinstance(event, Started) for ref in event.refs])
+        time.sleep(0.06)
+
+    short = [item(f"t/{number}", "Say hello.", max_tokens=4 + number) for number in range(4)]
+    one.engine.submit(work("b", None, *short), slowly)
+    assert begun == [[], ["t/0"], ["t/0", "t/1"], ["t/0", "t/1", "t/2"]]
+    finish(one.engine)
+    assert outcomes(one.events).keys() == {waits.ref for waits in short}
 
 
 def test_prompts_are_computed_ahead_of_their_places(bench: Callable[..., Bench], alone: dict[str, Outcome]) -> None:

@@ -40,6 +40,7 @@ _PROGRESS_MS = 500.0
 _WIDEST = 128  # sequences in one context, where the width is measured
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
 _AHEAD = 2  # for so many places one prompt more may be computed ahead, to fill the next that becomes free
+_READ_MS = 50.0  # for so long requests are read before those that have been may begin
 _COMPANY = 128  # tokens of prompts in one call, from where on more of them make none cheaper
 
 
@@ -51,6 +52,7 @@ class _Queued:
     waiting: deque[Sequence]
     refused: list[Outcome] = field(default_factory=list)
     embeddings: list[EmbeddingJob] = field(default_factory=list)
+    part_of: Work | None = None
 
     @property
     def digest(self) -> str:
@@ -105,10 +107,14 @@ class Engine:
     def submit(self, work: Work, reading: Callable[[str], None] = lambda _ref: None) -> None:
         """Check and tokenize the work's requests, on the caller's thread, and queue them behind those that are queued already.
 
-        `reading` is told each job's ref before its request is looked at: should that crash, it is known whose fault it was.
+        `reading` is told each job's ref before its request is looked at: should that crash, or never end, it is known whose fault it was.
+        What takes long to read is queued in parts.
         """
-        queued = _Queued(work.adapter, deque())
+        queued, since = _Queued(work.adapter, deque(), part_of=work), now_ms()
         for item in work.items:
+            if now_ms() - since > _READ_MS:
+                self._inbox.put(queued)
+                queued, since = _Queued(work.adapter, deque(), part_of=work), now_ms()
             reading(item.ref)
             try:
                 request = self.reader.read(item.endpoint, bytes(item.request))
@@ -122,8 +128,6 @@ class Engine:
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
                 unexpected = LorayardError(f"the request could not be read: {type(error).__name__}", code="unreadable_request")
                 queued.refused.append(_failure(work.batch, item.ref, unexpected))
-        # the longest first, and of those as long the prompts that begin alike one after the other: their beginning is there still
-        queued.waiting = deque(sorted(queued.waiting, key=lambda waits: (-waits.expected, waits.item.tenant, waits.tokens)))
         self._inbox.put(queued)
 
     def cancel(self, batch: str, refs: list[str]) -> None:
@@ -201,8 +205,13 @@ class Engine:
         for outcome in message.refused:
             self._emit(outcome)
         self._embedder.add(message.embeddings)
-        if message.waiting:
-            self._works.append(message)
+        if not message.waiting:
+            return
+        if self._works and self._works[-1].part_of is message.part_of:
+            message.waiting += self._works.pop().waiting
+        # the longest first, and of those as long the prompts that begin alike one after the other: their beginning is there still
+        message.waiting = deque(sorted(message.waiting, key=lambda waits: (-waits.expected, waits.item.tenant, waits.tokens)))
+        self._works.append(message)
 
     def _forget(self, batch: str, refs: set[str]) -> None:
         self._embedder.forget(batch, refs)
