@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 from llama_support import CHAT, alike, finish, item, outcomes, text, work, write_adapter
@@ -20,6 +23,7 @@ from lorayard_workers.llama import contexts, embeddings, engine
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
+from lorayard_workers.llama.requests import EmbeddingRequest, Request
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
 
 QUESTIONS = [
@@ -98,6 +102,22 @@ def test_a_batch_answers_what_each_job_alone_answers(bench: Callable[..., Bench]
     assert one.engine.counters.preemptions == 0, "nothing failed and was run again"
     assert [ref for ref in done if not alike(alone[ref], done[ref])] == []
     assert max(outcome.width for outcome in done.values()) == 4
+
+
+def test_what_has_been_read_begins_while_the_rest_is_read(bench: Callable[..., Bench]) -> None:
+    one = bench()
+    begun: list[list[str]] = []
+
+    def slowly(ref: str) -> None:
+        one.engine.step()
+        begun.append([ref for event in one.events if isinstance(event, Started) for ref in event.refs])
+        time.sleep(0.06)
+
+    short = [item(f"t/{number}", "Say hello.", max_tokens=4 + number) for number in range(4)]
+    one.engine.submit(work("b", None, *short), slowly)
+    assert begun == [[], ["t/0"], ["t/0", "t/1"], ["t/0", "t/1", "t/2"]]
+    finish(one.engine)
+    assert outcomes(one.events).keys() == {waits.ref for waits in short}
 
 
 def test_prompts_are_computed_ahead_of_their_places(bench: Callable[..., Bench], alone: dict[str, Outcome]) -> None:
@@ -234,6 +254,34 @@ def test_weights_that_give_no_numbers_fail_alone_and_leave_no_trace(
         assert error is not None
         assert (error["code"], done[ref].retryable) == ("not_a_number", False)
     assert alike(one.run("base", None, _scored("0", 0))["0"], alone["base 0"]), "the same cells serve the base next"
+
+
+def test_a_stuck_answer_fails_alone_and_changes_nothing_beside_it(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}, "count": {"type": "integer"}}, "required": ["colour"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    asked: dict[str, Any] = {"response_format": wanted, "max_tokens": 30, "logprobs": True, "top_logprobs": 2}
+    mates = [item(f"t/{i}", question, **asked) for i, question in enumerate(QUESTIONS[:2])]
+    alone, one = bench().run("a", None, *mates), bench()
+    read = one.engine.reader.read
+
+    def stuck(endpoint: str, body: bytes) -> Request | EmbeddingRequest:
+        request = read(endpoint, body)
+        if isinstance(request, Request) and request.n == 2:  # goes well until, after a word, no token is such a character
+            sampling = dataclasses.replace(request.sampling, grammar='root ::= "hello" "\\x00"')
+            return msgspec.structs.replace(request, sampling=sampling)
+        return request
+
+    monkeypatch.setattr(one.engine.reader, "read", stuck)
+    done = one.run("b", None, item("acme/bad", "Say hello.", n=2, max_tokens=30), *mates)
+    error = done["acme/bad"].error
+    assert error is not None
+    assert (error["code"], done["acme/bad"].retryable) == ("grammar_stuck", False)
+    for mate in mates:
+        assert alike(alone[mate.ref], done[mate.ref])
+        response = done[mate.ref].response
+        assert response is not None
+        assert len(response["choices"][0]["logprobs"]["content"]) == response["usage"]["completion_tokens"]
+    assert one.engine.counters.preemptions == 0, "nothing was computed twice"
 
 
 def test_stop_strings_work_across_tokens(bench: Callable[..., Bench]) -> None:

@@ -91,6 +91,14 @@ def test_the_grammar_keeps_the_proportions_of_what_it_allows(model: Model) -> No
     assert abs(found.count(digits[0]) / 300 - 0.4) < 0.1
 
 
+def test_a_temperature_next_to_nothing_is_nothing(model: Model) -> None:
+    ways: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1e-50}, {"temperature": 1e-6, "top_p": 0.9}]
+    asking: list[dict[str, Any]] = [{}, {"response_format": {"type": "json_object"}, "max_tokens": 20}]
+    for asked in asking:
+        answers = {text(run(model, item("t/1", "Describe a cat in JSON.", **asked, **way))["t/1"]) for way in ways}
+        assert len(answers) == 1
+
+
 def test_schemas_that_make_no_grammar_are_refused(model: Model) -> None:
     nested: dict[str, Any] = {"type": "object"}
     for _ in range(2000):

@@ -239,6 +239,7 @@ CRASHING = """
         load(self, path, settings, alive)
     def crash_on_poison(self, text):
         if b"poison" in text: signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)  # on this thread, so at once: as real ones come
+        while b"stall" in text: pass
         return tokenize(self, text)
     bindings.Model.__init__, bindings.Model.tokenize = crash_when_repacked, crash_on_poison
     process.main(sys.argv[1:])
@@ -272,6 +273,31 @@ def test_a_request_that_crashes_the_tokenizer_is_known(started: Callable[..., tu
     assert died.reading == "t/2"
     assert sorted(died.running + died.waiting) == ["t/1", "t/2", "t/3"]
     assert "t/2" not in died.running
+
+
+@pytest.mark.usefixtures("crashing")
+def test_a_request_that_is_never_read_to_its_end_is_known_while_others_are_computed(
+    started: Callable[..., tuple[LlamaRunner, Heard, Ready]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_READ_S", 1.5)
+    runner, heard, _ready = started()
+    runner.submit(work("a", None, long("t/0")))
+    heard.until(Started)
+    runner.submit(work("b", None, item("t/1", "Say hello."), item("t/2", "stall")))
+    died = heard.until(Died)
+    assert died.reason.startswith("killed: it read one request for")
+    assert died.reading == "t/2"
+    assert sorted(died.running + died.waiting) == ["t/0", "t/1", "t/2"]
+
+
+@pytest.mark.usefixtures("crashing")
+def test_a_silent_child_is_killed_for_what_it_reads(started: Callable[..., tuple[LlamaRunner, Heard, Ready]]) -> None:
+    runner, heard, _ready = started()
+    runner.submit(work("b", None, item("t/1", "Say hello."), item("t/2", "stall")))
+    time.sleep(process._SLOW_S + 0.5)
+    runner.kill("no progress")
+    died = heard.until(Died)
+    assert (died.reason, died.reading) == ("killed: no progress", "t/2")
 
 
 def test_a_build_that_always_crashes_is_a_setup_error(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

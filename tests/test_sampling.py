@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorayard.errors import LorayardError
 from lorayard_workers.llama.requests import text_of
-from lorayard_workers.llama.sampling import Sampler, SamplingParams, sample
+from lorayard_workers.llama.sampling import STUCK, Row, Sampler, SamplingParams, sample
 
 SHARES = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
 LOGITS = np.log(SHARES).astype(np.float32)
@@ -79,6 +79,56 @@ def test_what_is_not_a_number_is_never_chosen(bad: float) -> None:
     with pytest.raises(LorayardError) as raised:
         sample(rows, [Sampler(SamplingParams()), Sampler(SamplingParams())])
     assert raised.value.code == "not_a_number"
+
+
+class Only:
+    """Lets these tokens through, and ends the test over any other, as llama.cpp would end the process."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens, self.accepted = tokens, list[int]()
+
+    def allows(self, token: int) -> bool:
+        return token in self.tokens
+
+    def masked(self, row: Row) -> Row:
+        kept = np.full_like(row, -np.inf)
+        kept[list(self.tokens)] = row[list(self.tokens)]
+        return kept
+
+    def accept(self, token: int) -> None:
+        assert token in self.tokens
+        self.accepted.append(token)
+
+
+def test_a_row_that_is_stuck_takes_nothing_from_the_others() -> None:
+    ways: list[dict[str, Any]] = [{"seed": 7}, {"seed": 8, "top_k": 4, "frequency_penalty": 1.0}, {"temperature": 0, "top_logprobs": 1}]
+
+    def samplers() -> list[Sampler]:
+        return [Sampler(SamplingParams(**way)) for way in ways]
+
+    alone, beside, stuck = samplers(), samplers(), Sampler(SamplingParams(grammar="root", top_logprobs=0), 1, Only())
+    for _ in range(20):
+        expected = sample(np.stack([LOGITS] * 3), alone)
+        assert sample(np.stack([LOGITS] * 4), [*beside[:2], stuck, beside[2]]) == [*expected[:2], STUCK, expected[2]]
+    assert [len(sampler.logprobs) for sampler in (*beside, stuck)] == [0, 0, 20, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"temperature": 0}, {"temperature": 1e-50}])
+def test_only_what_is_allowed_reaches_the_constraint(options: dict[str, Any]) -> None:
+    """Whatever the numbers come to: at a temperature that is 0 in float32 no weight is one."""
+    only = Only(2)
+    sampler = Sampler(SamplingParams(**{"grammar": "root", **options}), 1, only)
+    with np.errstate(all="ignore"):
+        found = {sample(LOGITS[None], [sampler])[0] for _ in range(50)}
+    assert found <= {2, STUCK}
+    assert found == {2} or options == {"temperature": 1e-50}
+
+
+def test_the_last_share_falls_to_the_last_that_has_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.concatenate([LOGITS, np.full(3, -np.inf, np.float32)])
+    sampler = Sampler(SamplingParams(seed=1))
+    monkeypatch.setattr(sampler, "random", type("", (), {"random": lambda _self: 1.0})())  # as rounding may have it
+    assert sample(row[None], [sampler]) == [4]
 
 
 def test_logprobs_are_of_the_bare_model() -> None:

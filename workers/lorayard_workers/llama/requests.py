@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lorayard.bodies import CHAT, COMPLETION, ChatBody, CommonBody, CompletionBody, EmbeddingBody, read_body
 from lorayard.errors import BadRequest, PromptTooLong, SetupError
 from lorayard_workers.llama.grammar import Grammar, json_grammar
-from lorayard_workers.llama.sampling import Logprob, Sampler, SamplingParams
+from lorayard_workers.llama.sampling import COLDEST, Logprob, Sampler, SamplingParams
 from lorayard_workers.llama.tools import tool_calls
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class RequestReader:
             grammar = json_grammar(None if wanted.json_schema is msgspec.UNSET else wanted.json_schema.schema)
         return SamplingParams(
             grammar=grammar,
-            temperature=fields.temperature,
+            temperature=fields.temperature if fields.temperature >= COLDEST else 0.0,
             top_p=fields.top_p,
             top_k=fields.top_k,
             min_p=fields.min_p,

@@ -13,6 +13,9 @@ from lorayard.errors import LorayardError
 
 Row = NDArray[np.float32]
 _NUCLEUS = 1024  # candidates looked at before the whole vocabulary is sorted for top_p
+COLDEST = 1e-4  # a temperature below is as good as 0, and in float32 soon is 0, which nothing can be divided by
+STUCK = -1
+"""In place of a token: no token fits what the answer must fit."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Constraint(Protocol):
 
     def allows(self, token: int) -> bool: ...
 
-    def masked(self, row: Row) -> Row: ...
+    def masked(self, row: Row) -> Row: ...  # minus infinity for what it does not allow
 
     def accept(self, token: int) -> None: ...
 
@@ -85,7 +88,7 @@ class Sampler:
         return row
 
     def choose(self, row: Row) -> int:
-        """The next token from its logits (n_vocab,).
+        """The next token from its logits (n_vocab,), or `STUCK`.
 
         One that the constraint does not allow is drawn again among those that it does: the result is distributed as if only those had
         been there, and looking at all of them is seldom needed.
@@ -94,7 +97,10 @@ class Sampler:
         token = self._draw(row)
         if self._constraint is not None:
             if not self._constraint.allows(token):
-                token = self._draw(self._constraint.masked(row))
+                row = self._constraint.masked(row)
+                token = self._draw(row) if np.isfinite(row.max()) else STUCK
+                if token == STUCK or not np.isfinite(row[token]):
+                    return STUCK
             self._constraint.accept(token)
         return token
 
@@ -118,7 +124,10 @@ class Sampler:
 
 
 def sample(logits: NDArray[np.float32], samplers: list[Sampler]) -> list[int]:
-    """One token a row of `logits` (rows, n_vocab). Raises `LorayardError` (`not_a_number`) before anything is chosen."""
+    """One token a row of `logits` (rows, n_vocab), or `STUCK` where none fits: the other rows are chosen none the less.
+
+    Raises `LorayardError` (`not_a_number`) before anything is chosen.
+    """
     best = logits.argmax(axis=1)  # a row with a NaN answers where it is
     peaks = logits[np.arange(len(best)), best]
     if not np.isfinite(peaks).all():
@@ -136,16 +145,18 @@ def sample(logits: NDArray[np.float32], samplers: list[Sampler]) -> list[int]:
         if not sampler.plain:
             if not sampler.whole:
                 tokens[i] = sampler.choose(logits[i])
-            sampler.record(tokens[i], logits[i])
+            if tokens[i] != STUCK:
+                sampler.record(tokens[i], logits[i])
         elif sampler.params.top_logprobs is not None:
             sampler.record(tokens[i], logits[i])
     return tokens
 
 
 def _drawn(weights: NDArray[Any], share: float) -> int:
-    """The index at which the sum of the weights passes this share of it."""
+    """The index at which the sum of the weights passes this share of it; never one of no weight."""
     cumulated = np.cumsum(weights, dtype=np.float64)
-    return min(int(np.searchsorted(cumulated, share * cumulated[-1], side="right")), len(weights) - 1)
+    last = np.searchsorted(cumulated, cumulated[-1])  # what follows adds nothing, and rounding may make the share all of it
+    return int(min(np.searchsorted(cumulated, share * cumulated[-1], side="right"), last))
 
 
 def _largest(values: NDArray[Any], count: int) -> NDArray[np.intp]:
