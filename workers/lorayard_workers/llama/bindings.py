@@ -6,6 +6,7 @@ process. One thread at a time may use what is made here, except `Model.tokenize`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -30,6 +31,19 @@ FILE_TYPES = {"Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": ll.LLAMA_FTYPE_MOSTLY_
 _SPLITS = {"none": ll.LLAMA_SPLIT_MODE_NONE, "layer": ll.LLAMA_SPLIT_MODE_LAYER, "row": ll.LLAMA_SPLIT_MODE_ROW}
 
 said: deque[str] = deque(maxlen=4)  # llama.cpp's last complaints: the reason why a call returned NULL
+_listening = False
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """What llama.cpp complains of meanwhile is for the caller to tell, by `complaint`, and is not printed beside that."""
+    global _listening
+    said.clear()
+    _listening = True
+    try:
+        yield
+    finally:
+        _listening = False
 
 
 def _make_log() -> Any:
@@ -43,7 +57,8 @@ def _make_log() -> Any:
         if level == _LOG_ERROR:
             line = text.decode("utf-8", "replace")
             said.append(line.strip())
-            sys.stderr.write(line)
+            if not _listening:
+                sys.stderr.write(line)
 
     return log
 
@@ -148,8 +163,8 @@ class Model:
             return True
 
         params.progress_callback = ll.llama_progress_callback(progress)
-        said.clear()
-        self.handle = ll.llama_model_load_from_file(os.fsencode(path), params)
+        with listening():
+            self.handle = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise SetupError(f"{path}: llama.cpp cannot load this model: {complaint()}")
         if not ll.llama_model_has_decoder(self.handle) or ll.llama_model_has_encoder(self.handle):
@@ -265,9 +280,9 @@ class LoraAdapter:
     """
 
     def __init__(self, model: Model, path: Path) -> None:
-        said.clear()
         self._model = model
-        self.handle = ll.llama_adapter_lora_init(model.handle, os.fsencode(path))
+        with listening():
+            self.handle = ll.llama_adapter_lora_init(model.handle, os.fsencode(path))
         if not self.handle:
             raise AdapterRejected(f"llama.cpp cannot load the adapter: {complaint()}")
 

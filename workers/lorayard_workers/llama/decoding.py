@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorayard.errors import LorayardError, SetupError
-from lorayard_workers.llama.bindings import LoraAdapter, Model, complaint, said
+from lorayard_workers.llama.bindings import LoraAdapter, Model, complaint, listening
 
 MOST_SEQUENCES = int(ll.llama_max_parallel_sequences())  # that one context can have
 _FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -108,8 +108,8 @@ class Context:
         if embeddings:
             params.embeddings, params.pooling_type, params.n_outputs_max = True, ll.LLAMA_POOLING_TYPE_NONE, n_batch
         params.no_perf = True
-        said.clear()
-        self._handle = ll.llama_init_from_model(model.handle, params)
+        with listening():
+            self._handle = ll.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise SetupError(f"no room for a context of {n_ctx} cells ({complaint()}); lower LORAYARD_N_CTX or LORAYARD_CONTEXTS")
         self._memory = ll.llama_get_memory(self._handle)
