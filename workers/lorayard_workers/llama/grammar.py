@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp as ll
 import numpy as np
-from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
+from llama_cpp.llama_grammar import JSON_GBNF
 from numpy.typing import NDArray
 
 from lorayard.errors import BadRequest
+from lorayard.schemas import schema_grammar
 from lorayard_workers.llama.bindings import Model
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-_MOST_BYTES = 100_000  # of a grammar: more takes longer to read than to compute
+_quiet = threading.Lock()
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """llama.cpp prints a grammar that it refuses to stderr, whatever it was told of logs: a tenant's words, in the operator's log.
+
+    What this process writes there meanwhile comes afterwards, but where this ends in an exception: then it may be that.
+    """
+    with _quiet, tempfile.TemporaryFile() as aside:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BadRequest:
+            aside.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            aside.seek(0)
+            sys.stderr.write(aside.read().decode(errors="replace"))
 
 
 def json_grammar(schema: dict[str, Any] | None) -> str:
-    """The grammar of the JSON that fits a schema, or of any JSON object. Raises `BadRequest` that names the field."""
-    if schema is None:
-        return str(JSON_GBNF)
-    try:
-        grammar = str(json_schema_to_gbnf(json.dumps(schema)))
-    except Exception as error:  # the converter meets arbitrary schemas, and raises whatever they lead to
-        text = str(error) if isinstance(error, ValueError | AssertionError) else type(error).__name__
-        raise BadRequest(f"response_format: this schema cannot be made a grammar: {text[:200]}", param="response_format") from None
-    if len(grammar) > _MOST_BYTES:
-        raise BadRequest(f"response_format: the schema makes a grammar of {len(grammar)} characters; simplify it", param="response_format")
-    return grammar
+    """The grammar of the JSON that fits a schema, or of any JSON object. Raises `BadRequest` that names the keyword at fault."""
+    return str(JSON_GBNF) if schema is None else schema_grammar(schema)
 
 
 class Grammar:
@@ -37,9 +56,10 @@ class Grammar:
 
     def __init__(self, model: Model, text: str) -> None:
         self._ends = model.end_tokens
-        self._state: Any = ll.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
-        if not self._state:
-            raise BadRequest("response_format: this schema cannot be made a grammar", param="response_format")
+        with _unheard():
+            self._state: Any = ll.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
+            if not self._state:
+                raise BadRequest("response_format: llama.cpp cannot read this schema's grammar; simplify it", param="response_format")
         self._one = np.zeros(1, _CANDIDATE)
 
     def __del__(self) -> None:
