@@ -235,7 +235,11 @@ for _ in range(2000):
         ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "refers to itself"),
         (DEEP, "nested"),
         ({"enum": ["\ud800"]}, "no valid JSON"),
-        ({"enum": [f"{n:0500}" for n in range(300)]}, "simplify it"),
+        ({"enum": [f"{n:0500}" for n in range(300)]}, "bytes, and at most 100,000 are read"),
+        ({"type": "string", "pattern": "^" + "a" * 90_000 + "$"}, "at most 10,000"),
+        (thing([], **{f"p{n}": {} for n in range(5000)}), "simplify it"),
+        (thing(None, **{f"p{n}": {} for n in range(3500)}), "simplify it"),
+        ({"type": "string", "format": ["date"]}, "schema.format"),
     ],
 )
 def test_what_answers_would_not_keep_to_is_refused_by_name(schema: dict[str, Any], why: str) -> None:

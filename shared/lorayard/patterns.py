@@ -6,10 +6,12 @@ nothing is left out in silence.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
 MOST_REPEATS = 1_999  # of one thing, as llama.cpp has it
+_LONGEST = 10_000  # characters of a pattern
 _DEEPEST = 50  # groups within groups
 _MOST_WAYS = 1_000  # 900 took 0.8 s a token, and eight + within each other 75 s
 _ENDLESS = 6  # what * and + count for among them
@@ -57,6 +59,8 @@ class _Node(NamedTuple):
 
 def pattern_grammar(pattern: str) -> str:
     """GBNF of what stands between the quotes of a JSON string that matches. Raises `PatternError`."""
+    if len(pattern) > _LONGEST:
+        raise PatternError(f"has {len(pattern):,} characters: at most {_LONGEST:,} can be")
     return _Parser(pattern).parse()
 
 
@@ -154,7 +158,7 @@ class _Parser:
             raise PatternError(f"{c} at position {self._at - 1}: stands at the ends only; write \\{c} for the character")
         if c in "*+?{":
             raise PatternError(f"{c} at position {self._at - 1} has nothing to repeat: write \\{c} for the character")
-        return _Node(_in_json([(ord(c), ord(c))]), 1, False)
+        return _Node(_itself(ord(c)), 1, False)
 
     def _group(self) -> _Node:
         if not self._takes("?:") and self._peek() == "?":
@@ -240,6 +244,11 @@ def _in_json(ranges: _Ranges) -> str:
     if not ways:
         raise PatternError("has a [...] or an escape that no character matches")
     return ways[0] if len(ways) == 1 and plain else f"({' | '.join(ways)})"
+
+
+@functools.lru_cache(maxsize=1024)
+def _itself(code: int) -> str:
+    return _in_json([(code, code)])
 
 
 def _quoted(text: str) -> str:

@@ -17,7 +17,7 @@ import msgspec
 from lorayard.errors import BadRequest
 from lorayard.patterns import MOST_REPEATS, PatternError, pattern_grammar
 
-MOST_BYTES = 100_000  # of a grammar: more takes longer to read than to compute
+MOST_BYTES = 100_000  # of a schema, and of its grammar: more takes longer to read than to compute
 _MOST_TOGETHER = 20_000  # of all repetitions: llama.cpp makes rules of each
 _DEEPEST = 64  # schemas within each other
 _MOST_DIGITS = 16  # of a whole number: more are no longer exact everywhere
@@ -67,7 +67,10 @@ _BASIC = "\n".join(
 def schema_grammar(schema: dict[str, Any]) -> str:
     """GBNF, with `root` as its start. Raises `BadRequest` that names the keyword at fault."""
     try:
-        return _converted(msgspec.json.encode(schema))
+        encoded = msgspec.json.encode(schema)
+        if len(encoded) > MOST_BYTES:
+            raise _refusal("schema", f"has {len(encoded):,} bytes, and at most {MOST_BYTES:,} are read; simplify it")
+        return _converted(encoded)
     except RecursionError:
         raise _refusal("schema", "is nested too deep") from None
     except (ValueError, TypeError, OverflowError, msgspec.MsgspecError):  # half a surrogate pair, say
@@ -221,12 +224,13 @@ class _Converter:
             raise _refusal(
                 f"{where}.additionalProperties", "a schema beside properties is not supported; give these a property of their own"
             )
+        needed = frozenset(required)
         after = first = ""  # what may follow where something was written already, and where nothing was
         for name, schema in reversed(properties.items()):
             value = self._visit(schema, f"{where}.properties.{name}")
             member = self._rule(f'{_literal(_as_json(name, where))} ":" space {value}')
             begun, begins = f'"," space {member} {after}', f"{member} {after}"
-            if name in required:
+            if name in needed:
                 after, first = self._rule(begun), self._rule(begins)
             else:
                 after, first = self._or(begun, after), self._or(begins, first)
@@ -260,7 +264,7 @@ class _Converter:
                 where, f"{', '.join(sorted(given))} together are not supported; a pattern can say its length, as ^[a-z]{{2,8}}$ does"
             )
         if "format" in given:
-            if given["format"] not in _FORMATS:
+            if not isinstance(given["format"], str) or given["format"] not in _FORMATS:
                 raise _refusal(f"{where}.format", f"only {', '.join(_FORMATS)} are supported; leave it out, or write a pattern")
             return self._rule(f'"\\"" {given["format"]} "\\""')
         if "pattern" not in given:
