@@ -17,6 +17,7 @@ from lorayard.bodies import CHAT, read_body
 from lorayard.errors import BadRequest
 from lorayard.patterns import PatternError, pattern_grammar
 from lorayard.schemas import schema_grammar
+from lorayard_workers.llama import grammar
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.grammar import Grammar
 
@@ -277,6 +278,20 @@ def test_repetitions_within_each_other_stay_quick(model: Model, pattern: str) ->
             break
         state.accept(int(allowed.argmax()))
     assert time.process_time() - began < 4
+
+
+def test_a_grammar_whose_readings_double_with_every_token_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "_SLOWEST_S", 0.2)
+    inner = [{"type": "array", "items": {"$ref": "#/$defs/n"}, "maxItems": most} for most in (5, 6)]
+    state = Grammar(model, schema_grammar({"$defs": {"n": {"anyOf": inner}}, "$ref": "#/$defs/n"}))
+    row, opening = np.zeros(model.n_vocab, np.float32), model.tokenize(b"[")[-1]
+    for _ in range(20):
+        allowed = state.masked(row)
+        if not np.isfinite(allowed.max()):
+            break
+        state.accept(opening)
+    assert not np.isfinite(allowed.max())
+    assert not state.allows(opening)
 
 
 def test_a_grammar_that_llama_cpp_refuses_is_not_in_the_log(model: Model, capfd: pytest.CaptureFixture[str]) -> None:

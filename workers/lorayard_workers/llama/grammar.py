@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorayard.schemas import schema_grammar
 from lorayard_workers.llama.bindings import Model
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_SLOWEST_S = 3.0  # of one core, for one token: a grammar whose readings double with every token soon takes for ever
 _quiet = threading.Lock()
 
 
@@ -61,6 +63,7 @@ class Grammar:
             if not self._state:
                 raise BadRequest("response_format: llama.cpp cannot read this schema's grammar; simplify it", param="response_format")
         self._one = np.zeros(1, _CANDIDATE)
+        self._slow = False
 
     def __del__(self) -> None:
         if getattr(self, "_state", None):
@@ -70,22 +73,28 @@ class Grammar:
     def allows(self, token: int) -> bool:
         self._one["id"], self._one["logit"] = token, 0.0
         self._apply(self._one)
-        return bool(np.isfinite(self._one["logit"][0]))
+        return not self._slow and bool(np.isfinite(self._one["logit"][0]))
 
     def masked(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (n_vocab,) with minus infinity for all that may not come next, which may be everything."""
+        """Logits (n_vocab,) with minus infinity for all that may not come next: everything, where none may or it took too long to see."""
         candidates = np.zeros(len(row), _CANDIDATE)
         candidates["id"], candidates["logit"] = np.arange(len(row)), row
         self._apply(candidates)
         allowed: NDArray[np.float32] = candidates["logit"].copy()
+        if self._slow:
+            allowed.fill(-np.inf)
         return allowed
 
     def _apply(self, candidates: NDArray[Any]) -> None:
         data = ctypes.cast(candidates.ctypes.data, ll.llama_token_data_p)
         array = ll.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+        began = time.thread_time()
         ll.llama_sampler_apply(self._state, ctypes.byref(array))
+        self._slow = self._slow or time.thread_time() - began > _SLOWEST_S
 
     def accept(self, token: int) -> None:
         """Go on with a token that it allows: any other ends the process."""
         if token not in self._ends:
+            began = time.thread_time()
             ll.llama_sampler_accept(self._state, token)
+            self._slow = time.thread_time() - began > _SLOWEST_S
