@@ -75,10 +75,11 @@ def alike(left: Outcome, right: Outcome) -> bool:
     assert left.response is not None
     assert right.response is not None
     contents = (response["choices"][0]["logprobs"]["content"] for response in (left.response, right.response))
-    for one, other in zip(*contents, strict=False):
+    ours, theirs = contents
+    for one, other in zip(ours, theirs, strict=False):
         if one["token"] != other["token"]:
             first, second = (entry["logprob"] for entry in one["top_logprobs"])
             return bool(first - second < 0.03)
         if abs(one["logprob"] - other["logprob"]) > 0.03:
             return False
-    return True
+    return len(ours) == len(theirs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
 from lorayard_workers.control import Control
+from lorayard_workers.llama import process
 from lorayard_workers.llama.process import LlamaRunner
 from lorayard_workers.retries import backoff_ms, company
 
@@ -138,6 +140,39 @@ def test_a_batch_that_keeps_killing_its_process_is_cut_into_smaller_ones(bench: 
     assert beside[2] == 0
     assert one.ledger.list_ids("acme", limit=9, dead=True) == ["poison"]
     assert max(one.job(mate)["attempts"] for mate in mates) <= 3
+    assert audit(one.ledger) == []
+
+
+STALLING = """
+    import sys
+    from lorayard_workers.llama import bindings, process
+    tokenize = bindings.Model.tokenize
+    def stall_on_poison(self, text):
+        while b"poison" in text: pass
+        return tokenize(self, text)
+    bindings.Model.tokenize = stall_on_poison
+    process.main(sys.argv[1:])
+"""
+
+
+def test_a_request_that_is_never_read_to_its_end_fails_alone(
+    bench: Callable[..., Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stalling_llama.py").write_text(textwrap.dedent(STALLING))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(process, "_MODULE", "stalling_llama")
+    monkeypatch.setattr(process, "_READ_S", 1.5)
+    one = bench()
+    mates = [f"mate-{n}" for n in range(6)]
+    one.put(mates[:3])
+    one.put(["poison"], messages=[{"role": "user", "content": "poison"}])
+    one.put(mates[3:])
+    while not all(one.job(job)["status"] in ("succeeded", "failed") for job in (*mates, "poison")):
+        feed(one)
+    assert one.job("poison")["error"]["code"] == "worker_died"
+    assert {one.job(mate)["status"] for mate in mates} == {"succeeded"}
+    assert one.ledger.list_ids("acme", limit=9, dead=True) == ["poison"]
+    assert max(one.job(mate)["attempts"] for mate in mates) == 1
     assert audit(one.ledger) == []
 
 

@@ -256,6 +256,18 @@ def test_weights_that_give_no_numbers_fail_alone_and_leave_no_trace(
     assert alike(one.run("base", None, _scored("0", 0))["0"], alone["base 0"]), "the same cells serve the base next"
 
 
+def test_an_answer_cut_short_is_not_like_the_whole(alone: dict[str, Outcome]) -> None:
+    whole = alone["base 0"]
+    assert whole.response is not None
+    choice = whole.response["choices"][0]
+    for kept in (0, 1):
+        logprobs = choice["logprobs"] | {"content": choice["logprobs"]["content"][:kept]}
+        cut = msgspec.structs.replace(whole, response=whole.response | {"choices": [choice | {"logprobs": logprobs}]})
+        assert not alike(whole, cut)
+        assert not alike(cut, whole)
+    assert alike(whole, whole)
+
+
 def test_a_stuck_answer_fails_alone_and_changes_nothing_beside_it(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}, "count": {"type": "integer"}}, "required": ["colour"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}

@@ -17,7 +17,7 @@ from lorayard.errors import BadRequest
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.engine import Engine
-from lorayard_workers.llama.grammar import Grammar, json_grammar
+from lorayard_workers.llama.grammar import Grammar
 from lorayard_workers.llama.requests import Answer, Request, RequestReader, response
 from lorayard_workers.llama.sampling import Sampler, SamplingParams, sample
 from lorayard_workers.llama.tools import tool_calls
@@ -97,18 +97,6 @@ def test_a_temperature_next_to_nothing_is_nothing(model: Model) -> None:
     for asked in asking:
         answers = {text(run(model, item("t/1", "Describe a cat in JSON.", **asked, **way))["t/1"]) for way in ways}
         assert len(answers) == 1
-
-
-def test_schemas_that_make_no_grammar_are_refused(model: Model) -> None:
-    nested: dict[str, Any] = {"type": "object"}
-    for _ in range(2000):
-        nested = {"type": "array", "items": nested}
-    for schema in ({"$ref": "#/nowhere"}, {"$ref": "https://example.org/schema.json"}, {"type": "no such type"}, nested):
-        with pytest.raises(BadRequest) as raised:
-            Grammar(model, json_grammar(schema))
-        assert raised.value.param == "response_format"
-    with pytest.raises(BadRequest):
-        Grammar(model, "root ::= broken (")
 
 
 def test_tools_are_shown_by_the_template(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from lorayard.errors import BadRequest
+from lorayard.schemas import schema_grammar
 
 CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _MAX_STOPS = 4
@@ -34,7 +35,7 @@ _Tokens = Annotated[int, Meta(ge=1, le=_INT32)]
 
 
 class JsonSchema(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`strict` is always kept: the grammar lets nothing else through."""
+    """`strict` is always kept: the grammar lets nothing else through (`schemas.py`)."""
 
     name: str
     schema: dict[str, Any]
@@ -242,6 +243,8 @@ def _check_format(body: CommonBody) -> None:
     wanted = body.response_format
     if wanted is not None and (wanted.type == "json_schema") != (wanted.json_schema is not UNSET):
         raise BadRequest("response_format: json_schema goes with the type json_schema, and with no other", param="response_format")
+    if wanted is not None and wanted.json_schema is not UNSET:
+        schema_grammar(wanted.json_schema.schema)
 
 
 def _check_messages(messages: list[Message]) -> None:

@@ -41,6 +41,7 @@ _WIDEST = 128  # sequences in one context, where the width is measured
 _LEAST_CHUNK = 32  # prompt tokens that a step always has room for, however many sequences are decoding
 _AHEAD = 2  # for so many places one prompt more may be computed ahead, to fill the next that becomes free
 _READ_MS = 50.0  # for so long requests are read before those that have been may begin
+_STUCK = "no token of the model goes on with what response_format asks for, or the schema is so ambiguous that to find out takes too long"
 _COMPANY = 128  # tokens of prompts in one call, from where on more of them make none cheaper
 
 
@@ -383,7 +384,7 @@ class Engine:
             if sequence.slot is None:  # another answer to its job got stuck in this step
                 continue
             if token == STUCK:
-                stuck = LorayardError("no token of the model goes on with what response_format asks for", code="grammar_stuck")
+                stuck = LorayardError(_STUCK, code="grammar_stuck")
                 self._give_up(sequence, stuck)
                 continue
             first = not sequence.generated
