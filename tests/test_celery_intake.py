@@ -20,12 +20,13 @@ from celery.result import AsyncResult
 from kombu import Connection
 
 from lorayard import embedded
-from lorayard.celery_app import INFER, INFER_QUEUE, make_app
+from lorayard.celery_app import INFER, INFER_QUEUE, infer_queue, make_app
 from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.celery_intake import CeleryIntake
+from lorayard_scheduler.reconciler import Reconciler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")  # of redis-py, at what Celery calls
 
@@ -216,7 +217,68 @@ def test_jobs_that_end_while_no_scheduler_runs_are_published_by_the_next(intake:
     assert [result.state for result in results] == ["PENDING"] * 3
     intake.start()
     assert {result.get(timeout=20)["status"] for result in results} == {"succeeded"}
-    until(lambda: not intake.ledger.client.scard("ly:{celery}:pending"))
+    until(lambda: not intake.ledger.client.scard("ly:{celery}:pending:main"))
+
+
+@pytest.fixture
+def two_pools(redis_url: str, intake: Intake, tmp_path: Path) -> Iterator[tuple[Intake, Intake]]:
+    """`main` and `other`, which share broker and server; both take tasks by now."""
+    with connect(redis_url) as client:
+        other = Intake(redis_url, open_ledger(client, Settings(state_dir=tmp_path, pool="other")))
+        try:
+            intake.start()
+            other.start(pool="other")
+            until(lambda: client.scard("lorayard.pools") == 2)
+            yield intake, other
+        finally:
+            other.stop()
+
+
+def test_a_task_goes_to_the_pool_it_names_whoever_takes_it(two_pools: tuple[Intake, Intake], producer: Celery) -> None:
+    results = {pool: [send(producer, **job(f"{pool}-{n}", pool=pool)) for n in range(20)] for pool in ("main", "other")}
+    squeezed = producer.send_task(INFER, kwargs=job("squeezed", pool="other"), queue=INFER_QUEUE, compression="zlib")
+    direct = producer.send_task(INFER, kwargs=job("direct"), queue=infer_queue("other"))
+    results["other"] += [squeezed, direct]
+    for pool, one in zip(("main", "other"), two_pools, strict=True):
+        until(lambda one=one, pool=pool: one.ledger.counts().get("queued") == len(results[pool]))  # type: ignore[misc]
+        assert set(run(one.ledger, "default", 99)) == {result.id for result in results[pool]}
+        assert {result.get(timeout=20)["status"] for result in results[pool]} == {"succeeded"}
+    nowhere = send(producer, **job(pool="nowhere"))
+    with pytest.raises(Exception, match="no pool named 'nowhere' here"):
+        nowhere.get(timeout=20)
+
+
+def test_each_pool_publishes_the_ends_of_its_own_tasks(
+    two_pools: tuple[Intake, Intake], producer: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by its sweeps, which find nothing of another's jobs in their ledger and must not take them for deleted."""
+    monkeypatch.setattr("lorayard_scheduler.celery_intake.SWEEP_S", 0.05)
+    results = [send(producer, **job(str(n))) for n in range(40)]
+    until(lambda: sum(one.ledger.counts().get("queued", 0) for one in two_pools) == 40)
+    time.sleep(1)  # sweeps
+    for one in two_pools:
+        if queued := one.ledger.counts().get("queued"):
+            run(one.ledger, "default", queued)
+    assert {result.get(timeout=20)["status"] for result in results} == {"succeeded"}
+
+
+def test_a_tenant_whose_jobs_come_as_tasks_alone_is_known_to_the_reconciler(
+    intake: Intake, producer: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its listing would grow for ever."""
+    monkeypatch.setattr("lorayard_scheduler.reconciler.FORGET_EVERY_S", 0.0)
+    intake.start(celery_tenant="acme")
+    result = send(producer, **job())
+    until(lambda: intake.show(result.id, "acme"))
+    run(intake.ledger, "acme")
+    result.get(timeout=20)
+    intake.stop()
+    client = intake.ledger.client
+    client.delete(f"ly:{{main}}:job:acme/{result.id}")  # as its time to live would
+    client.zadd("ly:{main}:by_tenant:acme", {result.id: 1})
+    assert intake.ledger.list_ids("acme", limit=9) == [result.id]
+    Reconciler(intake.ledger, make_app(intake.url)).sweep()
+    assert intake.ledger.list_ids("acme", limit=9) == []
 
 
 def test_the_tenant_is_a_setting(intake: Intake, producer: Celery) -> None:

@@ -109,6 +109,19 @@ def test_a_reply_that_was_lost_counts_nothing_twice(org: Org, store: redis.Redis
     assert org.spent("2026-11-24") == org.spent("2026-11") == {"acme": 505, "*": 505}
 
 
+def test_a_day_s_tokens_fill_up_though_headers_tell_of_its_requests(store: redis.Redis) -> None:
+    org = Org(store, rates=Rates(tpd=86_400))  # one a second
+    org.install()
+    try:
+        assert org.ask(WANT._replace(tokens=50_000))[0] == 1
+        for n in range(10):
+            org.go(1_000_000)
+            org.learn("b", "head", {"rpd": 1000, "left_requests": 900})
+            assert org.state("b").numbers["left_tokens"] == 36_400 + 1_000 * (n + 1)
+    finally:
+        store.function_delete("lorayard_limits")
+
+
 WILD = ("1e20", "1e300", "-5", "nan", "inf", "-inf", "9223372036854775808", "no number", "")
 
 
@@ -120,8 +133,8 @@ def test_no_number_that_reaches_the_functions_spoils_the_money(org: Org, store: 
     store.fcall("lyl_settle", 1, org.prefix, token + "s", "w", 1, a, b, "acme", "base", c, d, "2026-11-24")
     store.fcall("lyl_hold", 1, org.prefix, token + "h", -1, -1, "n", "acme", a, -1, -1)
     store.fcall("lyl_charge", 1, org.prefix, token + "c", "2026-11-24", "acme", "base", a, b)
-    store.fcall("lyl_learn", 1, org.prefix, "w", "told", "rpm", a, "tpm", b)
-    store.fcall("lyl_learn", 1, org.prefix, "w", "head", "tpm", a, "left_tokens", b, "rpd", c, "left_requests", d)
+    store.fcall("lyl_learn", 1, org.prefix, "w", "told", 0, 0, 0, 0, "rpm", a, "tpm", b)
+    store.fcall("lyl_learn", 1, org.prefix, "w", "head", 0, 0, 0, 0, "tpm", a, "left_tokens", b, "rpd", c, "left_requests", d)
     store.fcall("lyl_block", 1, org.prefix, "x", a, "why")
     for nano in (*org.spent("2026-11").values(), *org.costs("2026-11").values()):
         assert abs(nano) < 1e17

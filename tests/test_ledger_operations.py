@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -161,6 +162,36 @@ def test_a_deleted_job_leaves_no_key_behind(yard: Yard, place: str) -> None:
     assert yard.keys_with("unique") == []
     assert yard.put("unique") == ["queued"], "as if it had never been"
     assert audit(yard.ledger) == []
+
+
+def test_many_jobs_at_many_workers_are_found_with_one_look_at_each_batch(yard: Yard) -> None:
+    ids = [f"j{n}" for n in range(60)]
+    yard.put(*ids)
+    for n in range(20):
+        answer, batch = yard.claim(worker=f"w{n}", takes=[("acme", 3)])
+        assert answer == "ok"
+        taken = yard.ledger.take(batch, f"w{n}", "i", 5000)
+        assert taken is not None
+        yard.ledger.start(batch, taken.fence, [job.ref for job in taken.jobs[:2]])
+    yard.put("waits")
+    yard.client.config_resetstat()
+    shown = yard.ledger.show("acme", [*ids, "nobody", "waits", ids[0]])
+    stats = yard.client.info("commandstats")
+    assert stats["cmdstat_smismember"]["calls"] <= 20
+    assert stats["cmdstat_sismember"]["calls"] <= 61
+    documents = [document for document in shown if document is not None]
+    assert [(d["id"], d["status"], d["worker"]) for d in documents[-2:]] == [("waits", "queued", None), ("j0", "running", "w0")]
+    assert Counter((d["status"], d["attempts"]) for d in documents[:60]) == {("running", 1): 40, ("claimed", 0): 20}
+    assert Counter(d["worker"] for d in documents[:60]) == {f"w{n}": 3 for n in range(20)}
+
+
+def test_more_jobs_than_a_command_of_a_function_may_have_arguments_are_shown(yard: Yard) -> None:
+    ids = [f"j{n}" for n in range(9000)]
+    for start in range(0, 9000, 1000):
+        yard.ledger.enqueue([make_entry(job_id) for job_id in ids[start : start + 1000]], max_queued=10_000)
+    for n in range(3):
+        assert yard.claim(worker=f"w{n}", takes=[("acme", 3000)])[0] == "ok"
+    assert Counter(d and d["worker"] for d in yard.ledger.show("acme", ids)) == {f"w{n}": 3000 for n in range(3)}
 
 
 def test_a_late_result_of_a_deleted_job_is_refused(yard: Yard) -> None:

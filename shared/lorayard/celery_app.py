@@ -34,6 +34,11 @@ def worker_queue(worker: str) -> str:
     return f"lorayard.worker.{worker}"
 
 
+def infer_queue(pool: str) -> str:
+    """Of the tasks for one pool; `INFER_QUEUE` is common to all that use the broker."""
+    return f"{INFER_QUEUE}.{pool}"
+
+
 def make_app(broker_url: str) -> Celery:
     """The Celery application of every role; only JSON is accepted. Raises `SetupError` for a `sentinel://` address that is none."""
     broker_url, options = _through_sentinel(broker_url) if broker_url.startswith(SENTINEL) else (broker_url, {})

@@ -229,14 +229,38 @@ local function all_batches(p)
   return names
 end
 
--- The batch that has a job which is neither queued nor delayed; asked for seldom, so it is looked for among the few there are.
-local function batch_of(p, ref)
+-- The batches that have jobs which are neither queued nor delayed, by ref: {batch, 1 where the job has begun}. They are looked for among
+-- the few there are, in each once for all jobs.
+local MOST_UNPACKED = 4000 -- arguments of one command: Lua has no room for more than some 8,000
+local function batches_of(p, refs)
+  local found = {}
   for _, bid in ipairs(all_batches(p)) do
-    if redis.call('SISMEMBER', p .. 'members:' .. bid, ref) == 1 then
-      return read_batch(p, bid), redis.call('SISMEMBER', p .. 'begun:' .. bid, ref)
+    if #refs == 0 then break end
+    local batch
+    for start = 1, #refs, MOST_UNPACKED do
+      local part = redis.call('SMISMEMBER', p .. 'members:' .. bid, unpack(refs, start, math.min(start + MOST_UNPACKED - 1, #refs)))
+      for i = 1, #part do
+        if part[i] == 1 then
+          batch = batch or read_batch(p, bid)
+          found[refs[start + i - 1]] = { batch, redis.call('SISMEMBER', p .. 'begun:' .. bid, refs[start + i - 1]) }
+        end
+      end
+    end
+    if batch then
+      local left = {}
+      for _, ref in ipairs(refs) do
+        if not found[ref] then left[#left + 1] = ref end
+      end
+      refs = left
     end
   end
-  return NO_BATCH, 0
+  return found
+end
+
+local function batch_of(p, ref)
+  local found = batches_of(p, { ref })[ref]
+  if not found then return NO_BATCH, 0 end
+  return found[1], found[2]
 end
 
 local function close_if_empty(c, bid)
@@ -1149,24 +1173,30 @@ end
 --                          when the batch was claimed, place in the queue (-1: in none), id of the job whose outcome it waits for,
 --                          the last error it came back with (JSON, or nothing)}
 local function show(keys, args)
-  local p, reply = keys[1], {}
-  for _, ref in ipairs(args) do
+  local p, reply, away = keys[1], {}, {}
+  for n, ref in ipairs(args) do
     local value = redis.call('GET', p .. 'job:' .. ref)
     if not value then
-      reply[#reply + 1] = {}
+      reply[n] = {}
     elseif not lives(value) then
-      reply[#reply + 1] = { value }
+      reply[n] = { value }
     else
       local job = parse_job(ref, value)
-      local delayed, batch, begun = redis.call('ZSCORE', p .. 'delayed', ref), NO_BATCH, 0
+      local delayed = redis.call('ZSCORE', p .. 'delayed', ref)
       local place = not delayed and redis.call('ZRANK', p .. 'queue:' .. group_of(job), job.id)
       local leader = job.flag == 'x' and redis.call('HGET', p .. 'follows', ref) or ''
-      if not delayed and not place and leader == '' then batch, begun = batch_of(p, ref) end
       local attempts, laters, why = read_tries(p, ref)
-      local state = batch.submitted and 2 or begun
-      reply[#reply + 1] = { value, batch.id, attempts + begun, state, delayed or '', batch.worker, tonumber(batch.size), batch.why, laters }
-      local known = reply[#reply]
-      known[10], known[11], known[12], known[13] = tonumber(batch.claimed), place or -1, leader, why
+      reply[n] = { value, '', attempts, 0, delayed or '', '', 0, '', laters, 0, place or -1, leader, why }
+      if not delayed and not place and leader == '' then away[#away + 1] = ref end
+    end
+  end
+  local found = batches_of(p, away)
+  for n, ref in ipairs(args) do
+    if found[ref] then
+      local batch, begun = unpack(found[ref])
+      local known = reply[n]
+      known[2], known[3], known[4] = batch.id, known[3] + begun, batch.submitted and 2 or begun
+      known[6], known[7], known[8], known[10] = batch.worker, tonumber(batch.size), batch.why, tonumber(batch.claimed)
     end
   end
   return reply

@@ -276,12 +276,12 @@ local function charge(keys, args)
   end, HELD_MS)
 end
 
--- lyl_learn P | MODEL source, then name value... -> 1. source 'told': rpm tpm rpd tpd of a refusal. 'head': tpm rpd left_tokens left_requests of
--- headers. What others of the organisation use, who are not our workers, shows in what is left.
+-- lyl_learn P | MODEL source rpm tpm rpd tpd, then name value... -> 1. source 'told': rpm tpm rpd tpd of a refusal. 'head': tpm rpd
+-- left_tokens left_requests of headers. What others of the organisation use, who are not our workers, shows in what is left.
 local FOREIGN = 0.1 -- the part of a limit by which the service's count may be ahead of ours: calls under way are counted by each in its own way
 local function learn(keys, args)
   local p, model, at, said = keys[1], args[1], now(), {}
-  for i = 3, #args, 2 do said[args[i]] = bounded(args[i + 1], 1e12) end
+  for i = 7, #args, 2 do said[args[i]] = bounded(args[i + 1], 1e12) end
   local key = p .. args[2] .. ':' .. model
   for _, name in ipairs({ 'rpm', 'tpm', 'rpd', 'tpd' }) do
     if said[name] then redis.call('HSET', key, name, digits(said[name])) end
@@ -293,7 +293,8 @@ local function learn(keys, args)
     if foreign > 0 then write_minute(p, model, digits(math.floor(at / SLOT_MS)), 0, foreign) end
   end
   if said.rpd and said.left_requests then
-    local requests, tokens = read_day(p, model, at, { rpd = said.rpd, tpd = limits(p, model, {}).tpd })
+    local set = { args[3], args[4], args[5], args[6] } -- without them the day's tokens would stay where they were, and count as told now
+    local requests, tokens = read_day(p, model, at, { rpd = said.rpd, tpd = limits(p, model, set).tpd })
     write_day(p, model, at, math.min(requests, said.left_requests), tokens)
   end
   return 1

@@ -194,7 +194,7 @@ class Organisation:
 
     def learn(self, base: str, source: Literal["told", "head"], numbers: dict[str, int]) -> None:
         """What the service said of its limits: `told` in a refusal, or in the headers of an answer (`head`)."""
-        self._call("lyl_learn", base, source, *(value for pair in numbers.items() for value in pair))
+        self._call("lyl_learn", base, source, *self._rates, *(value for pair in numbers.items() for value in pair))
 
     def block(self, base: str, ms: float, why: str) -> None:
         """No call by anyone for so long."""
