@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 from ledger_support import make_entry
@@ -10,6 +12,7 @@ from lorayard.ledger.audit import audit
 from lorayard.ledger.ledger import End, Ledger
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
+from lorayard_scheduler import backlog as backlog_module
 from lorayard_scheduler.backlog import UNTAKEN_MS, Backlog
 from lorayard_scheduler.planner import Policy, plan
 
@@ -130,6 +133,54 @@ def test_what_a_silent_worker_has_not_begun_is_for_others_where_there_are_any(le
     assert carry_out(ledger, backlog) == [("b", "base", 2)]
     assert ledger.take(batch, "a", "i", 60_000) is None, "late, it finds nothing"
     assert audit(ledger) == []
+
+
+def test_what_was_claimed_for_a_worker_that_had_just_vanished_is_for_others(ledger: Ledger, backlog: Backlog) -> None:
+    """In the same turn, so that the batch had not been read yet when the worker was missed."""
+    ledger.enqueue([make_entry("j")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a"), info("b")])
+    assert carry_out(ledger, backlog) == [("a", "base", 1)]
+    batch = f"b{backlog.now}-0"
+    backlog.meet([info("b")])
+    hear(ledger, backlog)
+    assert backlog.forsaken == [batch]
+    assert ledger.recall(epoch=ledger.lead("test", 60_000), batch=batch) == 1
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
+    assert carry_out(ledger, backlog) == [("b", "base", 1)]
+
+
+def test_a_worker_that_hears_no_word_has_two_heartbeats_to_ask_before_it_is_doubted_again(
+    ledger: Ledger, backlog: Backlog, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backlog_module, "UNTAKEN_MS", 20)
+    epoch = ledger.lead("test", 60_000)
+
+    def heartbeat() -> None:
+        seconds, micros = store.time()
+        now = int(seconds) * 1000 + int(micros) // 1000
+        backlog.meet([info("a", seen_ms=now), info("b", seen_ms=now)])
+
+    def left_lying(name: str) -> list[str]:
+        """A batch that a worker does not take; which of its batches are to be taken back."""
+        time.sleep(0.005)  # the heartbeat is over
+        ledger.enqueue([make_entry(name)], max_queued=99)
+        claim = {"digest": "base", "delivery_ms": 60_000, "why": "", "takes": [("acme", 1)]}
+        assert ledger.claim(epoch=epoch, worker="a", most=9, batch=name, **claim) == ("ok", 1)  # type: ignore[arg-type]
+        time.sleep(0.05)
+        hear(ledger, backlog)
+        return backlog.forsaken
+
+    heartbeat()
+    assert left_lying("first") == ["first"]
+    assert ledger.recall(epoch=epoch, batch="first") == 1
+    for name in ("second", "third"):
+        heartbeat()
+        assert left_lying(name) == []
+        assert "a" in backlog.roster.workers
+    heartbeat()
+    assert left_lying("fourth") == ["second", "third", "fourth"], "it had its time"
 
 
 def test_what_a_worker_had_begun_when_it_vanished_is_left_to_its_lease(ledger: Ledger, backlog: Backlog) -> None:

@@ -44,7 +44,8 @@ def test_a_pool_without_local_workers_takes_adapters_for_the_hosted_base(store: 
     registry.beat(WorkerInfo(name="w", pool="main", kind="llama", incarnation="i", host="h", pid=1, ready=True))
     announce_base(settings, ledger)
     assert registry.base("main") == {"names": ["demo"]}, "a local worker that lives knows better"
-    registry.strike_off("main", -1)
+    for worker in registry.workers("main"):
+        registry.strike_off(worker)
     announce_base(Settings(hosted_model=BASE), ledger)
     assert registry.base("main") == {"names": ["demo"]}, "one may come back"
     announce_base(settings, ledger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lorayard.ledger.ledger import End
 from lorayard.ledger.policies import Policies, Policy
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler import traces
+from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.forecasts import Forecaster, Seen
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Dispatch, View
@@ -95,6 +97,17 @@ def test_the_situation_of_a_job_follows_from_what_is_in_hand_and_what_waits() ->
     assert kind(empty, "a", since=Since(tenant=100_000)) == "flood"
     ahead = [queued.place("b", "t", 120_000.0, now=now, since=Since(group=n)).predicted for n in (0, 10, 100)]
     assert ahead == sorted(set(ahead)), "whoever is farther behind waits longer"
+
+
+def test_a_pool_of_unlike_workers_is_quoted_by_what_they_do_and_floods_where_the_planner_says_so() -> None:
+    slow = Costs(4, COSTS.switch_ms, 100.0, {1: 100.0, 4: 160.0}, measured=True)
+    scale = Scale.of(4_000.0, 120_000.0, [COSTS, slow, slow, slow], Work())
+    groups, roster = Groups(scale), Roster([WorkerView("w", COSTS), *(WorkerView(f"s{n}", slow) for n in range(3))])
+    forecast = Forecaster().make(View(groups, roster), 0.0, Planning(), ended=0)
+    assert forecast.flood_jobs == pytest.approx(120_000 * 1.3 / COSTS.job_ms(Work()), rel=0.01), "three that take ten times as long"
+    for jobs, floods in ((math.floor(forecast.flood_jobs), False), (math.ceil(forecast.flood_jobs) + 1, True)):
+        groups.put("a", "t", jobs, 0.0, 0.0)
+        assert groups.tenants["t"].floods == floods
 
 
 def test_what_a_group_waits_for_is_what_its_first_job_does() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 import redis
 from api_support import run
+from benchmarks.ports import free_port
+from fleet_support import until
 from ledger_support import make_entry
 
 from lorayard.celery_app import RUN_BATCH, make_app, worker_queue
@@ -47,10 +51,41 @@ def test_a_worker_that_is_gone_is_struck_off_with_its_queue(
     ledger.client.hset("ly:{workers}:main", "gone", msgspec.json.encode(beat))
     sweeper._due.clear()
     sweeper.sweep()
-    assert [worker.name for worker in registry.workers("main")] == ["here"]
+    assert until(lambda: [worker.name for worker in registry.workers("main")] == ["here"], 10)
     assert ledger.client.llen(worker_queue("gone")) == 0
     assert not list(ledger.client.scan_iter("*worker.gone*")), "nor a binding of it"
     assert ledger.client.llen(worker_queue("here")) == 3
+
+
+def test_a_broker_that_is_away_holds_up_nobody_and_lost_workers_are_struck_off_when_it_is_back(
+    ledger: Ledger, sweeper: Reconciler, redis_url: str
+) -> None:
+    registry, app = WorkerRegistry(ledger.client), make_app(redis_url)
+    for name in ("one", "two"):
+        app.send_task(RUN_BATCH, args=["b-of-old"], queue=worker_queue(name), ignore_result=True)
+        lost = WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, ready=True)
+        registry.beat(lost)
+        ledger.client.hset("ly:{workers}:main", name, msgspec.json.encode(msgspec.structs.replace(lost, seen_ms=1)))
+    away = Reconciler(ledger, make_app(f"redis://127.0.0.1:{free_port()}/0"))
+    away._due.clear()
+    began = time.monotonic()
+    away.sweep()
+    assert time.monotonic() - began < 1
+    away._striking.join(20)
+    assert [worker.name for worker in registry.workers("main")] == ["one", "two"], "else nobody would delete their queues"
+    sweeper._due.clear()
+    sweeper.sweep()
+    assert until(lambda: not registry.workers("main"), 10)
+    assert not list(ledger.client.scan_iter("*worker.*"))
+
+
+def test_a_worker_that_comes_back_is_not_struck_off(ledger: Ledger) -> None:
+    registry = WorkerRegistry(ledger.client)
+    worker = WorkerInfo(name="w", pool="main", kind="llama", incarnation="i", host="h", pid=1, ready=True)
+    registry.beat(worker)
+    before = msgspec.structs.replace(worker, seen_ms=worker.seen_ms - reconciler.GONE_MS - 1)
+    registry.strike_off(before)
+    assert [found.name for found in registry.workers("main")] == ["w"]
 
 
 def test_a_worker_gets_no_new_work_by_the_time_its_leases_run_out(ledger: Ledger) -> None:

@@ -23,6 +23,9 @@ _TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
 UNTAKEN_MS = 800
 """Batches are taken within milliseconds. A worker that has left one lying for so long, and told nothing since, gets nothing new until it is
 heard of again, and what it has not begun is for others."""
+BEATS = 2
+"""A worker that gets no wake-ups asks for its batches at every second heartbeat: so many it has, once it was heard of again, before
+anything left lying speaks against it anew. Else it would never come to take one."""
 
 
 class Backlog:
@@ -42,7 +45,8 @@ class Backlog:
         self._dues: dict[str, float] = {}  # of batches that were dispatched from here
         self._lanes: dict[tuple[str, str], GroupView] = {}  # what hosted workers may claim
         self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
-        self._gone: set[str] = set()  # workers that were there, and have jobs
+        self._heard: dict[str, tuple[int, int]] = {}  # workers heard of again: when last, and after how many heartbeats
+        self._gone: set[str] = set()  # workers that were there, and have or may have jobs
         self._flying: dict[str, float] = {}  # jobs at workers, by tenant
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
@@ -118,6 +122,7 @@ class Backlog:
         if len(self._dues) > 2 * len(flights) + 100:
             current = {flight.batch for flight in flights}
             self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
+        self._gone &= held.keys()  # nothing was claimed for them since they were found to be gone
         for name in {*held, *self._held}:
             now = tuple(held.get(name, ()))
             if now != self._held.get(name, ()):
@@ -131,12 +136,15 @@ class Backlog:
         alive = {info.name: info for info in infos}
         for name in self.roster.workers.keys() - alive:
             self.roster.drop(name)
-        self._gone = {name for name in self._gone | self._infos.keys() if name not in alive and self._held.get(name)}
+        self._gone = (self._gone | self._infos.keys()) - alive.keys()  # also with a batch that was claimed a moment ago and not read yet
         changed = [name for name, info in alive.items() if name not in self.roster.workers or _differs(info, self._infos[name])]
         self._infos = alive
         well = [name for name, since in self._doubted.items() if name not in alive or alive[name].seen_ms > since]
+        self._count_beats(alive)
         for name in well:
             del self._doubted[name]
+            if name in alive:
+                self._heard[name] = alive[name].seen_ms, 0
         for name in {*changed, *well} & alive.keys():
             self._see(name)
         self.stale = self.stale or bool(self.roster.news)
@@ -151,10 +159,18 @@ class Backlog:
             return []
         return [f.batch for f in self.in_flight if f.worker in silent and f.waiting]
 
+    def _count_beats(self, alive: dict[str, WorkerInfo]) -> None:
+        for name, (last, beats) in list(self._heard.items()):
+            seen = alive[name].seen_ms if name in alive else last
+            if name not in alive or beats + (seen > last) == BEATS:
+                del self._heard[name]
+            else:
+                self._heard[name] = seen, beats + (seen > last)
+
     def _doubt(self, flight: InFlight) -> None:
         """Of a worker that was heard of since then, only the word was lost."""
         info = self._infos.get(flight.worker)
-        if info is not None and info.seen_ms < flight.claimed:
+        if info is not None and info.seen_ms < flight.claimed and flight.worker not in self._heard:
             self._doubted.setdefault(flight.worker, self.now)
             self.roster.drop(flight.worker)
 

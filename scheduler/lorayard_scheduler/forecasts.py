@@ -151,9 +151,8 @@ class Forecaster:
         """`ended`: how many jobs local workers have ended, ever. Work grows with the number of groups that wait."""
         groups, roster, scale = view.groups, view.roster, view.groups.scale
         self._pauses.see(paused, now)
-        job_ms = scale.costs.job_ms(scale.work)
+        job_ms = groups.job_ms
         most = rows(scale.costs, scale.work, policy, groups.waits_ms)
-        job_ms /= max(1, len(roster.workers))
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
         first = next(groups.by_rank(False, math.inf), None)
         self._last = Forecast(

@@ -93,6 +93,7 @@ class Groups:
         self.tenants: dict[str, Tenant] = {}
         self.floods: dict[str, Tenant] = {}  # those of them that flood
         self.jobs = 0
+        self.job_ms = 0.0  # what one takes all workers, at best
         self.news: set[str] = set()  # adapters for which there were new jobs since the last plan
         self._by_adapter: dict[str, Group | dict[tuple[str, str], Group]] = {}  # mostly one tenant asks for it, in one lane
         self._number = 0
@@ -133,7 +134,7 @@ class Groups:
     @property
     def waits_ms(self) -> float:
         """How long all that waits would take all workers, at best."""
-        return self.jobs * self._job_ms
+        return self.jobs * self.job_ms
 
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
@@ -260,12 +261,12 @@ class Groups:
         self.scale = scale
         self._narrow = [round(TICKS * ms) for ms in scale.narrow()]
         self._most = len(self._narrow) - 1
-        self._job_ms = scale.costs.job_ms(scale.work) / max(1, scale.workers)
+        self.job_ms = scale.costs.job_ms(scale.work) / max(1, scale.workers)
 
     def _rank(self, jobs: int, due: float, turn: float) -> int:
         """All of it but what breaks ties."""
         if turn > 0:
-            flood = jobs * self._job_ms - self.scale.flood_ms
+            flood = jobs * self.job_ms - self.scale.flood_ms
             if flood > 0:
                 due = max(due, turn + min(flood, self.scale.flood_ms))
         return (round(due) * TICKS) + self._narrow[min(jobs, self._most)] & -TICKS
@@ -320,7 +321,7 @@ class Groups:
 
     def _file(self, tenant: Tenant) -> None:
         """Under the rank its first group has now, and among those who flood or the others."""
-        floods = tenant.jobs * self._job_ms > self.scale.flood_ms
+        floods = tenant.jobs * self.job_ms > self.scale.flood_ms
         head = tenant.order[0].rank if tenant.order else None
         if (head, floods) == (tenant.head, tenant.floods):
             return

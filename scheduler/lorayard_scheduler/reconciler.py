@@ -3,10 +3,12 @@ listings of jobs whose results have expired, and whatever a slow scan of the who
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 
+import redis
 import structlog
 from celery import Celery
 
@@ -41,6 +43,7 @@ class Reconciler:
         self._workers = WorkerRegistry(ledger.client)
         self._due: dict[str, float] = {"forget": time.monotonic() + FORGET_EVERY_S}
         self._pages: Iterator[list[Finding]] = iter(())
+        self._striking = threading.Thread()
 
     def sweep(self) -> None:
         """Do what is due by now; cheap when nothing is."""
@@ -51,8 +54,7 @@ class Reconciler:
         if self._is_due("forget", FORGET_EVERY_S):
             for tenant in self._keys.tenants():
                 self._ledger.forget(tenant)
-            for worker in self._workers.strike_off(self._ledger.pool, GONE_MS):
-                self._drain(worker)
+            self._strike_off()
 
     def _is_due(self, what: str, every_s: float) -> bool:
         now = time.monotonic()
@@ -82,14 +84,32 @@ class Reconciler:
         for kind, one in {finding.kind: finding for finding in page}.items():
             log.warning("ledger repaired" if one.repaired else "ledger wrong", found=one.text, kind=kind, times=kinds[kind])
 
-    def _drain(self, worker: WorkerInfo) -> None:
-        """Delete a lost worker's Celery queue: what it holds are wake-ups for batches that others have by now."""
+    def _strike_off(self) -> None:
+        """In a thread of its own: a broker that is away takes seconds to say so, and nothing would be planned meanwhile."""
+        if not self._striking.is_alive() and (gone := self._workers.silent(self._ledger.pool, GONE_MS)):
+            self._striking = threading.Thread(target=self._drain_all, args=(gone,), name="lost-workers", daemon=True)
+            self._striking.start()
+
+    def _drain_all(self, gone: list[WorkerInfo]) -> None:
+        """Whoever is not struck off, for the broker was away, will be the next time."""
+        try:
+            for worker in gone:
+                if self._workers.is_silent(worker):
+                    dropped = self._drain(worker)
+                    self._workers.strike_off(worker)
+                    log.info("worker struck off", worker=worker.name, messages_dropped=dropped)
+        except (Unavailable, redis.RedisError) as error:
+            log.warning("a lost worker is not struck off yet", reason=str(error))
+
+    def _drain(self, worker: WorkerInfo) -> int:
+        """Delete a lost worker's Celery queue; how many messages it held, wake-ups for batches that others have by now. Raises
+        `Unavailable`."""
         try:
             with self._app.connection_for_write() as connection:
                 queue = self._app.amqp.queues[worker_queue(worker.name)](connection.default_channel)
                 queue.declare()  # kombu deletes the bindings of what it knows only
-                dropped = queue.purge()
+                dropped: int = queue.purge() or 0
                 queue.delete()
         except Exception as error:  # whatever the broker's transport raises; an old message is harmless
             raise Unavailable(f"the broker does not answer ({type(error).__name__})") from error
-        log.info("worker struck off", worker=worker.name, messages_dropped=dropped or 0)
+        return dropped

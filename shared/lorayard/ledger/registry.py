@@ -113,12 +113,21 @@ class WorkerRegistry:
     def alive(self, pool: str, now_ms: int) -> list[WorkerInfo]:
         return [w for w in self.workers(pool) if w.ready and now_ms - w.seen_ms < ALIVE_MS]
 
-    def strike_off(self, pool: str, silent_ms: int) -> list[WorkerInfo]:
-        """Forget the workers that have told nothing for so long; these."""
+    def silent(self, pool: str, silent_ms: int) -> list[WorkerInfo]:
+        """The workers that have told nothing for so long."""
         seconds, micros = self._client.time()
         now_ms = int(seconds) * 1000 + int(micros) // 1000
-        lost = [worker for worker in self.workers(pool) if now_ms - worker.seen_ms > silent_ms]
-        return [worker for worker in lost if self._client.hdel(keys.WORKERS + pool, worker.name)]
+        return [worker for worker in self.workers(pool) if now_ms - worker.seen_ms > silent_ms]
+
+    def strike_off(self, worker: WorkerInfo) -> None:
+        """Forget a worker, unless it has told something since this was."""
+        if self.is_silent(worker):
+            self._client.hdel(keys.WORKERS + worker.pool, worker.name)
+
+    def is_silent(self, worker: WorkerInfo) -> bool:
+        """Whether it is known and has told nothing since this."""
+        last = self.find(worker.pool, worker.name)
+        return last is not None and last.seen_ms == worker.seen_ms
 
     def announce_base(self, pool: str, base: dict[str, Any]) -> None:
         """Write what the pool's base model is, so that adapters can be checked against it where the model is not at hand."""
