@@ -22,7 +22,7 @@ from lorayard.adapters.hosting import Publication, Publications
 from lorayard.adapters.packaging import pack
 from lorayard.adapters.peft import read_adapter
 from lorayard.adapters.store import ArtifactStore
-from lorayard.errors import AdapterRejected
+from lorayard.errors import AdapterRejected, Conflict
 from lorayard.hosted import BASES
 from lorayard.jobs import lane_of
 from lorayard.ledger.policies import Policies, Policy
@@ -255,6 +255,17 @@ def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
     assert not desk.service.files
 
 
+def test_what_was_brought_there_is_not_left_behind_for_a_model_given_by_its_id(desk: Desk) -> None:
+    found = desk.published()
+    for _ in range(2):
+        with pytest.raises(Conflict, match="unpublish"):
+            desk.publications.ask(found.digest, "acme/tone", model=BASE)
+        assert desk.publications.unask(found.digest, "acme/tone"), "it is still to be removed"
+    assert desk.settle(found.digest) is None
+    assert not desk.service.files
+    assert desk.publications.ask(found.digest, "acme/tone", model=BASE).given
+
+
 def test_a_forgotten_model_is_looked_at_again(desk: Desk) -> None:
     found = desk.published()
     Hosting(BASE, desk.publications).doubt(found.digest)
@@ -293,9 +304,9 @@ def api(tmp_path: Path, store: redis.Redis, redis_url: str, service: Running) ->
         yield running
 
 
-def add(api: Api, name: str = "tone", **options: Any) -> None:
+def add(api: Api, name: str = "tone", *, who: str = "acme", **options: Any) -> None:
     files = {"file": ("a.zip", tiny_adapter(**options), "application/zip")}
-    assert api.call("POST", "/v1/adapters", data={"name": name}, files=files).status_code == 201
+    assert api.call("POST", "/v1/adapters", who, data={"name": name}, files=files).status_code == 201
 
 
 def error(reply: Any) -> tuple[int, str]:
@@ -327,6 +338,43 @@ def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: r
     assert not service.service.tunings
     with desk.client:
         pass
+
+
+def test_only_the_operator_says_which_model_stands_for_an_adapter(api: Api, store: redis.Redis, service: Running) -> None:
+    """Content is one for all who have it: whoever said so would say it for everybody."""
+    path, given = "/v1/adapters/tone/publication", {"to": "groq", "model": "tone-lora"}
+    for who in ("acme", "globex"):
+        Policies(store).set(who, Policy(hosted=True))
+        add(api, who=who)
+    assert api.call("PUT", path, json={"to": "groq"}).json()["titles"] == ["acme/tone"]
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        desk.provisioner.sweep()
+        ready = api.call("GET", path).json()
+        assert (ready["state"], ready["model"][:3]) == ("ready", "ft:")
+        assert error(api.call("PUT", path, "globex", json=given)) == (403, "operator_only")
+        assert error(api.call("PUT", f"{path}?tenant=acme", "globex", json={"to": "groq"})) == (403, "operator_only")
+        for tenant in ("acme", "globex"):
+            assert error(api.call("PUT", f"{path}?tenant={tenant}", "root", json=given)) == (409, "published_otherwise")
+        assert api.call("GET", path).json() == ready, "nothing is forgotten"
+        assert api.call("PUT", path, "globex", json={"to": "groq"}).json()["titles"] == ["globex/tone"]
+        assert api.call("GET", path).json()["titles"] == ["acme/tone"]
+        assert api.call("GET", f"{path}?tenant=acme", "root").json()["titles"] == ["acme/tone", "globex/tone"]
+        for tenant in ("acme", "globex"):
+            assert api.call("DELETE", f"{path}?tenant={tenant}", "root").json()["deleted"]
+        desk.provisioner.sweep()
+        assert (service.service.files, service.service.tunings) == ({}, {})
+        wanted = api.call("PUT", f"{path}?tenant=globex", "root", json=given).json()
+        assert (wanted["state"], wanted["model"], wanted["titles"]) == ("wanted", "tone-lora", ["globex/tone"])
+        desk.provisioner.sweep()
+        refused = api.call("GET", path, "globex").json()
+        assert (refused["state"], refused["code"]) == ("refused", "hosted_model_missing")
+        assert BASE not in refused["error"], "what else the account has is nobody's business"
+        assert api.call("PUT", f"{path}?tenant=globex", "root", json=given | {"model": BASE}).json()["model"] == BASE
+        assert api.call("PUT", path, json={"to": "groq"}).json()["model"] == BASE, "who publishes it too changes nothing"
+        desk.provisioner.sweep()
+        assert api.call("GET", path, "globex").json()["state"] == "ready"
+        assert not service.service.files
 
 
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:

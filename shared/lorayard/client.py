@@ -168,23 +168,23 @@ class Client:
         """Take a name away from your own adapters; with `public` (the operator's key only) from everyone's."""
         self._http_call("DELETE", f"/v1/adapters/{_segment(name)}", params={"public": "true"} if public else None)
 
-    def publish_adapter(self, name: str, *, to: str = "groq", model: str | None = None) -> dict[str, Any]:
+    def publish_adapter(self, name: str, *, to: str = "groq", model: str | None = None, tenant: str | None = None) -> dict[str, Any]:
         """Want it, and later contents of its name, at a hosted service; its publication, whose `state` becomes ready or refused.
 
-        With `model`, it is there under that id already.
+        With `model`, it is there under that id already. That, and another `tenant`'s adapters here and below, need the operator's key.
         """
         body = {"to": to} | ({"model": model} if model else {})
-        document: dict[str, Any] = self._http_call("PUT", f"/v1/adapters/{_segment(name)}/publication", json=body)
+        document: dict[str, Any] = self._http_call("PUT", _publication(name), json=body, params=_of(tenant))
         return document
 
-    def publication(self, name: str) -> dict[str, Any]:
+    def publication(self, name: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Of an adapter at the hosted service."""
-        document: dict[str, Any] = self._http_call("GET", f"/v1/adapters/{_segment(name)}/publication")
+        document: dict[str, Any] = self._http_call("GET", _publication(name), params=_of(tenant))
         return document
 
-    def unpublish_adapter(self, name: str) -> bool:
+    def unpublish_adapter(self, name: str, *, tenant: str | None = None) -> bool:
         """Take it away from the hosted service; False if it was not there."""
-        return bool(self._http_call("DELETE", f"/v1/adapters/{_segment(name)}/publication")["deleted"])
+        return bool(self._http_call("DELETE", _publication(name), params=_of(tenant))["deleted"])
 
     def hosted(self) -> dict[str, Any]:
         """What the tenant may do at the hosted service, has there (`data`) and has spent."""
@@ -231,6 +231,14 @@ def _what(pool: bool, adapter: str | None, tenant: str | None) -> dict[str, Any]
 def _segment(name: str) -> str:
     """A name as one segment of a path, whatever it holds."""
     return quote(name, safe="").replace(".", "%2E")
+
+
+def _publication(name: str) -> str:
+    return f"/v1/adapters/{_segment(name)}/publication"
+
+
+def _of(tenant: str | None) -> dict[str, str] | None:
+    return {"tenant": tenant} if tenant else None
 
 
 def _error(reply: httpx.Response, body: Any) -> LorayardError:

@@ -160,7 +160,7 @@ class Provisioner:
             models = [seen.model]
         if seen.model not in models:
             raise AdapterRejected(
-                f"{self._settings.hosted_url} has no model {seen.model!r}; it has {', '.join(models[:10]) or 'none'}",
+                f"the hosted service lists no model {seen.model!r}: load it there under this id, or publish it with the id it has there",
                 code="hosted_model_missing",
             )
         self._publications.tell(seen, state="ready", error="", code="")
