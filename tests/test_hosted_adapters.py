@@ -18,6 +18,7 @@ from hosted_service import BASE, KEY, Running
 from hosted_support import LLAMA, settings_of, tiny_adapter
 from safetensors.numpy import load
 
+from lorayard import hosted_cli
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.adapters.packaging import pack
 from lorayard.adapters.peft import read_adapter
@@ -124,7 +125,8 @@ class Desk:
         self.store = ArtifactStore.open(self.settings)
         self.publications = Publications(client, "default", BASE)
         self.client = ServiceClient(self.settings)
-        self.provisioner = Provisioner(self.settings, self.publications, self.client, self.store.get)
+        self.policies = Policies(client)
+        self.provisioner = Provisioner(self.settings, self.publications, self.policies, self.client, self.store.get)
         self.service = service.service
 
     def add(self, **options: Any) -> str:
@@ -145,6 +147,8 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, store: redis.Redis, service: Running) -> Iterator[Desk]:
     one = Desk(tmp_path, store, service)
+    for tenant in ("acme", "zeta"):
+        one.policies.set(tenant, Policy(hosted=True))
     with one.client:
         yield one
 
@@ -240,6 +244,44 @@ def test_an_adapter_under_two_names_stays_until_both_are_gone(desk: Desk) -> Non
     desk.publications.unask(digest, "zeta/voice")
     assert desk.settle(digest) is None
     assert (desk.service.files, desk.service.tunings) == ({}, {})
+
+
+def test_what_a_tenant_has_there_goes_when_its_leave_does(desk: Desk) -> None:
+    """And nothing leaves that was asked for before: an adapter is data."""
+    shared, ready, waits = (desk.add(seed=n) for n in range(3))
+    for digest, title in ((shared, "acme/tone"), (shared, "*/tone"), (ready, "acme/tone"), (ready, "zeta/voice")):
+        desk.publications.ask(digest, title)
+    desk.publications.mark("acme", "tone")
+    desk.provisioner.sweep()
+    desk.publications.ask(waits, "acme/other")
+    desk.policies.set("acme", Policy())
+    for _ in range(2):
+        desk.provisioner.sweep()
+    assert {one.digest: (one.state, one.titles) for one in desk.publications.all().values()} == {
+        shared: ("ready", ["*/tone"]),
+        ready: ("ready", ["zeta/voice"]),
+    }
+    assert not desk.publications.marked("acme", "tone")
+    assert desk.service.made[f"ly-{waits}.zip"] == 0
+    desk.policies.set("zeta", Policy(daily_usd=1.0))
+    for _ in range(2):
+        desk.provisioner.sweep()
+    assert [*desk.publications.all()] == [shared]
+    assert [row["filename"] for row in desk.service.files.values()] == [f"ly-{shared}.zip"]
+
+
+def test_leave_that_goes_between_wish_and_upload_is_looked_at(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, real = desk.add(), desk.publications.lock
+
+    def lock(digest: str, hold_s: float) -> Any:
+        desk.policies.set("acme", Policy())
+        return real(digest, hold_s)
+
+    monkeypatch.setattr(desk.publications, "lock", lock)
+    desk.publications.ask(digest, "acme/tone")
+    assert desk.settle(digest) is not None
+    assert not desk.service.made
+    assert desk.settle(digest) is None
 
 
 def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
@@ -375,6 +417,29 @@ def test_only_the_operator_says_which_model_stands_for_an_adapter(api: Api, stor
         desk.provisioner.sweep()
         assert api.call("GET", path, "globex").json()["state"] == "ready"
         assert not service.service.files
+
+
+def test_new_content_of_a_published_name_stays_when_leave_was_withdrawn(api: Api, store: redis.Redis) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    assert api.call("PUT", path, json={"to": "groq"}).status_code == 202
+    Policies(store).set("acme", Policy())
+    add(api, seed=2)
+    assert error(api.call("GET", path)) == (404, "not_published")
+    Policies(store).set("acme", Policy(hosted=True))
+    local = {
+        "LORAYARD_REDIS_URL": str(api.settings.redis_url),
+        "LORAYARD_HOSTED_MODEL": BASE,
+        "LORAYARD_STATE_DIR": str(api.settings.state_dir),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in local.items():
+            patch.setenv(name, value)
+        hosted_cli.tenants_set("acme", may_leave=False)
+    there = Publications(store, "default", BASE)
+    assert [(one.state, one.titles) for one in there.all().values()] == [("unwanted", [])]
+    assert not there.marked("acme", "tone")
 
 
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorayard import embedded
+from lorayard.adapters.hosting import Publications
 from lorayard.client import Client
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.hosted import dollars, organisation
@@ -125,7 +126,9 @@ def _store() -> Iterator[tuple[Settings, redis.Redis]]:
 @tenants_app.command("set")
 def tenants_set(
     tenant: str,
-    may_leave: Annotated[bool | None, typer.Option("--hosted/--local", help="Whether its prompts and adapters may leave.")] = None,
+    may_leave: Annotated[
+        bool | None, typer.Option("--hosted/--local", help="Whether its prompts and adapters may leave; --local takes these away.")
+    ] = None,
     daily_usd: Annotated[float | None, typer.Option(help="Dollars a day (UTC); below 0: any.")] = None,
     monthly_usd: Annotated[float | None, typer.Option(help="Dollars a month (UTC); below 0: any.")] = None,
 ) -> None:
@@ -142,6 +145,8 @@ def tenants_set(
         if (daily_usd or 0) > 0 or (monthly_usd or 0) > 0:
             _check_prices(settings)
         Policies(client).set(tenant, msgspec.structs.replace(policy, **changes))
+        if may_leave is False and settings.hosted_model:
+            Publications(client, settings.hosted_org, settings.hosted_model).withdraw(tenant)
     print(f"{tenant}: set")
 
 

@@ -106,7 +106,8 @@ def publish_again(settings: Settings, ledger: Ledger, manifest: Manifest) -> Non
     """A name that is published has new content: that goes there too."""
     if settings.hosted_model:
         there = Publications(ledger.client, settings.hosted_org, settings.hosted_model)
-        if there.marked(manifest.tenant, manifest.name):
+        may = manifest.tenant == PUBLIC or Policies(ledger.client).get(manifest.tenant).hosted
+        if may and there.marked(manifest.tenant, manifest.name):
             there.ask(manifest.digest, _title(manifest))
 
 

@@ -155,6 +155,29 @@ class Publications:
     def marked(self, owner: str, name: str) -> bool:
         return bool(self._client.sismember(self._marks, f"{owner}/{name}"))
 
+    # -- all that was asked for under a name, whatever content it has or had ------------------------------------------------------------
+
+    def holds(self, owner: str, name: str) -> bool:
+        return self.marked(owner, name) or any(f"{owner}/{name}" in one.titles for one in self.all().values())
+
+    def drop(self, owner: str, name: str) -> bool:
+        """Nothing is wanted there under this name any more; False if nothing was."""
+        title = f"{owner}/{name}"
+        self.unmark(owner, name)
+        mine = [one.digest for one in self.all().values() if title in one.titles]
+        for digest in mine:
+            self.unask(digest, title)
+        return bool(mine)
+
+    def withdraw(self, owner: str) -> None:
+        """As `drop`, under any name of one whose data may not leave (any more)."""
+        marks: Any = self._client.smembers(self._marks)
+        titles = {mark.decode() for mark in marks}.union(*(one.titles for one in self.all().values()))
+        for title in sorted(titles):
+            whose, _, name = title.partition("/")
+            if whose == owner:
+                self.drop(owner, name)
+
     # -- who works on one ---------------------------------------------------------------------------------------------------------------
 
     def lock(self, digest: str, hold_s: float) -> Lock:
