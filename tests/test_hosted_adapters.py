@@ -19,6 +19,7 @@ from hosted_support import LLAMA, settings_of, tiny_adapter
 from safetensors.numpy import load
 
 from lorayard import hosted_cli
+from lorayard.adapters import AdapterRegistry
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.adapters.packaging import pack
 from lorayard.adapters.peft import read_adapter
@@ -440,6 +441,43 @@ def test_new_content_of_a_published_name_stays_when_leave_was_withdrawn(api: Api
     there = Publications(store, "default", BASE)
     assert [(one.state, one.titles) for one in there.all().values()] == [("unwanted", [])]
     assert not there.marked("acme", "tone")
+
+
+def test_a_name_that_is_taken_away_goes_from_the_service_too(api: Api, store: redis.Redis, service: Running) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        add(api)
+        assert api.call("PUT", path, json={"to": "groq"}).status_code == 202
+        desk.provisioner.sweep()
+        assert len(service.service.tunings) == 1
+        assert api.call("DELETE", "/v1/adapters/tone").json()["deleted"]
+        desk.provisioner.sweep()
+        assert (service.service.files, service.service.tunings) == ({}, {})
+        add(api, seed=2)
+        desk.provisioner.sweep()
+        assert not service.service.files, "another adapter of that name was never published"
+        assert api.call("DELETE", path).json()["deleted"] is False
+
+
+def test_what_no_adapter_has_the_name_of_any_more_is_unpublished_by_it(api: Api, store: redis.Redis) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    registry, there = AdapterRegistry(store), Publications(store, "default", BASE)
+    add(api)
+    digest = api.call("PUT", path, json={"to": "groq"}).json()["digest"]
+    registry.remove("acme", "tone")
+    assert error(api.call("DELETE", path, "globex")) == (404, "adapter_not_found")
+    assert api.call("DELETE", path).json()["deleted"]
+    assert [one.state for one in there.all().values()] == ["unwanted"]
+    assert error(api.call("DELETE", path)) == (404, "adapter_not_found")
+    there.ask(digest, "*/tone")
+    assert error(api.call("DELETE", path)) == (403, "operator_only")
+    add(api)
+    assert api.call("DELETE", path).json()["deleted"] is False, "an adapter of one's own hides what is everyone's"
+    assert api.call("DELETE", path, "root").json()["deleted"]
+    assert [one.state for one in there.all().values()] == ["unwanted"]
 
 
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:

@@ -492,7 +492,7 @@ def adapters_remove(
     name: str,
     public: Annotated[bool, typer.Option("--public", help="One that all tenants have (the operator's key only).")] = False,
 ) -> None:
-    """Take a name away; jobs already enqueued with it are still run."""
+    """Take a name away, also from a hosted service it was published to; jobs already enqueued with it are still run by local workers."""
     with Client() as client:
         client.remove_adapter(name, public=public)
     print(f"{name} removed")

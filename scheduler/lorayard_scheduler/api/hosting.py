@@ -43,7 +43,7 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
         """
         body = _body(await limited(request, BODY_BYTES, "it has two short fields").body())
         manifest, there = registry.get(_tenant(who, tenant), name), publications()
-        _may(who, manifest)
+        _may(who, manifest.tenant)
         model = body.get("model", "")
         if model and not who.operator:
             raise Forbidden(
@@ -72,14 +72,11 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
 
     @router.delete("/adapters/{name}/publication")
     def unpublish(name: str, who: Auth, tenant: str | None = None) -> Json:
-        """Take every content of this name away from the service."""
-        manifest, there = registry.get(_tenant(who, tenant), name), publications()
-        _may(who, manifest)
-        there.unmark(manifest.tenant, manifest.name)
-        mine = [one for one in there.all().values() if _title(manifest) in one.titles]
-        for one in mine:
-            there.unask(one.digest, _title(manifest))
-        return Json({"name": name, "object": "publication", "deleted": bool(mine)})
+        """Take every content of this name away from the service, also where no adapter has the name any more."""
+        there = publications()
+        owner = _owner(registry, there, _tenant(who, tenant), name)
+        _may(who, owner)
+        return Json({"name": name, "object": "publication", "deleted": there.drop(owner, name)})
 
     @router.get("/hosted")
     def hosted(who: Auth) -> Json:
@@ -102,6 +99,18 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
     return router
 
 
+def _owner(registry: AdapterRegistry, there: Publications, tenant: str, name: str) -> str:
+    """Whose it is what a tenant calls so, at the service or here: the tenant's own hides what is everyone's. Raises `NotFound`."""
+    if there.holds(tenant, name):
+        return tenant
+    manifest = registry.get_many(tenant, [name])[name]
+    if manifest is not None:
+        return manifest.tenant
+    if there.holds(PUBLIC, name):
+        return PUBLIC
+    raise registry.unknown(name)
+
+
 def publish_again(settings: Settings, ledger: Ledger, manifest: Manifest) -> None:
     """A name that is published has new content: that goes there too."""
     if settings.hosted_model:
@@ -111,8 +120,14 @@ def publish_again(settings: Settings, ledger: Ledger, manifest: Manifest) -> Non
             there.ask(manifest.digest, _title(manifest))
 
 
-def _may(who: Caller, manifest: Manifest) -> None:
-    if manifest.tenant == PUBLIC and not who.operator:
+def publish_no_more(settings: Settings, ledger: Ledger, owner: str, name: str) -> None:
+    """A name is taken away: so is what it has at the hosted service, and what gets the name later does not go there unasked."""
+    if settings.hosted_model:
+        Publications(ledger.client, settings.hosted_org, settings.hosted_model).drop(owner, name)
+
+
+def _may(who: Caller, owner: str) -> None:
+    if owner == PUBLIC and not who.operator:
         raise Forbidden("only the operator's key may publish or unpublish everyone's adapter", code="operator_only")
 
 
