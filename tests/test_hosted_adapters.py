@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from api_support import Api, job
+from api_support import Api, answers_while_writes_wait, job
 from api_support import serving as serving_api
 from hosted_service import BASE, KEY, Running
 from hosted_support import LLAMA, settings_of, tiny_adapter
@@ -478,6 +478,12 @@ def test_what_no_adapter_has_the_name_of_any_more_is_unpublished_by_it(api: Api,
     assert api.call("DELETE", path).json()["deleted"] is False, "an adapter of one's own hides what is everyone's"
     assert api.call("DELETE", path, "root").json()["deleted"]
     assert [one.state for one in there.all().values()] == ["unwanted"]
+
+
+def test_publishing_keeps_nobody_else_waiting_for_the_store(api: Api, store: redis.Redis) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    assert answers_while_writes_wait(api, "PUT", "/v1/adapters/tone/publication", {"to": "groq"})["state"] == "wanted"
 
 
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:

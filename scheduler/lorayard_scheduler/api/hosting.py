@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 
 from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
 from lorayard.adapters.hosting import Publication, Publications
@@ -17,10 +18,9 @@ from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies
 from lorayard.ledger.registry import Caller
 from lorayard.settings import Settings
-from lorayard_scheduler.api.http import Auth, Json, limited
+from lorayard_scheduler.api.http import SHORT, Auth, Json, limited
 
 HOSTS = ("groq",)
-BODY_BYTES = 16 * 1024
 
 
 def routes(settings: Settings, ledger: Ledger) -> APIRouter:
@@ -41,7 +41,10 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
 
         `{"to": "groq"}`; with `"model": ID` (the operator's key only), it is there under that id already, and nothing is brought there.
         """
-        body = _body(await limited(request, BODY_BYTES, "it has two short fields").body())
+        raw = await limited(request, SHORT, "it has two short fields").body()
+        return await run_in_threadpool(_publish, name, _body(raw), who, tenant)
+
+    def _publish(name: str, body: dict[str, str], who: Caller, tenant: str | None) -> Json:
         manifest, there = registry.get(_tenant(who, tenant), name), publications()
         _may(who, manifest.tenant)
         model = body.get("model", "")

@@ -57,6 +57,10 @@ def limited(request: Request, most: int, advice: str) -> Request:
     return Request(request.scope, receive)
 
 
+SHORT = 16 * 1024
+"""Bytes of a body that has a few short fields."""
+
+
 def error_response(error: LorayardError, more: dict[str, Any] | None = None) -> Json:
     headers = {"Retry-After": str(max(1, round(error.retry_after)))} if isinstance(error, Unavailable) else None
     return Json({"error": error.document(), **(more or {})}, status_code=error.status, headers=headers)
