@@ -486,6 +486,20 @@ def test_publishing_keeps_nobody_else_waiting_for_the_store(api: Api, store: red
     assert answers_while_writes_wait(api, "PUT", "/v1/adapters/tone/publication", {"to": "groq"})["state"] == "wanted"
 
 
+def test_what_a_full_server_cannot_write_is_told_as_such(api: Api, store: redis.Redis) -> None:
+    """Also by what is no call of the ledger."""
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    before = str(store.config_get("maxmemory")["maxmemory"])
+    store.config_set("maxmemory", 1)
+    try:
+        reply = api.call("PUT", "/v1/adapters/tone/publication", json={"to": "groq"})
+        assert error(reply) == (503, "ledger_full")
+        assert int(reply.headers["retry-after"]) >= 1
+    finally:
+        store.config_set("maxmemory", before)
+
+
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:
     Policies(store).set("acme", Policy(hosted=True))
     add(api, rank=12)
