@@ -127,7 +127,8 @@ class Client:
                 time.sleep(min(max(_POLL_S, (time.monotonic() - started) / 50), _POLL_MOST_S))
 
     def jobs(self, *, limit: int = 100, status: str | None = None, after: str | None = None, dead: bool = False) -> dict[str, Any]:
-        """A page of the tenant's newest jobs, or dead letters, without their responses; `after` a page's `last_id` comes the next."""
+        """A page of the tenant's newest jobs, or dead letters, without their responses; `after` a page's `last_id` comes the next; where
+        that job is gone, an error with the code `cursor_gone`."""
         params = {"limit": limit, "status": status, "after": after, "dead": "true" if dead else None}
         page: dict[str, Any] = self._http_call("GET", "/v1/jobs", params={k: v for k, v in params.items() if v is not None})
         return page
