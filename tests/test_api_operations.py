@@ -183,6 +183,17 @@ def test_a_pause_of_nothing_in_particular_is_refused(api: Api, body: bytes) -> N
     assert '"pool": true' in error(api.call("POST", "/v1/pause", "root", content=body), 400, "invalid_request")["message"]
 
 
+def test_a_pause_of_a_tenant_that_does_not_exist_is_told(command: Cli) -> None:
+    api = command.api
+    add(api, "shared", PUBLIC, "d" * 64)
+    for wrong in ({"tenant": "acmee"}, {"tenant": "acmee", "adapter": "shared"}):
+        assert "acmee" in error(api.call("POST", "/v1/pause", "root", json=wrong), 404, "tenant_not_found")["message"]
+    fails(command("pause", "--tenant", "acmee", who="root"), "acmee", "lorayard tenants list")
+    assert api.ledger.paused() == []
+    api.ledger.pause("tenant:acmee")
+    assert api.call("POST", "/v1/resume", "root", json={"tenant": "acmee"}).json()["changed"] is True, "what is there can be ended"
+
+
 def test_a_pause_keeps_nobody_else_waiting_for_the_store(api: Api) -> None:
     assert answers_while_writes_wait(api, "POST", "/v1/pause", {"pool": True}, "root")["changed"] is True
     assert answers_while_writes_wait(api, "POST", "/v1/resume", {"pool": True}, "root")["changed"] is True

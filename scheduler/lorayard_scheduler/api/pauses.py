@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from lorayard.adapters import PUBLIC, AdapterRegistry
 from lorayard.errors import BadRequest, Forbidden, NotFound
 from lorayard.ledger.ledger import Ledger
-from lorayard.ledger.registry import Caller
+from lorayard.ledger.registry import Caller, KeyRing
 from lorayard.settings import Settings
 from lorayard_scheduler.api.http import SHORT, Auth, Json, limited
 
@@ -26,7 +26,7 @@ class _What(msgspec.Struct, forbid_unknown_fields=True):
 def routes(settings: Settings, ledger: Ledger) -> APIRouter:
     """`/v1/pause`, `/v1/resume`, `/v1/paused`."""
     router = APIRouter(prefix="/v1")
-    registry = AdapterRegistry(ledger.client)
+    registry, keys = AdapterRegistry(ledger.client), KeyRing(ledger.client)
 
     @router.post("/pause")
     async def pause(request: Request, who: Auth) -> Json:
@@ -34,7 +34,14 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
         return await run_in_threadpool(_pause, await _body(request), who)
 
     def _pause(body: bytes, who: Caller) -> Json:
-        what = _name(ledger, registry, _read(body), who)
+        asked = _read(body)
+        what = _name(ledger, registry, asked, who)
+        if asked.tenant is not None and asked.tenant not in keys.tenants():  # a pause by mistake must not look like one
+            raise NotFound(
+                f"no tenant named {asked.tenant[:100]!r}: 'lorayard tenants list' shows those there are",
+                code="tenant_not_found",
+                param="tenant",
+            )
         return Json({"paused": what, "changed": ledger.pause(what)})
 
     @router.post("/resume")
