@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,21 @@ class Api:
         for _ in range(self.settings.max_attempts):
             assert run(self.ledger, tenant, 1, digest="base", end="retry") == [row["id"]]
         return str(row["id"])
+
+
+def answers_while_writes_wait(api: Api, method: str, path: str, body: dict[str, Any], who: str = "acme") -> dict[str, Any]:
+    """The answer to a request that waits for the store, during which others are answered."""
+    with ThreadPoolExecutor() as pool:
+        api.ledger.client.client_pause(10_000, all=False)
+        try:
+            waits = pool.submit(api.call, method, path, who, json=body)
+            time.sleep(0.3)
+            assert api.raw("GET", "/healthz", timeout=5).status_code == 200
+            assert not waits.done()
+        finally:
+            api.ledger.client.client_unpause()
+        found: dict[str, Any] = waits.result().json()
+    return found
 
 
 def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish: bool = True, end: EndStatus = "succeeded") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -335,7 +336,7 @@ def test_another_tenants_job_looks_like_none(api: Api) -> None:
     ring._admit(api.keys["acme"], "acme", operator=False)
     without = [api.call(*ask) for ask in asks]
     assert [(r.status_code, r.content) for r in with_it] == [(r.status_code, r.content) for r in without]
-    assert [r.status_code for r in with_it] == [404, 404, 404, 404, 404, 200, 200, 200, 404]
+    assert [r.status_code for r in with_it] == [404, 404, 404, 404, 404, 200, 400, 200, 404]
 
 
 # -- waiting, cancelling, listing --------------------------------------------------------------------------------------------------------
@@ -410,7 +411,21 @@ def test_pages_hold_every_job_once_though_all_came_in_one_request(api: Api) -> N
     assert sorted(listed) == sorted([*ids, newest["id"]])
     assert all(row["response"] is None for page in found for row in page)
     assert [len(page) for page in pages(api, limit=13)] == [13, 13]
-    assert api.call("GET", "/v1/jobs?after=nothing").json()["data"] == []
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_page_after_a_job_that_is_gone_is_an_error_and_no_end(api: Api, dead: bool) -> None:
+    ids = [api.bury() for _ in range(3)] if dead else [row["id"] for row in api.post(*(job(str(i)) for i in range(3)))]
+    what = {"limit": 1, "dead": dead}
+    page = api.call("GET", "/v1/jobs", params=what).json()
+    assert page["has_more"]
+    assert page["last_id"] in ids
+    api.call("DELETE", f"/v1/jobs/{page['last_id']}")
+    for gone in (page["last_id"], "nothing"):
+        problem = error(api.call("GET", "/v1/jobs", params=what | {"after": gone}), 400, "cursor_gone")
+        assert problem["param"] == "after"
+        assert "begin again" in problem["message"]
+    assert error(api.call("GET", "/v1/jobs", "globex", params=what | {"after": ids[0]}), 400, "cursor_gone")
 
 
 def test_a_status_is_looked_for_behind_the_newest_jobs(api: Api) -> None:
@@ -430,6 +445,11 @@ def test_documents_by_their_ids(api: Api) -> None:
     found = api.call("GET", "/v1/jobs", params={"ids": ",".join([*ids, "none", ids[0]])}).json()["data"]
     assert [document["id"] for document in found] == ids
     assert found[0] == api.call("GET", f"/v1/jobs/{ids[0]}").json()
+    many = ",".join([ids[0], *(f"n{i}" for i in range(999)), ids[0]])
+    assert [d["id"] for d in api.call("GET", "/v1/jobs", params={"ids": many}).json()["data"]] == [ids[0]]
+    problem = error(api.call("GET", "/v1/jobs", params={"ids": f"{many},{ids[1]}"}), 400, "invalid_request")
+    assert problem["param"] == "ids"
+    assert "1001" in problem["message"]
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------------------------
@@ -596,6 +616,7 @@ def test_while_redis_is_away_the_answer_is_503_soon_and_all_is_well_after(tmp_pa
             problem = error(reply, 503, "unavailable")
             assert problem["message"]
             assert int(reply.headers["retry-after"]) >= 1
+            assert not re.search(r"127\.0\.0\.1|localhost|/", problem["message"]), "where the server is, is the operator's business"
         assert api.raw("GET", "/healthz").status_code == 200
         assert time.monotonic() - began < 20
         with embedded.running(settings):

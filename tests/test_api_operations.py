@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import redis
-from api_support import Api, job, serving
+from api_support import Api, answers_while_writes_wait, job, serving
 from test_api import error
 from test_cli import Cli, fails
 
@@ -181,6 +181,28 @@ def test_a_pause_of_an_adapter_that_was_replaced_ends_by_the_name_it_is_listed_b
 @pytest.mark.parametrize("body", [b"", b"{}", b"{", b'{"pool": true, "tenant": "acme"}', b'{"pol": true}', b'{"adapter": 3}', b"\xff"])
 def test_a_pause_of_nothing_in_particular_is_refused(api: Api, body: bytes) -> None:
     assert '"pool": true' in error(api.call("POST", "/v1/pause", "root", content=body), 400, "invalid_request")["message"]
+
+
+def test_a_pause_of_a_tenant_that_does_not_exist_is_told(command: Cli) -> None:
+    api = command.api
+    add(api, "shared", PUBLIC, "d" * 64)
+    for wrong in ({"tenant": "acmee"}, {"tenant": "acmee", "adapter": "shared"}):
+        assert "acmee" in error(api.call("POST", "/v1/pause", "root", json=wrong), 404, "tenant_not_found")["message"]
+    fails(command("pause", "--tenant", "acmee", who="root"), "acmee", "lorayard tenants list")
+    assert api.ledger.paused() == []
+    api.ledger.pause("tenant:acmee")
+    assert api.call("POST", "/v1/resume", "root", json={"tenant": "acmee"}).json()["changed"] is True, "what is there can be ended"
+
+
+def test_a_pause_keeps_nobody_else_waiting_for_the_store(api: Api) -> None:
+    assert answers_while_writes_wait(api, "POST", "/v1/pause", {"pool": True}, "root")["changed"] is True
+    assert answers_while_writes_wait(api, "POST", "/v1/resume", {"pool": True}, "root")["changed"] is True
+
+
+@pytest.mark.parametrize("path", ["pause", "resume"])
+def test_a_pause_of_any_size_is_refused(api: Api, path: str) -> None:
+    reply = api.call("POST", f"/v1/{path}", "root", content=b'{"pool": true' + b" " * 20_000 + b"}")
+    error(reply, 413, "request_too_large")
 
 
 def test_pause_and_resume_as_commands(command: Cli) -> None:

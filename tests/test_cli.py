@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 import pytest
 import redis
 import typer
@@ -249,6 +253,63 @@ def test_ids_of_what_was_accepted_are_not_lost_when_the_rest_is_refused(command:
     assert all("id" in row for row in rows[:1000])
     assert [row["error"]["code"] for row in rows[1000:]] == ["request_too_large"] * 2
     assert "2 of 1002 lines refused" in done.stderr
+
+
+@contextlib.contextmanager
+def losing(url: str, which: int) -> Iterator[str]:
+    """Something between the command and the API that hands each request on, and keeps the answer to one of them to itself."""
+    came = itertools.count(1)
+
+    class Between(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            kept = {name: self.headers[name] for name in ("authorization", "content-type")}
+            reply = httpx.post(url + self.path, content=body, headers=kept)
+            if next(came) != which:
+                self.send_response(reply.status_code)
+                self.send_header("content-length", str(len(reply.content)))
+                self.end_headers()
+                self.wfile.write(reply.content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Between) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_run_whose_answer_was_lost_is_gone_on_with_and_nothing_made_twice(
+    command: Cli, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """Its requests are of one line each here, as they are of lines of megabytes."""
+    monkeypatch.setattr("lorayard.client.CHUNK_BYTES", 1)
+    path = command.file(job("a"), job("b", id="mine"), job("c", idempotency_key="k"), '{"request": {"messa')
+    with losing(command.api.url, lost) as url:
+        done = command("submit", path, api_url=url)
+    assert done.returncode == 2
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("error", {}).get("code") for row in rows] == [None, "not_known", "not_sent", "not_sent", "not_sent"][
+        2 - lost : 6 - lost
+    ]
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert f"of 1 lines it is not known whether they were accepted, {4 - lost} were not sent" in done.stderr
+    assert command.api.ledger.counts()["enqueued"] == lost
+    (again,) = re.findall(r"--again (\w+)", done.stderr)
+    done = command("submit", path, "--again", again)
+    assert "1 of 4 lines refused" in done.stderr
+    now = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["id" in row for row in now] == [True, True, True, False]
+    assert [row["id"] for row in rows if "id" in row] == [row["id"] for row in now[: lost - 1]]
+    assert command.api.ledger.counts()["enqueued"] == 3
+    assert command("submit", path).returncode == 2
+    assert command.api.ledger.counts()["enqueued"] == 4, "another run is another run, but for what has an id or key of its own"
 
 
 def test_waiting_writes_an_answer_a_line_and_the_exit_code_tells_of_failures(command: Cli) -> None:

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from api_support import Api, job
+from api_support import Api, answers_while_writes_wait, job
 from api_support import serving as serving_api
 from hosted_service import BASE, KEY, Running
 from hosted_support import LLAMA, settings_of, tiny_adapter
 from safetensors.numpy import load
 
+from lorayard import hosted_cli
+from lorayard.adapters import AdapterRegistry
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.adapters.packaging import pack
 from lorayard.adapters.peft import read_adapter
 from lorayard.adapters.store import ArtifactStore
-from lorayard.errors import AdapterRejected
+from lorayard.errors import AdapterRejected, Conflict
 from lorayard.hosted import BASES
 from lorayard.jobs import lane_of
 from lorayard.ledger.policies import Policies, Policy
@@ -125,7 +127,8 @@ class Desk:
         self.store = ArtifactStore.open(self.settings)
         self.publications = Publications(client, "default", BASE)
         self.client = ServiceClient(self.settings)
-        self.provisioner = Provisioner(self.settings, self.publications, self.client, self.store.get)
+        self.policies = Policies(client)
+        self.provisioner = Provisioner(self.settings, self.publications, self.policies, self.client, self.store.get)
         self.service = service.service
 
     def add(self, **options: Any) -> str:
@@ -146,6 +149,8 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, store: redis.Redis, service: Running) -> Iterator[Desk]:
     one = Desk(tmp_path, store, service)
+    for tenant in ("acme", "zeta"):
+        one.policies.set(tenant, Policy(hosted=True))
     with one.client:
         yield one
 
@@ -243,6 +248,44 @@ def test_an_adapter_under_two_names_stays_until_both_are_gone(desk: Desk) -> Non
     assert (desk.service.files, desk.service.tunings) == ({}, {})
 
 
+def test_what_a_tenant_has_there_goes_when_its_leave_does(desk: Desk) -> None:
+    """And nothing leaves that was asked for before: an adapter is data."""
+    shared, ready, waits = (desk.add(seed=n) for n in range(3))
+    for digest, title in ((shared, "acme/tone"), (shared, "*/tone"), (ready, "acme/tone"), (ready, "zeta/voice")):
+        desk.publications.ask(digest, title)
+    desk.publications.mark("acme", "tone")
+    desk.provisioner.sweep()
+    desk.publications.ask(waits, "acme/other")
+    desk.policies.set("acme", Policy())
+    for _ in range(2):
+        desk.provisioner.sweep()
+    assert {one.digest: (one.state, one.titles) for one in desk.publications.all().values()} == {
+        shared: ("ready", ["*/tone"]),
+        ready: ("ready", ["zeta/voice"]),
+    }
+    assert not desk.publications.marked("acme", "tone")
+    assert desk.service.made[f"ly-{waits}.zip"] == 0
+    desk.policies.set("zeta", Policy(daily_usd=1.0))
+    for _ in range(2):
+        desk.provisioner.sweep()
+    assert [*desk.publications.all()] == [shared]
+    assert [row["filename"] for row in desk.service.files.values()] == [f"ly-{shared}.zip"]
+
+
+def test_leave_that_goes_between_wish_and_upload_is_looked_at(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, real = desk.add(), desk.publications.lock
+
+    def lock(digest: str, hold_s: float) -> Any:
+        desk.policies.set("acme", Policy())
+        return real(digest, hold_s)
+
+    monkeypatch.setattr(desk.publications, "lock", lock)
+    desk.publications.ask(digest, "acme/tone")
+    assert desk.settle(digest) is not None
+    assert not desk.service.made
+    assert desk.settle(digest) is None
+
+
 def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
     digest = desk.add()
     desk.publications.ask(digest, "acme/tone", model="tone-lora")
@@ -254,6 +297,17 @@ def test_a_model_given_by_its_id_is_only_looked_for(desk: Desk) -> None:
     assert found is not None
     assert (found.state, found.model) == ("ready", BASE)
     assert not desk.service.files
+
+
+def test_what_was_brought_there_is_not_left_behind_for_a_model_given_by_its_id(desk: Desk) -> None:
+    found = desk.published()
+    for _ in range(2):
+        with pytest.raises(Conflict, match="unpublish"):
+            desk.publications.ask(found.digest, "acme/tone", model=BASE)
+        assert desk.publications.unask(found.digest, "acme/tone"), "it is still to be removed"
+    assert desk.settle(found.digest) is None
+    assert not desk.service.files
+    assert desk.publications.ask(found.digest, "acme/tone", model=BASE).given
 
 
 def test_a_forgotten_model_is_looked_at_again(desk: Desk) -> None:
@@ -294,9 +348,9 @@ def api(tmp_path: Path, store: redis.Redis, redis_url: str, service: Running) ->
         yield running
 
 
-def add(api: Api, name: str = "tone", **options: Any) -> None:
+def add(api: Api, name: str = "tone", *, who: str = "acme", **options: Any) -> None:
     files = {"file": ("a.zip", tiny_adapter(**options), "application/zip")}
-    assert api.call("POST", "/v1/adapters", data={"name": name}, files=files).status_code == 201
+    assert api.call("POST", "/v1/adapters", who, data={"name": name}, files=files).status_code == 201
 
 
 def error(reply: Any) -> tuple[int, str]:
@@ -328,6 +382,123 @@ def test_a_tenant_publishes_its_adapter_and_routes_jobs_there(api: Api, store: r
     assert not service.service.tunings
     with desk.client:
         pass
+
+
+def test_only_the_operator_says_which_model_stands_for_an_adapter(api: Api, store: redis.Redis, service: Running) -> None:
+    """Content is one for all who have it: whoever said so would say it for everybody."""
+    path, given = "/v1/adapters/tone/publication", {"to": "groq", "model": "tone-lora"}
+    for who in ("acme", "globex"):
+        Policies(store).set(who, Policy(hosted=True))
+        add(api, who=who)
+    assert api.call("PUT", path, json={"to": "groq"}).json()["titles"] == ["acme/tone"]
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        desk.provisioner.sweep()
+        ready = api.call("GET", path).json()
+        assert (ready["state"], ready["model"][:3]) == ("ready", "ft:")
+        assert error(api.call("PUT", path, "globex", json=given)) == (403, "operator_only")
+        assert error(api.call("PUT", f"{path}?tenant=acme", "globex", json={"to": "groq"})) == (403, "operator_only")
+        for tenant in ("acme", "globex"):
+            assert error(api.call("PUT", f"{path}?tenant={tenant}", "root", json=given)) == (409, "published_otherwise")
+        assert api.call("GET", path).json() == ready, "nothing is forgotten"
+        assert api.call("PUT", path, "globex", json={"to": "groq"}).json()["titles"] == ["globex/tone"]
+        assert api.call("GET", path).json()["titles"] == ["acme/tone"]
+        assert api.call("GET", f"{path}?tenant=acme", "root").json()["titles"] == ["acme/tone", "globex/tone"]
+        for tenant in ("acme", "globex"):
+            assert api.call("DELETE", f"{path}?tenant={tenant}", "root").json()["deleted"]
+        desk.provisioner.sweep()
+        assert (service.service.files, service.service.tunings) == ({}, {})
+        wanted = api.call("PUT", f"{path}?tenant=globex", "root", json=given).json()
+        assert (wanted["state"], wanted["model"], wanted["titles"]) == ("wanted", "tone-lora", ["globex/tone"])
+        desk.provisioner.sweep()
+        refused = api.call("GET", path, "globex").json()
+        assert (refused["state"], refused["code"]) == ("refused", "hosted_model_missing")
+        assert BASE not in refused["error"], "what else the account has is nobody's business"
+        assert api.call("PUT", f"{path}?tenant=globex", "root", json=given | {"model": BASE}).json()["model"] == BASE
+        assert api.call("PUT", path, json={"to": "groq"}).json()["model"] == BASE, "who publishes it too changes nothing"
+        desk.provisioner.sweep()
+        assert api.call("GET", path, "globex").json()["state"] == "ready"
+        assert not service.service.files
+
+
+def test_new_content_of_a_published_name_stays_when_leave_was_withdrawn(api: Api, store: redis.Redis) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    assert api.call("PUT", path, json={"to": "groq"}).status_code == 202
+    Policies(store).set("acme", Policy())
+    add(api, seed=2)
+    assert error(api.call("GET", path)) == (404, "not_published")
+    Policies(store).set("acme", Policy(hosted=True))
+    local = {
+        "LORAYARD_REDIS_URL": str(api.settings.redis_url),
+        "LORAYARD_HOSTED_MODEL": BASE,
+        "LORAYARD_STATE_DIR": str(api.settings.state_dir),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in local.items():
+            patch.setenv(name, value)
+        hosted_cli.tenants_set("acme", may_leave=False)
+    there = Publications(store, "default", BASE)
+    assert [(one.state, one.titles) for one in there.all().values()] == [("unwanted", [])]
+    assert not there.marked("acme", "tone")
+
+
+def test_a_name_that_is_taken_away_goes_from_the_service_too(api: Api, store: redis.Redis, service: Running) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    desk = Desk(api.settings.state_dir, store, service)
+    with desk.client:
+        add(api)
+        assert api.call("PUT", path, json={"to": "groq"}).status_code == 202
+        desk.provisioner.sweep()
+        assert len(service.service.tunings) == 1
+        assert api.call("DELETE", "/v1/adapters/tone").json()["deleted"]
+        desk.provisioner.sweep()
+        assert (service.service.files, service.service.tunings) == ({}, {})
+        add(api, seed=2)
+        desk.provisioner.sweep()
+        assert not service.service.files, "another adapter of that name was never published"
+        assert api.call("DELETE", path).json()["deleted"] is False
+
+
+def test_what_no_adapter_has_the_name_of_any_more_is_unpublished_by_it(api: Api, store: redis.Redis) -> None:
+    path = "/v1/adapters/tone/publication"
+    Policies(store).set("acme", Policy(hosted=True))
+    registry, there = AdapterRegistry(store), Publications(store, "default", BASE)
+    add(api)
+    digest = api.call("PUT", path, json={"to": "groq"}).json()["digest"]
+    registry.remove("acme", "tone")
+    assert error(api.call("DELETE", path, "globex")) == (404, "adapter_not_found")
+    assert api.call("DELETE", path).json()["deleted"]
+    assert [one.state for one in there.all().values()] == ["unwanted"]
+    assert error(api.call("DELETE", path)) == (404, "adapter_not_found")
+    there.ask(digest, "*/tone")
+    assert error(api.call("DELETE", path)) == (403, "operator_only")
+    add(api)
+    assert api.call("DELETE", path).json()["deleted"] is False, "an adapter of one's own hides what is everyone's"
+    assert api.call("DELETE", path, "root").json()["deleted"]
+    assert [one.state for one in there.all().values()] == ["unwanted"]
+
+
+def test_publishing_keeps_nobody_else_waiting_for_the_store(api: Api, store: redis.Redis) -> None:
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    assert answers_while_writes_wait(api, "PUT", "/v1/adapters/tone/publication", {"to": "groq"})["state"] == "wanted"
+
+
+def test_what_a_full_server_cannot_write_is_told_as_such(api: Api, store: redis.Redis) -> None:
+    """Also by what is no call of the ledger."""
+    Policies(store).set("acme", Policy(hosted=True))
+    add(api)
+    before = str(store.config_get("maxmemory")["maxmemory"])
+    store.config_set("maxmemory", 1)
+    try:
+        reply = api.call("PUT", "/v1/adapters/tone/publication", json={"to": "groq"})
+        assert error(reply) == (503, "ledger_full")
+        assert int(reply.headers["retry-after"]) >= 1
+    finally:
+        store.config_set("maxmemory", before)
 
 
 def test_jobs_of_an_adapter_that_was_refused_keep_to_local_workers(api: Api, store: redis.Redis, service: Running) -> None:

@@ -226,7 +226,11 @@ def test_llama_cpp_s_own_server_answers_as_any_other_host(
             bench.publications.ask(digest, "acme/banking77", model="banking77-lora")
             with ServiceClient(settings) as client:
                 Provisioner(
-                    settings, Publications(store, "default", BASE), client, lambda _: pytest.fail("nothing is brought there")
+                    settings,
+                    Publications(store, "default", BASE),
+                    bench.policies,
+                    client,
+                    lambda _: pytest.fail("nothing is brought there"),
                 ).sweep()
             found = bench.publications.get(digest)
             assert found is not None

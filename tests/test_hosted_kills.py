@@ -111,6 +111,7 @@ REMOVAL = [("tunings", "after"), ("delete_tuning", "before"), ("delete_tuning", 
 def test_an_adapter_is_provided_and_removed_once_through_a_kill_at_every_step(worker: Worker, store: redis.Redis, service: Running) -> None:
     digest = ArtifactStore.open(worker.settings).put(read_adapter(tiny_adapter()))
     publications = Publications(store, "default", BASE)
+    Policies(store).set("acme", Policy(hosted=True))
     publications.ask(digest, "acme/tone")
     for point in PROVISIONING:
         worker.killed_at(*point)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -241,13 +242,18 @@ def submit(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write one JSON line a job here, in the order of the input.")
     ] = None,
+    again: Annotated[str | None, typer.Option("--again", help="Go on where a run was cut off: the word that it ended with.")] = None,
 ) -> None:
-    """Submit a file of jobs. Lines that are refused are told by number; the others are submitted all the same."""
+    """Submit a file of jobs. Lines that are refused are told by number; the others are submitted all the same.
+
+    Lines without an id or idempotency_key get a key of this run, so that a run that was cut off can be gone on with: nothing is made twice.
+    """
     numbered = _read_lines(file)
     if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # told before anything is submitted
         raise SetupError(f"cannot write {output}: give a file in a folder that exists and that you may write to")
     with Client() as client, _progress() as bar:
-        rows = _submit_all(client, bar, [line for _, line in numbered])
+        run = again or secrets.token_hex(6)
+        rows = _submit_all(client, bar, [_keyed(line, f"{run}-{number}") for number, line in numbered])
         if wait:
             ids = [row["id"] for row in rows if "id" in row]
             task = bar.add_task("answers", total=len(set(ids)))
@@ -258,32 +264,51 @@ def submit(
             rows = [documents.get(row.get("id", ""), row) for row in rows]
     lines = [row | {"line": number} for (number, _), row in zip(numbered, rows, strict=True)]
     _write_lines(output, lines)
-    _end_of_submit(file, lines, wait)
+    _end_of_submit(file, lines, wait, run)
+
+
+def _keyed(line: bytes, key: str) -> bytes:
+    """The job with this idempotency key, where it has neither key nor id. What cannot be read is left as it is, for the API to refuse."""
+    try:
+        fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return line
+    if any(bytes(fields.get(name, b"null")) != b"null" for name in ("id", "idempotency_key")):
+        return line
+    return msgspec.json.encode(fields | {"idempotency_key": key})
 
 
 def _submit_all(client: Client, bar: Progress, lines: list[bytes]) -> list[dict[str, Any]]:
-    """An answer a line. An API that goes away half-way refuses the rest: the ids of what it has accepted are not lost with it."""
+    """An answer a line, also where the API goes away half-way: the ids of what it has accepted are not lost with it. Raises what came
+    between where nothing was, or may have been, accepted."""
     task = bar.add_task("submit", total=len(lines))
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(lines), 1000):
-        part = lines[start : start + 1000]
-        try:
-            rows += client.submit(part)
-        except LorayardError as error:
-            if not rows:
-                raise
-            rows += [{"error": error.document()}] * (len(lines) - start)
-            break
-        bar.advance(task, len(part))
-    return rows
+    try:
+        return client.submit(lines, heard=lambda n: bar.advance(task, n))
+    except LorayardError as error:
+        if all("error" in row and row["error"]["code"] != "not_known" for row in error.answers):
+            raise
+        return list(error.answers)
 
 
-def _end_of_submit(file: str, lines: list[dict[str, Any]], waited: bool) -> None:
-    refused = [row for row in lines if "id" not in row]
+def _end_of_submit(file: str, lines: list[dict[str, Any]], waited: bool, run: str) -> None:
+    missing = [row for row in lines if "id" not in row]
+    unsettled = [row for row in missing if row["error"]["code"] in ("not_known", "not_sent")]
+    refused = [row for row in missing if row not in unsettled]
     for row in refused:
         err.print(f"lorayard: {file}:{row['line']}: {row['error']['message']}", highlight=False, soft_wrap=True, markup=False)
     if refused:
         err.print(f"lorayard: {len(refused)} of {len(lines)} lines refused", highlight=False)
+    if unsettled:
+        unknown = sum(row["error"]["code"] == "not_known" for row in unsettled)
+        err.print(
+            f"lorayard: {file}:{unsettled[0]['line']}: {unsettled[0]['error']['message']}\n"
+            f"lorayard: of {unknown} lines it is not known whether they were accepted, {len(unsettled) - unknown} were not sent: 'lorayard"
+            f" submit {file} --again {run}' submits what is missing, and nothing twice",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+    if missing:
         raise typer.Exit(2)
     if waited and any(row["status"] != Status.SUCCEEDED for row in lines):
         raise typer.Exit(1)
@@ -492,7 +517,7 @@ def adapters_remove(
     name: str,
     public: Annotated[bool, typer.Option("--public", help="One that all tenants have (the operator's key only).")] = False,
 ) -> None:
-    """Take a name away; jobs already enqueued with it are still run."""
+    """Take a name away, also from a hosted service it was published to; jobs already enqueued with it are still run by local workers."""
     with Client() as client:
         client.remove_adapter(name, public=public)
     print(f"{name} removed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -58,22 +58,32 @@ class Client:
 
     # -- jobs ---------------------------------------------------------------------------------------------------------------------------
 
-    def submit(self, jobs: Sequence[dict[str, Any] | str | bytes]) -> list[dict[str, Any]]:
+    def submit(
+        self, jobs: Sequence[dict[str, Any] | str | bytes], *, heard: Callable[[int], object] = lambda _: None
+    ) -> list[dict[str, Any]]:
         """Enqueue job objects (or their JSON). One answer a job, in order: `{"id", "status", "eta"}` or `{"index", "error"}`.
 
         `eta` is left out where nobody can tell, else `{"median_ms", "p80_ms", "risk"}`: half of such jobs have ended by the one moment,
         four of five by the other (ms since 1970), and `risk` is the probability of missing the deadline, None without one.
-        A job that is refused harms no other. Sent in chunks; `index` counts over all of them.
+        A job that is refused harms no other. Sent in chunks; `index` counts over all of them, and `heard` is told how many jobs each
+        chunk had. Where one fails, the error that is raised has as its `answers` one of each job all the same: with the code `not_known`
+        where no answer came, so that it may have been accepted, and `not_sent` for what comes behind. With an `id` or `idempotency_key`
+        a job can be sent again in any case: the same is not made twice.
         """
         answers: list[dict[str, Any]] = []
         for lines in _chunks(
             [job if isinstance(job, bytes) else job.encode() if isinstance(job, str) else msgspec.json.encode(job) for job in jobs]
         ):
-            reply = self._http_call(
-                "POST", "/v1/jobs", content=b"\n".join(lines), headers={"Content-Type": "application/jsonl"}, refused=True
-            )
+            try:
+                reply = self._http_call(
+                    "POST", "/v1/jobs", content=b"\n".join(lines), headers={"Content-Type": "application/jsonl"}, refused=True
+                )
+            except LorayardError as error:
+                error.answers = answers + _unanswered(error, len(answers), len(lines), len(jobs))
+                raise
             for row in reply["jobs"]:
                 answers.append(row | {"index": len(answers)} if "error" in row else row)
+            heard(len(lines))
         return answers
 
     def job(self, job_id: str, *, wait_s: float = 0) -> dict[str, Any]:
@@ -117,7 +127,8 @@ class Client:
                 time.sleep(min(max(_POLL_S, (time.monotonic() - started) / 50), _POLL_MOST_S))
 
     def jobs(self, *, limit: int = 100, status: str | None = None, after: str | None = None, dead: bool = False) -> dict[str, Any]:
-        """A page of the tenant's newest jobs, or dead letters, without their responses; `after` a page's `last_id` comes the next."""
+        """A page of the tenant's newest jobs, or dead letters, without their responses; `after` a page's `last_id` comes the next; where
+        that job is gone, an error with the code `cursor_gone`."""
         params = {"limit": limit, "status": status, "after": after, "dead": "true" if dead else None}
         page: dict[str, Any] = self._http_call("GET", "/v1/jobs", params={k: v for k, v in params.items() if v is not None})
         return page
@@ -168,23 +179,23 @@ class Client:
         """Take a name away from your own adapters; with `public` (the operator's key only) from everyone's."""
         self._http_call("DELETE", f"/v1/adapters/{_segment(name)}", params={"public": "true"} if public else None)
 
-    def publish_adapter(self, name: str, *, to: str = "groq", model: str | None = None) -> dict[str, Any]:
+    def publish_adapter(self, name: str, *, to: str = "groq", model: str | None = None, tenant: str | None = None) -> dict[str, Any]:
         """Want it, and later contents of its name, at a hosted service; its publication, whose `state` becomes ready or refused.
 
-        With `model`, it is there under that id already.
+        With `model`, it is there under that id already. That, and another `tenant`'s adapters here and below, need the operator's key.
         """
         body = {"to": to} | ({"model": model} if model else {})
-        document: dict[str, Any] = self._http_call("PUT", f"/v1/adapters/{_segment(name)}/publication", json=body)
+        document: dict[str, Any] = self._http_call("PUT", _publication(name), json=body, params=_of(tenant))
         return document
 
-    def publication(self, name: str) -> dict[str, Any]:
+    def publication(self, name: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Of an adapter at the hosted service."""
-        document: dict[str, Any] = self._http_call("GET", f"/v1/adapters/{_segment(name)}/publication")
+        document: dict[str, Any] = self._http_call("GET", _publication(name), params=_of(tenant))
         return document
 
-    def unpublish_adapter(self, name: str) -> bool:
+    def unpublish_adapter(self, name: str, *, tenant: str | None = None) -> bool:
         """Take it away from the hosted service; False if it was not there."""
-        return bool(self._http_call("DELETE", f"/v1/adapters/{_segment(name)}/publication")["deleted"])
+        return bool(self._http_call("DELETE", _publication(name), params=_of(tenant))["deleted"])
 
     def hosted(self) -> dict[str, Any]:
         """What the tenant may do at the hosted service, has there (`data`) and has spent."""
@@ -212,8 +223,10 @@ class Client:
         try:
             reply = self._http.request(method, path, **kwargs)
         except httpx.TransportError as error:
+            never = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.UnsupportedProtocol)
             raise Unavailable(
-                f"no answer from {self.url} ({error or type(error).__name__}): is the fleet up? 'lorayard up' starts it"
+                f"no answer from {self.url} ({error or type(error).__name__}): is the fleet up? 'lorayard up' starts it",
+                code="unreachable" if never else "no_answer",
             ) from None
         try:
             body = msgspec.json.decode(reply.content)
@@ -224,6 +237,18 @@ class Client:
         raise _error(reply, body)
 
 
+def _unanswered(error: LorayardError, start: int, sent: int, total: int) -> list[dict[str, Any]]:
+    """Of the jobs from `start` on, of which so many were sent with the request that failed."""
+    if error.status < 500:
+        told = error
+    elif error.code == "unreachable":
+        told = Unavailable(f"not sent: {error.message}", code="not_sent")
+    else:
+        told = Unavailable(f"not known whether it was accepted: {error.message}", code="not_known")
+    behind = Unavailable(f"not sent: {error.message}", code="not_sent")
+    return [{"index": i, "error": (told if i < start + sent else behind).document()} for i in range(start, total)]
+
+
 def _what(pool: bool, adapter: str | None, tenant: str | None) -> dict[str, Any]:
     return {key: value for key, value in (("pool", pool), ("adapter", adapter), ("tenant", tenant)) if value}
 
@@ -231,6 +256,14 @@ def _what(pool: bool, adapter: str | None, tenant: str | None) -> dict[str, Any]
 def _segment(name: str) -> str:
     """A name as one segment of a path, whatever it holds."""
     return quote(name, safe="").replace(".", "%2E")
+
+
+def _publication(name: str) -> str:
+    return f"/v1/adapters/{_segment(name)}/publication"
+
+
+def _of(tenant: str | None) -> dict[str, str] | None:
+    return {"tenant": tenant} if tenant else None
 
 
 def _error(reply: httpx.Response, body: Any) -> LorayardError:

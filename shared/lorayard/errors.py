@@ -16,6 +16,7 @@ LorayardError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -25,6 +26,8 @@ class LorayardError(Exception):
     status = 500
     type = "server_error"
     code = "internal_error"
+    answers: Sequence[dict[str, Any]] = ()
+    """Of `Client.submit`: what is known of each job."""
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorayard import embedded
+from lorayard.adapters.hosting import Publications
 from lorayard.client import Client
 from lorayard.errors import LorayardError, NotFound, SetupError, Unavailable
 from lorayard.hosted import dollars, organisation
@@ -29,6 +30,7 @@ tenants_app = typer.Typer(
 )
 out = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="Whose adapter it is, if not yours (the operator's key only).")]
 _WAIT_S = 900.0
 
 
@@ -47,27 +49,29 @@ def add_to(app: typer.Typer, adapters: typer.Typer) -> None:
 def publish(
     name: str,
     to: Annotated[str, typer.Option("--to", help="The hosted service: groq (or what LORAYARD_HOSTED_URL says).")],
-    model: Annotated[str | None, typer.Option("--model", help="It is there already, under this model id.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="It is there already, under this id (the operator's key only).")] = None,
+    tenant: OfTenant = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is there, or cannot be.")] = True,
 ) -> None:
     """Bring an adapter to the hosted service; later contents of its name follow by themselves."""
     with Client() as client:
-        document = client.publish_adapter(name, to=to, model=model)
-        _tell(_settled(client, name, document["asked_ms"]) if wait else document)
+        document = client.publish_adapter(name, to=to, model=model, tenant=tenant)
+        _tell(_settled(client, name, tenant, document["asked_ms"]) if wait else document)
 
 
-def verify(name: str) -> None:
+def verify(name: str, tenant: OfTenant = None) -> None:
     """Have a published adapter looked at again; what is no longer there is brought there again."""
     with Client() as client:
-        found = client.publication(name)
-        document = client.publish_adapter(name, model=found["model"] if found.get("given") else None)
-        _tell(_settled(client, name, document["asked_ms"]))
+        client.publication(name, tenant=tenant)
+        document = client.publish_adapter(name, tenant=tenant)
+        _tell(_settled(client, name, tenant, document["asked_ms"]))
 
 
-def unpublish(name: str) -> None:
+def unpublish(name: str, tenant: OfTenant = None) -> None:
     """Take an adapter away from the hosted service. Its hosted jobs that still wait will fail; `auto` ones stay at home."""
     with Client() as client:
-        print(f"{name} is to be removed from the hosted service" if client.unpublish_adapter(name) else f"{name} was not published")
+        deleted = client.unpublish_adapter(name, tenant=tenant)
+    print(f"{name} is to be removed from the hosted service" if deleted else f"{name} was not published")
 
 
 def hosted(as_json: AsJson = False) -> None:
@@ -88,12 +92,12 @@ def hosted(as_json: AsJson = False) -> None:
     out.print(f"Data {allowed}. Spent: ${dollars(spent['day'])} today, ${dollars(spent['month'])} this month (UTC).", highlight=False)
 
 
-def _settled(client: Client, name: str, asked_ms: int) -> dict[str, Any]:
+def _settled(client: Client, name: str, tenant: str | None, asked_ms: int) -> dict[str, Any]:
     """Its publication once a hosted worker has seen to it."""
     give_up = time.monotonic() + _WAIT_S
     with out.status(f"{name} is on its way …") as status:
         while True:
-            document = client.publication(name)
+            document = client.publication(name, tenant=tenant)
             if document["asked_ms"] >= asked_ms and document["state"] != "wanted":  # others may have asked since
                 return document
             status.update(f"{name} is on its way … {document.get('error', '')}")
@@ -122,7 +126,9 @@ def _store() -> Iterator[tuple[Settings, redis.Redis]]:
 @tenants_app.command("set")
 def tenants_set(
     tenant: str,
-    may_leave: Annotated[bool | None, typer.Option("--hosted/--local", help="Whether its prompts and adapters may leave.")] = None,
+    may_leave: Annotated[
+        bool | None, typer.Option("--hosted/--local", help="Whether its prompts and adapters may leave; --local takes these away.")
+    ] = None,
     daily_usd: Annotated[float | None, typer.Option(help="Dollars a day (UTC); below 0: any.")] = None,
     monthly_usd: Annotated[float | None, typer.Option(help="Dollars a month (UTC); below 0: any.")] = None,
 ) -> None:
@@ -139,6 +145,8 @@ def tenants_set(
         if (daily_usd or 0) > 0 or (monthly_usd or 0) > 0:
             _check_prices(settings)
         Policies(client).set(tenant, msgspec.structs.replace(policy, **changes))
+        if may_leave is False and settings.hosted_model:
+            Publications(client, settings.hosted_org, settings.hosted_model).withdraw(tenant)
     print(f"{tenant}: set")
 
 

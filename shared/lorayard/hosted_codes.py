@@ -45,6 +45,12 @@ CODES: dict[str, Code] = {
     ),
     "adapter_not_hosted": Code(("submit", "job"), "the adapter is not at the service", "refused (400); failed where it was taken away"),
     "not_published": Code(("publish",), "the adapter was never published", _REFUSED + " (404)"),
+    "operator_only": Code(
+        ("publish",), "a model's id was given, or everyone's or another tenant's adapter, without the operator's key", _REFUSED + " (403)"
+    ),
+    "published_otherwise": Code(
+        ("publish",), "a model's id was given for content that others have published, or that this fleet brings there", _REFUSED + " (409)"
+    ),
     "adapter_rank": Code(("submit", "publish"), "not one rank for all modules, of 8, 16, 32, 64", _AT_HOME),
     "adapter_base_mismatch": Code(("submit", "publish"), "trained on another base than the hosted one", _AT_HOME),
     "adapter_tensors": Code(("submit", "publish"), "numbers that float16 cannot hold", _AT_HOME),

@@ -16,7 +16,7 @@ from lorayard.errors import BadRequest, Forbidden, Unavailable
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import Caller, WorkerRegistry
 from lorayard.settings import Settings
-from lorayard_scheduler.api.hosting import publish_again
+from lorayard_scheduler.api.hosting import publish_again, publish_no_more
 from lorayard_scheduler.api.http import Auth, Json, limited
 
 FORM_BYTES = 16 * 1024 * 1024
@@ -65,8 +65,13 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
 
     @router.delete("/{name}")
     def remove(name: str, who: Auth, public: bool = False) -> Json:
-        """Take the name away; jobs that were enqueued with it keep their content. `public`: one that everyone has."""
-        return Json({"name": registry.remove(_owner(who, public), name).name, "object": "adapter", "deleted": True})
+        """Take the name away, at the hosted service too; jobs that were enqueued with it for local workers keep their content.
+
+        `public`: one that everyone has.
+        """
+        owner = _owner(who, public)
+        publish_no_more(settings, ledger, owner, name)  # first: whoever is interrupted in between has lost nothing, and asks again
+        return Json({"name": registry.remove(owner, name).name, "object": "adapter", "deleted": True})
 
     return router
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 
 from lorayard.adapters import PUBLIC, AdapterRegistry, Manifest
 from lorayard.adapters.hosting import Publication, Publications
@@ -17,14 +18,13 @@ from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies
 from lorayard.ledger.registry import Caller
 from lorayard.settings import Settings
-from lorayard_scheduler.api.http import Auth, Json, limited
+from lorayard_scheduler.api.http import SHORT, Auth, Json, limited
 
 HOSTS = ("groq",)
-BODY_BYTES = 16 * 1024
 
 
 def routes(settings: Settings, ledger: Ledger) -> APIRouter:
-    """`/v1/adapters/NAME/publication` and `/v1/hosted`."""
+    """`/v1/adapters/NAME/publication` (`tenant`: whose adapter it is, where the operator sees to another's) and `/v1/hosted`."""
     router = APIRouter(prefix="/v1")
     registry = AdapterRegistry(ledger.client)
     policies = Policies(ledger.client)
@@ -36,49 +36,57 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
         return Publications(ledger.client, settings.hosted_org, settings.hosted_model)
 
     @router.put("/adapters/{name}/publication", status_code=202)
-    async def publish(name: str, request: Request, who: Auth) -> Json:
+    async def publish(name: str, request: Request, who: Auth, tenant: str | None = None) -> Json:
         """Want the adapter, and whatever content its name gets later, at the hosted service. Again: have it looked at anew.
 
-        `{"to": "groq"}`; with `"model": ID`, it is there under that id already, and nothing is brought there.
+        `{"to": "groq"}`; with `"model": ID` (the operator's key only), it is there under that id already, and nothing is brought there.
         """
-        body = _body(await limited(request, BODY_BYTES, "it has two short fields").body())
-        manifest, there = registry.get(who.tenant, name), publications()
-        _may(who, manifest)
-        if not policies.get(who.tenant).hosted and manifest.tenant != PUBLIC:
+        raw = await limited(request, SHORT, "it has two short fields").body()
+        return await run_in_threadpool(_publish, name, _body(raw), who, tenant)
+
+    def _publish(name: str, body: dict[str, str], who: Caller, tenant: str | None) -> Json:
+        manifest, there = registry.get(_tenant(who, tenant), name), publications()
+        _may(who, manifest.tenant)
+        model = body.get("model", "")
+        if model and not who.operator:
             raise Forbidden(
-                f"tenant {who.tenant} has not allowed its data to leave, and an adapter is data; the operator can: 'lorayard tenants set"
-                f" {who.tenant} --hosted'",
+                "only the operator's key may say under which model id an adapter is there: that model answers everyone who has this"
+                " content, at the hosted base's price",
+                code="operator_only",
+                param="model",
+            )
+        if not policies.get(manifest.tenant).hosted and manifest.tenant != PUBLIC:
+            raise Forbidden(
+                f"tenant {manifest.tenant} has not allowed its data to leave, and an adapter is data; the operator can: 'lorayard tenants"
+                f" set {manifest.tenant} --hosted'",
                 code="hosted_not_allowed",
             )
-        wanted = there.ask(manifest.digest, _title(manifest), model=body.get("model") or "")
+        wanted = there.ask(manifest.digest, _title(manifest), model=model)
         there.mark(manifest.tenant, manifest.name)
-        return Json(_document(manifest.name, wanted), status_code=202)
+        return Json(_document(manifest.name, wanted, who), status_code=202)
 
     @router.get("/adapters/{name}/publication")
-    def show(name: str, who: Auth) -> Json:
-        manifest = registry.get(who.tenant, name)
+    def show(name: str, who: Auth, tenant: str | None = None) -> Json:
+        manifest = registry.get(_tenant(who, tenant), name)
         found = publications().get(manifest.digest)
         if found is None:
             raise NotFound(f"the adapter {name!r} is not at the hosted service", code="not_published")
-        return Json(_document(name, found))
+        return Json(_document(name, found, who))
 
     @router.delete("/adapters/{name}/publication")
-    def unpublish(name: str, who: Auth) -> Json:
-        """Take every content of this name away from the service."""
-        manifest, there = registry.get(who.tenant, name), publications()
-        _may(who, manifest)
-        there.unmark(manifest.tenant, manifest.name)
-        mine = [one for one in there.all().values() if _title(manifest) in one.titles]
-        for one in mine:
-            there.unask(one.digest, _title(manifest))
-        return Json({"name": name, "object": "publication", "deleted": bool(mine)})
+    def unpublish(name: str, who: Auth, tenant: str | None = None) -> Json:
+        """Take every content of this name away from the service, also where no adapter has the name any more."""
+        there = publications()
+        owner = _owner(registry, there, _tenant(who, tenant), name)
+        _may(who, owner)
+        return Json({"name": name, "object": "publication", "deleted": there.drop(owner, name)})
 
     @router.get("/hosted")
     def hosted(who: Auth) -> Json:
         """What the tenant has at the hosted service, may do there and has spent: in dollars, of this day and month (UTC)."""
         there = publications().all()
         assert org is not None
-        mine = [_document(m.name, there[m.digest]) for m in registry.list(who.tenant) if m.digest in there]
+        mine = [_document(m.name, there[m.digest], who) for m in registry.list(who.tenant) if m.digest in there]
         state = org.state(str(settings.hosted_model))
         spent = {which: org.spent(date).get(who.tenant, 0) / NANO for which, date in (("day", state.day), ("month", state.month))}
         costs = {adapter: nano / NANO for (tenant, adapter), nano in org.costs(state.month).items() if tenant == who.tenant}
@@ -94,17 +102,43 @@ def routes(settings: Settings, ledger: Ledger) -> APIRouter:
     return router
 
 
+def _owner(registry: AdapterRegistry, there: Publications, tenant: str, name: str) -> str:
+    """Whose it is what a tenant calls so, at the service or here: the tenant's own hides what is everyone's. Raises `NotFound`."""
+    if there.holds(tenant, name):
+        return tenant
+    manifest = registry.get_many(tenant, [name])[name]
+    if manifest is not None:
+        return manifest.tenant
+    if there.holds(PUBLIC, name):
+        return PUBLIC
+    raise registry.unknown(name)
+
+
 def publish_again(settings: Settings, ledger: Ledger, manifest: Manifest) -> None:
     """A name that is published has new content: that goes there too."""
     if settings.hosted_model:
         there = Publications(ledger.client, settings.hosted_org, settings.hosted_model)
-        if there.marked(manifest.tenant, manifest.name):
+        may = manifest.tenant == PUBLIC or Policies(ledger.client).get(manifest.tenant).hosted
+        if may and there.marked(manifest.tenant, manifest.name):
             there.ask(manifest.digest, _title(manifest))
 
 
-def _may(who: Caller, manifest: Manifest) -> None:
-    if manifest.tenant == PUBLIC and not who.operator:
+def publish_no_more(settings: Settings, ledger: Ledger, owner: str, name: str) -> None:
+    """A name is taken away: so is what it has at the hosted service, and what gets the name later does not go there unasked."""
+    if settings.hosted_model:
+        Publications(ledger.client, settings.hosted_org, settings.hosted_model).drop(owner, name)
+
+
+def _may(who: Caller, owner: str) -> None:
+    if owner == PUBLIC and not who.operator:
         raise Forbidden("only the operator's key may publish or unpublish everyone's adapter", code="operator_only")
+
+
+def _tenant(who: Caller, tenant: str | None) -> str:
+    """Whose adapters a name is looked for among."""
+    if tenant not in (None, who.tenant) and not who.operator:
+        raise Forbidden("only the operator's key may see to another tenant's adapters", code="operator_only", param="tenant")
+    return tenant or who.tenant
 
 
 def _title(manifest: Manifest) -> str:
@@ -123,5 +157,7 @@ def _body(raw: bytes) -> dict[str, str]:
     return {key: value for key, value in body.items() if value}
 
 
-def _document(name: str, one: Publication) -> dict[str, Any]:
-    return {"object": "publication", "name": name, **msgspec.to_builtins(one)}
+def _document(name: str, one: Publication, who: Caller) -> dict[str, Any]:
+    """Without the names that others have given to the same content; the operator sees them all."""
+    seen = one.titles if who.operator else [title for title in one.titles if title.split("/")[0] in (who.tenant, PUBLIC)]
+    return {"object": "publication", "name": name, **msgspec.to_builtins(one), "titles": seen}

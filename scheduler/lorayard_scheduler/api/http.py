@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 
 import msgspec
 import redis
+import structlog
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -14,7 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge, Unavailable
+from lorayard.ledger.ledger import unavailable
 from lorayard.ledger.registry import Caller, KeyRing
+
+log = structlog.get_logger("lorayard.api")
 
 
 class Json(Response):
@@ -57,6 +61,10 @@ def limited(request: Request, most: int, advice: str) -> Request:
     return Request(request.scope, receive)
 
 
+SHORT = 16 * 1024
+"""Bytes of a body that has a few short fields."""
+
+
 def error_response(error: LorayardError, more: dict[str, Any] | None = None) -> Json:
     headers = {"Retry-After": str(max(1, round(error.retry_after)))} if isinstance(error, Unavailable) else None
     return Json({"error": error.document(), **(more or {})}, status_code=error.status, headers=headers)
@@ -82,7 +90,8 @@ def handle_errors(app: FastAPI) -> None:
         return response
 
     async def store(_: Request, error: Exception) -> Response:
-        return error_response(Unavailable(f"Redis does not answer ({error}); try again"))
+        log.warning("the store did not do what a request needed", reason=str(error))
+        return error_response(unavailable(cast("redis.RedisError", error)))
 
     async def unexpected(_: Request, error: Exception) -> Response:
         return error_response(LorayardError("an internal error; the log of the API process has it"))
@@ -91,8 +100,7 @@ def handle_errors(app: FastAPI) -> None:
         LorayardError: ours,
         RequestValidationError: validation,
         HTTPException: http,
-        redis.ConnectionError: store,
-        redis.TimeoutError: store,
+        redis.RedisError: store,
         Exception: unexpected,
     }
     for kind, handler in handlers.items():

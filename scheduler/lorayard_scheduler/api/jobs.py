@@ -54,13 +54,16 @@ def routes(settings: Settings, ledger: Ledger, admission: Admission, waiting: Wa
         ids: Annotated[str | None, Query(max_length=40_000)] = None,
         dead: bool = False,
     ) -> Json:
-        """The tenant's newest jobs first, without responses; `after` goes on from a page's `last_id`. `dead`: dead letters only.
+        """The tenant's newest jobs first, without responses; `after` goes on from a page's `last_id`, while that is listed. `dead`: dead
+        letters only.
 
         With a status, up to `SCAN_MOST` jobs are looked through for a page, so that one may be short and yet have more behind it.
-        With `ids` (comma-separated), those jobs' whole documents instead; what does not exist is left out.
+        With `ids` (comma-separated, `LIST_MOST` at most), those jobs' whole documents instead; what does not exist is left out.
         """
         if ids is not None:
-            wanted = list(dict.fromkeys(ids.split(",")))[:LIST_MOST]
+            wanted = list(dict.fromkeys(ids.split(",")))
+            if len(wanted) > LIST_MOST:
+                raise BadRequest(f"ids: {len(wanted)} in one request, more than {LIST_MOST}: ask in several", param="ids")
             found = [tell(d, who.tenant) for d in ledger.show(who.tenant, wanted) if d is not None]
             return Json({"object": "list", "data": found, "has_more": False})
         page = _page(ledger, who.tenant, limit, status, after, dead)

@@ -13,6 +13,7 @@ import msgspec
 import redis
 from redis.lock import Lock
 
+from lorayard.errors import Conflict
 from lorayard.ledger import keys
 
 PublicationState = Literal["wanted", "ready", "refused", "unwanted"]
@@ -68,11 +69,18 @@ class Publications:
 
     def ask(self, digest: str, title: str, *, model: str = "") -> Publication:
         """Want it there, under a name (TENANT/NAME) more; what is there is looked at again. With `model`, another hand has brought it there
-        under that id."""
+        under that id.
+
+        The content is one for all who have it, and so is its model: raises `Conflict` where `model` would change it for others, or leave
+        behind what we have brought there.
+        """
 
         def wish(old: Publication | None, now: int) -> Publication:
             titles = sorted({title, *(old.titles if old else [])})
-            if model or old is None or old.given:
+            if model and old is not None and not (old.given and old.model == model):
+                _check_alone(old, title)
+                old = None
+            if old is None or (old.given and old.state == "unwanted"):
                 return Publication(
                     digest=digest, base=self._base, state="wanted", asked_ms=now, titles=titles, model=model, given=bool(model)
                 )
@@ -147,8 +155,43 @@ class Publications:
     def marked(self, owner: str, name: str) -> bool:
         return bool(self._client.sismember(self._marks, f"{owner}/{name}"))
 
+    # -- all that was asked for under a name, whatever content it has or had ------------------------------------------------------------
+
+    def holds(self, owner: str, name: str) -> bool:
+        return self.marked(owner, name) or any(f"{owner}/{name}" in one.titles for one in self.all().values())
+
+    def drop(self, owner: str, name: str) -> bool:
+        """Nothing is wanted there under this name any more; False if nothing was."""
+        title = f"{owner}/{name}"
+        self.unmark(owner, name)
+        mine = [one.digest for one in self.all().values() if title in one.titles]
+        for digest in mine:
+            self.unask(digest, title)
+        return bool(mine)
+
+    def withdraw(self, owner: str) -> None:
+        """As `drop`, under any name of one whose data may not leave (any more)."""
+        marks: Any = self._client.smembers(self._marks)
+        titles = {mark.decode() for mark in marks}.union(*(one.titles for one in self.all().values()))
+        for title in sorted(titles):
+            whose, _, name = title.partition("/")
+            if whose == owner:
+                self.drop(owner, name)
+
     # -- who works on one ---------------------------------------------------------------------------------------------------------------
 
     def lock(self, digest: str, hold_s: float) -> Lock:
         """To be acquired by whoever works on it, without waiting: another does so otherwise."""
         return Lock(self._client, f"{self._prefix}work:{digest}", timeout=hold_s, blocking=False, thread_local=False)
+
+
+def _check_alone(old: Publication, title: str) -> None:
+    """That its model may become another one: nobody else has it there, and nothing of it is ours to remove."""
+    if set(old.titles) - {title}:
+        raise Conflict("this content is published under another name too, whose model would change with it", code="published_otherwise")
+    if not old.given and (old.state != "refused" or old.file_id):
+        raise Conflict(
+            "it was brought there, or is being brought or removed, by this fleet: 'lorayard adapters unpublish' it first, and give the"
+            " model when it is gone",
+            code="published_otherwise",
+        )

@@ -61,10 +61,14 @@ class AdapterRegistry:
         """The tenant's own adapter of that name, else the public one. Raises `NotFound`, alike for another tenant's."""
         found = self.get_many(tenant, [name])[name]
         if found is None:
-            raise NotFound(
-                f"no adapter named {name!r}; `lorayard adapters list` shows those there are", code="adapter_not_found", param="adapter"
-            )
+            raise self.unknown(name)
         return found
+
+    @staticmethod
+    def unknown(name: str) -> NotFound:
+        return NotFound(
+            f"no adapter named {name!r}; `lorayard adapters list` shows those there are", code="adapter_not_found", param="adapter"
+        )
 
     def get_many(self, tenant: str, names: Iterable[str]) -> dict[str, Manifest | None]:
         """As `get`, for many names in one round trip; None where there is none."""

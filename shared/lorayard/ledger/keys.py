@@ -10,6 +10,9 @@ worker shall fetch ahead."""
 KEYS = "ly:{tenants}:keys"
 """HASH SHA-256 of an API key -> JSON {tenant, created_ms, note}."""
 
+REVOKED = "ly:{tenants}:revoked"
+"""SET of SHA-256 of keys that were revoked, and are not to become valid again because a setting or file still has one."""
+
 TENANTS = "ly:{tenants}:names"
 """SET of tenants."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from lorayard.errors import Unavailable
+from lorayard.errors import BadRequest, Unavailable
 from lorayard.ledger import documents, keys
 
 LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
@@ -250,11 +250,19 @@ class Ledger:
         return ["queued" if code == b"q" else "missing" for code in self._call("ly_revive", tenant, *ids)]
 
     def list_ids(self, tenant: str, *, limit: int, after: str | None = None, dead: bool = False) -> list[str]:
-        """The newest ids, newest first; or those older than the id `after`, none where it is no longer listed. `dead`: of dead letters."""
+        """The newest ids, newest first; or those older than the id `after`. `dead`: of dead letters. Raises `BadRequest` where `after` is
+        not listed (any more): nobody knows then what comes behind."""
         name = f"{self._prefix}{'dead' if dead else 'by_tenant'}:{tenant}"
         try:
             # Ranks count from the oldest, so what is enqueued meanwhile moves nothing.
             end: Any = self.client.zcard(name) if after is None else self.client.zrank(name, after)
+            if end is None:
+                raise BadRequest(
+                    f"after: the job {str(after)[:100]!r} is not listed here (any more), so what follows it cannot be told: go on after a"
+                    " job before it that is, or begin again without 'after'",
+                    code="cursor_gone",
+                    param="after",
+                )
             rows: Any = self.client.zrange(name, max(0, end - limit), end - 1) if end else []
         except redis.RedisError as error:
             raise unavailable(error) from error

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -172,31 +173,50 @@ class KeyRing:
         return [{"key": digest.decode()[:12], **msgspec.json.decode(value)} for digest, value in sorted(raw.items())]
 
     def revoke(self, name: str) -> bool:
-        """Forget the key of that name (as `entries` shows it), at once."""
+        """The key of that name (as `entries` shows it) is valid no more, at once and for good."""
         raw: Any = self._client.hkeys(keys.KEYS)
         found = [digest for digest in raw if digest.decode().startswith(name)] if len(name) >= 8 else []
-        return len(found) == 1 and bool(self._client.hdel(keys.KEYS, found[0]))
+        if len(found) != 1:
+            return False
+        pipe = self._client.pipeline(transaction=True)
+        pipe.sadd(keys.REVOKED, found[0])
+        pipe.hdel(keys.KEYS, found[0])
+        return bool(pipe.execute()[1])
+
+    def _revoked(self, key: str) -> bool:
+        return bool(self._client.sismember(keys.REVOKED, _digest(key)))
 
     def tenants(self) -> list[str]:
         raw: Any = self._client.smembers(keys.TENANTS)
         return sorted(name.decode() for name in raw)
 
     def ensure_first(self, settings: Settings) -> str:
-        """The operator's key: the setting, else the file `api_key` of the state folder, made at the first start."""
+        """The operator's key: the setting, else the file `api_key` of the state folder, made at the first start, anew where that one was
+        revoked. Raises `SetupError` where the setting's was."""
         path = settings.state_dir / "api_key"
-        key = settings.api_key or (path.read_text().strip() if path.exists() else "")
-        if not key:
-            settings.state_dir.mkdir(parents=True, exist_ok=True)
-            key = KEY_PREFIX + secrets.token_urlsafe(24)
-            try:
-                with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                    file.write(key + "\n")
-            except FileExistsError:  # another process was first
-                key = path.read_text().strip()
-            except OSError as error:
-                raise SetupError(f"cannot write {path} ({error.strerror}): set LORAYARD_STATE_DIR to a folder you may write") from None
-        self._admit(key, settings.celery_tenant, operator=True)
+        with self._client.lock(keys.KEYS + ":first", timeout=10):  # of several processes that start, one makes it
+            key = settings.api_key or (path.read_text().strip() if path.exists() else "")
+            if settings.api_key and self._revoked(key):
+                raise SetupError(
+                    f"LORAYARD_API_KEY is a key that was revoked: set another, or unset it to have one made and written to {path}"
+                )
+            if not key or self._revoked(key):
+                key = KEY_PREFIX + secrets.token_urlsafe(24)
+                _write_key(path, key)
+            self._admit(key, settings.celery_tenant, operator=True)
         return key
+
+
+def _write_key(path: Path, key: str) -> None:
+    """Whole or not at all: others may be reading it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(key + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise SetupError(f"cannot write {path} ({error.strerror}): set LORAYARD_STATE_DIR to a folder you may write") from None
 
 
 def _digest(key: str) -> str:

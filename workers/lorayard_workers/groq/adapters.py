@@ -7,17 +7,19 @@ begins by looking at what is there: whoever was interrupted, at any step, makes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
 from redis.exceptions import LockError
 
+from lorayard.adapters import PUBLIC
 from lorayard.adapters.hosting import Publication, Publications
 from lorayard.adapters.packaging import pack
 from lorayard.adapters.peft import PeftAdapter
 from lorayard.errors import AdapterRejected, LorayardError, NotFound, Unavailable
 from lorayard.hosted import base_names
+from lorayard.ledger.policies import NOTHING_LEAVES, Policies, Policy
 from lorayard.settings import Settings
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding
@@ -35,17 +37,35 @@ PURPOSE = "fine_tuning"
 class Provisioner:
     """`sweep` does what is wanted and nobody else is doing. `load` reads an adapter from the artifact store."""
 
-    def __init__(self, settings: Settings, publications: Publications, service: ServiceClient, load: Callable[[str], PeftAdapter]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        publications: Publications,
+        policies: Policies,
+        service: ServiceClient,
+        load: Callable[[str], PeftAdapter],
+    ) -> None:
         self._settings = settings
         self._publications = publications
+        self._policies = policies
         self._service = service
         self._load = load
         self._again: dict[str, float] = {}
 
     def sweep(self) -> None:
+        policies = self._policies.all()
         for seen in self._publications.all().values():
-            if self._is_due(seen):
+            if not self._withdrawn(seen, policies) and self._is_due(seen):
                 self._alone(seen.digest)
+
+    def _withdrawn(self, seen: Publication, policies: Mapping[str, Policy]) -> bool:
+        """Whether someone has it there whose data may not leave: all that one asked for is wanted no more, so it is to be read again."""
+        owners = {title.partition("/")[0] for title in seen.titles} - {PUBLIC}
+        barred = [owner for owner in sorted(owners) if not policies.get(owner, NOTHING_LEAVES).hosted]
+        for owner in barred:
+            log.warning("adapters are taken away: the tenant's leave was withdrawn", tenant=owner)
+            self._publications.withdraw(owner)
+        return bool(barred)
 
     def _is_due(self, seen: Publication) -> bool:
         if time.monotonic() < self._again.get(f"{seen.digest} {seen.asked_ms}", 0.0):
@@ -61,7 +81,7 @@ class Provisioner:
         try:
             with holding(lock.reacquire, LOCK_S / 3):
                 seen = self._publications.get(digest)
-                if seen is not None and self._is_due(seen):
+                if seen is not None and self._is_due(seen) and not self._withdrawn(seen, self._policies.all()):
                     self._work(seen)
         finally:
             try:
@@ -160,7 +180,7 @@ class Provisioner:
             models = [seen.model]
         if seen.model not in models:
             raise AdapterRejected(
-                f"{self._settings.hosted_url} has no model {seen.model!r}; it has {', '.join(models[:10]) or 'none'}",
+                f"the hosted service lists no model {seen.model!r}: load it there under this id, or publish it with the id it has there",
                 code="hosted_model_missing",
             )
         self._publications.tell(seen, state="ready", error="", code="")

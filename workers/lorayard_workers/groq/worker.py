@@ -42,7 +42,7 @@ def serve_groq(settings: Settings, ledger: Ledger, app: Celery) -> None:
         _check_key(settings, service)
         announce_base(settings, ledger)
         keeper = batches.BatchKeeper(settings, ledger, org, policies, service, hosting.model)
-        provisioner = adapters.Provisioner(settings, hosting.publications, service, ArtifactStore.open(settings).get)
+        provisioner = adapters.Provisioner(settings, hosting.publications, policies, service, ArtifactStore.open(settings).get)
         loops.enter_context(Loop("provisioning", provisioner.sweep, adapters.SWEEP_S))
         if settings.hosted_api == "groq":
             loops.enter_context(Loop("batches", keeper.sweep, batches.SWEEP_S))
