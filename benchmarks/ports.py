@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 import socket
 
@@ -11,6 +12,12 @@ start or while the server is down, would have the port."""
 
 _kept: list[socket.socket] = []
 """A datagram socket on each port that was chosen: nobody uses it, and no other process finds the port free, until this one ends."""
+
+
+@atexit.register
+def _release() -> None:
+    for mark in _kept:
+        mark.close()
 
 
 def free_port() -> int:
