@@ -25,7 +25,7 @@ from lorayard.client import Client
 from lorayard.demo import EXAMPLES
 from lorayard.errors import LorayardError
 from lorayard.ledger.ledger import Ledger
-from lorayard.ledger.registry import KeyRing
+from lorayard.ledger.registry import KeyRing, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard_workers.llama import process
 
@@ -161,9 +161,14 @@ class Yard:
                     document = client.ready()
             except LorayardError:
                 return False
-            return document["scheduler"] == led and set(document["workers"]) == workers
+            return document["scheduler"] == led and set(document["workers"]) == workers and all(map(self._is_itself, workers))
 
         until(said, timeout_s)
+
+    def _is_itself(self, worker: str) -> bool:
+        """Whether what is known of a worker is its process's own word, and not that of one which was killed a moment ago."""
+        member, info = self.members[worker], WorkerRegistry(self._direct).find(self.settings.pool, worker)
+        return info is not None and member.process is not None and member.process.poll() is None and info.pid == member.pid
 
     @staticmethod
     def role(*arguments: str) -> list[str]:
