@@ -15,7 +15,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,20 @@ class Job:
     @property
     def spec(self) -> dict[str, Any]:
         return {"adapter": self.adapter, "request": self.request, "endpoint": self.endpoint}
+
+    @property
+    def warm_up(self) -> Job:
+        """One like it with the words of its question in reverse: who has computed it knows no more of this one than its system prompt."""
+        if "prompt" in self.request:
+            request = self.request | {"prompt": _reversed(self.request["prompt"])}
+        else:
+            *before, last = self.request["messages"]
+            request = self.request | {"messages": [*before, last | {"content": _reversed(last["content"])}]}
+        return replace(self, request=request)
+
+
+def _reversed(text: str) -> str:
+    return " ".join(reversed(text.split()))
 
 
 @dataclass(frozen=True)
