@@ -138,7 +138,7 @@ class _Plan:
         self.known: dict[Costs, Prices] = {}
         self.swift: dict[Costs, Sequence[str]] = {}
         self.idle = view.roster.idle
-        self.busy = view.groups.waits_ms >= policy.batch_ms
+        self.busy = view.groups.waits_ms >= policy.batch_ms or len(view.roster.workers) == 1  # nobody is free sooner than who takes it
         self.alone = view.groups.alone(now - policy.flood_ms)  # those who flood
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 

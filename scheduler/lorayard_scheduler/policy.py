@@ -58,13 +58,13 @@ class Prices:
 
 
 def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:
-    """The most jobs of a batch: what the width has use for and, where that is measured, what pays and there is time for. One, where
-    company saves little and what waits is work for less than a batch: others, that may be free sooner, can have the next."""
+    """The most jobs of a batch: what the width has use for and, where that is measured, there is time for. Where what waits is work for
+    less than a batch, no more than pay, and one, where company saves little: others, that may be free sooner, can have the next."""
     most = math.ceil(costs.knee * policy.rows_per_width)
     if costs.measured:
-        if waits_ms < policy.batch_ms and costs.lone(work):
-            return 1
-        most = min(costs.paying(work, most), int(policy.batch_ms / costs.job_ms(work)))
+        if waits_ms < policy.batch_ms:
+            most = 1 if costs.lone(work) else costs.paying(work, most)
+        most = min(most, int(policy.batch_ms / costs.job_ms(work)))
     return max(1, most)
 
 
