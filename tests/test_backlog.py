@@ -284,7 +284,7 @@ def test_costs_are_taken_over_when_they_have_changed_enough(backlog: Backlog) ->
 
 @pytest.mark.parametrize(("cached", "least"), [(0, 1), (8_500, 12)], ids=["each its own", "mostly shared"])
 def test_what_prompts_share_is_not_work_of_every_job(ledger: Ledger, backlog: Backlog, cached: int, least: int) -> None:
-    costs = {"switch_ms": {}, "prefill_tokens_per_s": 500.0, "step_ms": {"1": 15.0, "8": 40.0}}
+    costs = {"switch_ms": {}, "prefill_tokens_per_s": 250.0, "step_ms": {"1": 15.0, "8": 40.0}}
     counters = {"finished": 10.0, "prompt_tokens": 9_000.0, "cached_tokens": float(cached), "generated_tokens": 300.0}
     backlog.meet([info(costs=costs, counters=counters)])
     assert backlog.groups.scale.work.shared == cached / 10

@@ -121,7 +121,25 @@ def test_batches_are_as_large_as_pays() -> None:
     assert COSTS.paying(WORK, 16) > 8, "a narrow end of a batch is paid for by a longer one"
     long = Work(2000, 0, 10)  # read one after another
     assert (COSTS.lone(WORK), COSTS.lone(long)) == (False, True)
-    assert [rows(COSTS, long, POLICY, waits_ms) for waits_ms in (0.0, POLICY.batch_ms)] == [1, COSTS.paying(long, 8)]
+    assert rows(COSTS, WORK, replace(POLICY, rows_per_width=4.0), busy=False) == COSTS.paying(WORK, 32)
+    assert rows(COSTS, long, POLICY, busy=False) == 1
+
+
+def test_batches_are_as_large_as_there_is_time_for_where_nobody_could_begin_a_job_sooner() -> None:
+    """The next jobs are there when the first of them end, and no place of the width stands empty."""
+    work = Work(prompt=200, shared=0, output=5)
+    policy = replace(POLICY, rows_per_width=4.0, batch_ms=40 * COSTS.job_ms(work))
+    paying, most = COSTS.paying(work, 32), 32
+
+    def first(jobs: int, *workers: WorkerView) -> int:
+        seen = view([("a", "t", jobs, 60_000)], workers)
+        seen.groups.rescale(replace(seen.groups.scale, work=work, workers=len(workers)))
+        return plan(seen, NOW, policy)[0].jobs
+
+    assert 8 < paying < most
+    assert first(200, worker("w1", ("b", 1)), worker("w2", ("c", 1))) == most
+    assert first(32, worker("w1", ("b", 1)), worker("w2", ("c", 1))) == paying
+    assert first(32, worker("w1", ("b", 1))) == most
 
 
 def test_a_narrow_batch_ranks_later_and_no_later_than_patience_allows() -> None:

@@ -59,7 +59,7 @@ def bound(workers: Iterable[Costs], load: Load, policy: Policy, *, target_ms: fl
     """Of a pool in which nobody floods; `target_ms` is the job's, `shortest_target_ms` that of the most urgent priority in use."""
     costs = list(workers)
     batch = max(longest_batch_ms(c, load, math.ceil(c.knee * policy.rows_per_width), cold=True) for c in costs)
-    fewest = min(rows(c, work, policy, 0.0) for c in costs for work in _corners(load))
+    fewest = min(rows(c, work, policy, busy=False) for c in costs for work in _corners(load))
     dearest = max(_dearest(c, load) for c in costs)
     shift = policy.patience_ms * math.log(dearest) + target_ms - (target_ms if shortest_target_ms is None else shortest_target_ms)
     ahead = load.burst + load.per_ms * (target_ms + shift)

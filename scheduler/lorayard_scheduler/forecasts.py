@@ -152,7 +152,7 @@ class Forecaster:
         groups, roster, scale = view.groups, view.roster, view.groups.scale
         self._pauses.see(paused, now)
         job_ms = groups.job_ms
-        most = rows(scale.costs, scale.work, policy, groups.waits_ms)
+        most = rows(scale.costs, scale.work, policy, busy=view.busy(policy))
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
         first = next(groups.by_rank(False, math.inf), None)
         self._last = Forecast(

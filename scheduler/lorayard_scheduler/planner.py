@@ -52,6 +52,10 @@ class View:
     groups: Groups
     roster: Roster
 
+    def busy(self, policy: Policy) -> bool:
+        """Whether nobody could begin a job sooner than who has a batch of its adapter: what waits is work for longer, or there is one worker."""
+        return len(self.roster.workers) == 1 or self.groups.waits_ms >= policy.batch_ms
+
     def planned(self) -> None:
         """The plan was carried out and there is no more of it: only what changes from now on is news."""
         self.groups.news.clear()
@@ -138,7 +142,7 @@ class _Plan:
         self.known: dict[Costs, Prices] = {}
         self.swift: dict[Costs, Sequence[str]] = {}
         self.idle = view.roster.idle
-        self.busy = view.groups.waits_ms >= policy.batch_ms or len(view.roster.workers) == 1  # nobody is free sooner than who takes it
+        self.busy = view.busy(policy)
         self.alone = view.groups.alone(now - policy.flood_ms)  # those who flood
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 

@@ -47,7 +47,7 @@ class Prices:
             here = self.ms[temperature] = [0.0] + [costs.batch_ms(n, work, temperature) for n in range(1, self.most + 1)]
             factors = (ms / hot for ms, hot in zip(here[1:], self.ms["hot"][1:], strict=True))
             self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in factors]
-        self.rows = rows(costs, work, policy, math.inf if busy else 0.0)
+        self.rows = rows(costs, work, policy, busy=busy)
         self.lead = policy.lead_ms / self.job_ms if costs.measured else math.inf
         few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
         self.flood_rows = min(few, self.rows) if costs.measured else self.rows
@@ -57,12 +57,12 @@ class Prices:
         return self.ms[temperature][jobs - more] + more * self.job_ms
 
 
-def rows(costs: Costs, work: Work, policy: Policy, waits_ms: float = math.inf) -> int:
-    """The most jobs of a batch: what the width has use for and, where that is measured, there is time for. Where what waits is work for
-    less than a batch, no more than pay, and one, where company saves little: others, that may be free sooner, can have the next."""
+def rows(costs: Costs, work: Work, policy: Policy, *, busy: bool) -> int:
+    """The most jobs of a batch: what the width has use for and, where that is measured, there is time for. Unless all are `busy`, no
+    more than pay, and one, where company saves little: others, that may be free sooner, can have the next."""
     most = math.ceil(costs.knee * policy.rows_per_width)
     if costs.measured:
-        if waits_ms < policy.batch_ms:
+        if not busy:
             most = 1 if costs.lone(work) else costs.paying(work, most)
         most = min(most, int(policy.batch_ms / costs.job_ms(work)))
     return max(1, most)

@@ -76,9 +76,10 @@ class Widths:
 
 
 def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[], None] = lambda: None) -> tuple[Costs, Widths]:
-    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster. Takes two seconds or so.
+    """Time a prompt, and steps of growing width over short sequences, long ones and short ones again, until wider is no faster.
 
-    `alive` is called between any two widths.
+    Twice, and the less of the two counts, because other processes start with this one: what they take of the cores for a moment must not
+    decide about the width. Takes three seconds or so; `alive` is called between any two widths.
     """
     n_ctx = settings.n_ctx
     widths = [width for width in WIDTHS if width <= widest and width * (_DEPTHS[-1] + 8) <= n_ctx] or [1]
@@ -94,12 +95,13 @@ def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[]
     try:
         rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1], alive)
         longest = context.save(0)
-        taken = {}
-        for depth in _DEPTHS:
+        taken: dict[int, dict[int, float]] = {depth: {} for depth in _DEPTHS}
+        for depth in (*_DEPTHS, _DEPTHS[0]):
             context.clear()
             context.restore(0, longest)
             context.cut(0, depth)
-            taken[depth] = _pass(context, batch, widths, depth, alive)
+            for width, ms in _pass(context, batch, widths, depth, alive).items():
+                taken[depth][width] = min(ms, taken[depth].get(width, ms))
     finally:
         batch.free()
         context.close()
