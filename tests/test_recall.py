@@ -21,7 +21,7 @@ from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Taken
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
-from lorayard_scheduler.costs import Work
+from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_scheduler.groups import Groups, Scale
 from lorayard_scheduler.planner import Policy, View
@@ -29,6 +29,7 @@ from lorayard_scheduler.quoting import Board
 from lorayard_scheduler.recall import recalls
 from lorayard_scheduler.roster import Held, Roster, WorkerView
 from lorayard_scheduler.simulated import Lorayard
+from lorayard_scheduler.simulator import Fleet
 
 NOW = 1_000_000.0
 POLICY = Policy(patience_ms=10, flood_ms=60_000)
@@ -96,6 +97,28 @@ def test_it_goes_where_it_begins_first() -> None:
     assert back(view(300, FULL, deck(), others=[longer])) == [("deck",)]
 
 
+def slowed(times: float, *others: WorkerView, held: Iterable[Held] = ()) -> View:
+    """Nothing waits; a worker that takes so many times as long as the others has these batches."""
+    steps = {width: times * ms for width, ms in COSTS.step_ms.items()}
+    costs = Costs(COSTS.width, COSTS.switch_ms, COSTS.prefill_tokens_per_s / times, steps, measured=True)
+    groups = Groups(Scale(POLICY.patience_ms, POLICY.flood_ms, COSTS, WORK, 1))
+    return View(groups, Roster([WorkerView("w", costs, tuple(held) or (FULL, deck())), *others]))
+
+
+def test_what_a_slowed_worker_has_not_begun_comes_back_for_one_that_has_nothing_to_do() -> None:
+    idle, busy = WorkerView("idle", COSTS), WorkerView("busy", COSTS, (Held("x", "c", 3),))
+    # It would end eight in 450 ms, with loading; the slow one all its twelve in so many times 600.
+    assert back(slowed(4, idle)) == [("deck",)]
+    assert back(slowed(1.4, idle)) == [], "not twice as soon"
+    assert back(slowed(4, busy)) == [], "nobody is idle"
+    assert back(slowed(4, WorkerView("idle", Costs(4)))) == [], "of the other nothing is measured"
+    assert back(slowed(4, idle, held=[FULL])) == [], "all of it has begun"
+    assert back(slowed(4, idle, held=[deck("one", "a"), deck("two", "b"), deck("three", "b")])) == [("one",)], "an adapter at a time"
+    waits = slowed(4, idle)
+    waits.groups.put("x", "t", 1, NOW + 60_000, NOW)
+    assert back(waits) == [], "what waits is for who is idle"
+
+
 # -- simulated ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +150,40 @@ def test_urgent_jobs_are_less_late_and_nothing_else_suffers() -> None:
     assert sum(late > 0 for late in lateness[True]) < 0.75 * sum(late > 0 for late in lateness[False])
     assert sum(lateness[True]) < 0.75 * sum(lateness[False])
     assert ends[True] < 1.02 * ends[False]
+
+
+class Throttled(Lorayard):
+    """Its first worker takes so many times as long, and says so after 100 ms."""
+
+    def __init__(self, times: float, *, recalls: bool) -> None:
+        super().__init__(recalls=recalls)
+        self.times = times
+
+    def begin(self, fleet: Fleet) -> None:
+        super().begin(fleet)
+        steps = {width: self.times * ms for width, ms in COSTS.step_ms.items()}
+        self.costs = Costs(COSTS.width, COSTS.switch_ms, COSTS.prefill_tokens_per_s / self.times, steps, measured=True)
+        machine = fleet.machines[0]
+        machine.steps, machine.prefill = self.costs.steps, self.times * machine.prefill
+        fleet.remind(100.0)
+
+    def turn(self) -> None:
+        if self.fleet.now >= 100 and self.views[0].costs is not self.costs:
+            self.views[0].costs = self.costs
+            self._see(self.fleet.machines[0])
+        super().turn()
+
+
+def test_jobs_of_a_worker_that_slows_down_end_where_there_is_nothing_to_do() -> None:
+    jobs = [(0.0, adapter, 50, 20) for adapter in (0, 1) for _ in range(8)]
+    ends = {}
+    for times in (1.1, 20.0):
+        for on in (False, True):
+            scheduler = Throttled(times, recalls=on)
+            ends[times, on] = max(simulate(jobs, scheduler, workers=2).ended)
+            assert scheduler.recalled == (4 if on and times > 2 else 0), "half of it has begun, and nothing goes back and forth"
+    assert ends[20.0, True] < 0.6 * ends[20.0, False]
+    assert ends[1.1, True] == ends[1.1, False]
 
 
 # -- for real -----------------------------------------------------------------------------------------------------------------------------
@@ -211,4 +268,34 @@ def test_a_scheduler_recalls_what_is_on_deck_and_sends_what_is_urgent(yard: Yard
     assert yard.ledger.start(deck.batch, deck.fence, ["acme/b0"]) == ["acme/b0"], "the worker is refused what was recalled"
     counts = yard.ledger.counts()
     assert (counts["recalled"], counts["queued"]) == (8, 8)
+    assert audit(yard.ledger) == []
+
+
+def test_a_scheduler_sends_elsewhere_what_a_worker_that_slows_down_has_not_begun(yard: Yard) -> None:
+    yard.put(*(f"a{i}" for i in range(8)), digest="a", wait_ms=40_000)
+    slows = yard.take()
+    assert len(slows.jobs) == 8
+    assert yard.ledger.start(slows.batch, slows.fence, [job.ref for job in slows.jobs[:4]]) == []
+    other, board = msgspec.structs.replace(yard.info, name="v"), Board(yard.ledger)
+
+    def both_are_known() -> bool:
+        yard.registry.beat(yard.info)
+        yard.registry.beat(other)
+        forecast, _ = board.read()
+        return forecast is not None and forecast.workers == 2
+
+    assert until(both_are_known, 10)
+    assert yard.ledger.counts().get("recalled", 0) == 0, "both are as fast"
+    yard.info.costs = yard.info.costs | {"prefill_tokens_per_s": 100, "step_ms": {"1": 3000, "4": 4000}}
+
+    def given() -> list[str]:
+        both_are_known()
+        return yard.ledger.outstanding("v")
+
+    batches = until(given, 10)
+    assert batches
+    taken = yard.ledger.take(batches[0], "v", "i", 600_000)
+    assert taken is not None
+    assert {job.ref for job in taken.jobs} == {job.ref for job in slows.jobs[4:]}
+    assert yard.ledger.counts()["recalled"] == 4
     assert audit(yard.ledger) == []

@@ -109,6 +109,23 @@ def test_another_tenants_flood_is_hardly_felt() -> None:
     assert alone.waits()[190] < waits[190], "it is felt"
 
 
+def test_a_trickle_beside_a_flood_begins_soon_and_hardly_slows_it() -> None:
+    """Without a trickle the flood has both hands of every worker."""
+    places = WorkerSpec(Costs(16, COSTS.switch_ms, 2000.0, {1: 10.0, 16: 20.0}, measured=True))
+    for workers in (1, 2, 8):
+        flood = [(0.0, i % 4, 50, 20, 1, 3.6e6) for i in range(1_000 * workers)]
+        trickle = [(2_500.0 * (k + 1), 5, 50, 20, 0) for k in range(24)]
+        ended, waits = [], []
+        for jobs in (flood, flood + trickle):
+            outcome = simulate(jobs, Lorayard(Policy(flood_ms=5_000)), workers=workers, spec=places)
+            rows = list(zip(outcome.trace.tenants, outcome.trace.arrivals, outcome.started, outcome.ended, strict=True))
+            ended.append(max(end for tenant, _, _, end in rows if tenant == 1))
+            waits += [begun - came for tenant, came, begun, _ in rows if tenant == 0 and came < ended[0] - 10_000]
+        assert len(waits) > 10
+        assert max(waits) < 500, "four prompts, each read in 25 ms, may be before it"
+        assert ended[1] < 1.25 * ended[0], workers
+
+
 def test_costs_are_interpolated_and_nonsense_is_not_believed() -> None:
     assert COSTS.steps == [0, 10, 12, 14, 16]
     assert Costs(8, step_ms={2: 10.0, 4: 14.0}).steps[1:] == [10, 10, 12, 14, 16, 18, 20, 22]

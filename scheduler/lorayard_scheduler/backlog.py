@@ -95,6 +95,7 @@ class Backlog:
             self._put(g)
         for tenant, level in sorted(self.groups.settle(self._flying).items()):
             self._ledger.lift(tenant, round(level) - flying.get(tenant, 0))
+        self.roster.wake(self.now)
 
     def _put(self, g: Group) -> None:
         lane = lane_of(g.digest)
@@ -112,7 +113,8 @@ class Backlog:
         for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
             due = self._dues.get(flight.batch, 0.0)
             waiting = flight.waiting if due else 0
-            held[flight.worker].append(Held(flight.batch, adapter_of(flight.digest), flight.left, waiting=waiting, due=due))
+            whose = tuple(sorted(flight.by))
+            held[flight.worker].append(Held(flight.batch, adapter_of(flight.digest), flight.left, waiting, due, whose))
             left = flight.left / max(1, sum(flight.by.values()))  # what has ended counts as served already
             for tenant, jobs in flight.by.items():
                 flying[tenant] += left * jobs
@@ -205,8 +207,10 @@ class Backlog:
         self.groups.news.add(adapter_of(digest))
         self.stale = True
 
-    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]]) -> None:
+    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]], worker: str = "") -> None:
         """A batch was claimed: the groups it came from, which have had a turn, are read again."""
+        if self.groups.floods and worker in self.roster.workers:
+            self.roster.gave(worker, sum(jobs for _, jobs in takes), self.groups.scale.work, self.now)
         groups = [group for tenant, _ in takes if (group := self.groups.get(digest, tenant))]
         if groups:
             self._dues[batch] = min(group.due for group in groups)

@@ -37,6 +37,11 @@ class Work:
         """What a tenant is charged."""
         return self.prompt + self.output
 
+    @property
+    def own(self) -> float:
+        """What is computed of a prompt in company."""
+        return max(1.0, self.prompt - self.shared)
+
     def resembles(self, other: Work) -> bool:
         """Whether no plan would be much different with the other: what is computed for a job, and what it is charged, within a quarter."""
         mine, theirs = ((work.tokens, work.tokens - work.shared) for work in (self, other))

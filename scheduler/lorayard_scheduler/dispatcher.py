@@ -199,7 +199,7 @@ class Dispatcher:
         if answer != "ok":
             self._backlog.missed(dispatch.digest, dispatch.takes)
             return
-        self._backlog.dispatched(batch, dispatch.digest, dispatch.takes)
+        self._backlog.dispatched(batch, dispatch.digest, dispatch.takes, dispatch.worker)
         self._messages.put((batch, dispatch.worker, time.monotonic()))
         log.info("dispatched", batch=batch, worker=dispatch.worker, adapter=dispatch.digest[:12], jobs=jobs, why=dispatch.why)
 

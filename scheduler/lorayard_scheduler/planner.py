@@ -3,7 +3,8 @@
 The rule (docs/scheduling.md has the reasons, and the bound on waiting that follows):
 
 1. *Shares.* While a tenant floods, those who do not come first, and nobody may be served who is more than `slack_tokens` ahead of the
-   least served of those who flood (virtual token counter; work in flight counts).
+   least served of those who flood (virtual token counter; work in flight counts). Floods leave a hand free on every worker, some of its
+   width, and never more prompts unread than are read in a moment; where somebody else has jobs, only a few workers go on with them.
 2. *Due times, tempered by cost.* Every group has a rank (`groups.py`): its due time, later the narrower its batch would run. On a worker
    that first has to bind, load or fetch the adapter and to compute its prefix, it is later by the same measure: `patience_ms` for every
    factor e of what a job costs.
@@ -93,12 +94,16 @@ class _Choice(NamedTuple):
 class _Seat:
     """A worker as this plan fills it."""
 
-    __slots__ = ("faster", "given", "hand", "load", "name", "prices", "worker")
+    __slots__ = ("faster", "given", "hand", "load", "name", "prices", "steady", "unread", "worker")
 
-    def __init__(self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices, faster: Sequence[str]) -> None:
+    def __init__(
+        self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices, faster: Sequence[str], unread: float, steady: int
+    ) -> None:
         self.worker, self.name, self.load, self.hand, self.prices = worker, worker.name, load, hand, prices
         self.given = len(worker.held)
         self.faster = faster  # workers that are much faster, those that have least to do
+        self.unread = unread  # ms of reading prompts that are before what it is given
+        self.steady = steady  # of its load, jobs of tenants that do not flood
 
     @property
     def ends(self) -> float:
@@ -144,6 +149,8 @@ class _Plan:
         self.idle = view.roster.idle
         self.busy = view.busy(policy)
         self.alone = view.groups.alone(now - policy.flood_ms)  # those who flood
+        self.beside = bool(view.groups.floods) and not self.alone  # others have come beside a flood
+        self.resorts = self._resorts() if self.beside else frozenset()
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
@@ -184,6 +191,11 @@ class _Plan:
                 break
         return dispatches
 
+    def _resorts(self) -> frozenset[str]:
+        """Where a flood goes on whoever comes: an eighth of the workers, the slowest. The others are enough for jobs of others then."""
+        paces = self.roster.paces
+        return frozenset([name for _, name in paces[-max(1, len(paces) // 8) :]]) if len(paces) >= _ENOUGH else frozenset()
+
     # -- which worker ---------------------------------------------------------------------------------------------------------------------
 
     def _seat(self, name: str) -> _Seat:
@@ -191,7 +203,9 @@ class _Plan:
         if seat is None:
             worker = self.roster.workers[name]
             faster = self._faster(worker.costs) if self.roster.uneven else ()
-            seat = _Seat(worker, self.roster.loads[name], self.roster.hands[name], self._prices(worker.costs), faster)
+            load, prices, steady = self.roster.loads[name], self._prices(worker.costs), self._steady(name)
+            unread = max(0.0, self.roster.reads.get(name, 0.0) - self.now) if load else 0.0
+            seat = _Seat(worker, load, self.roster.hands[name], prices, faster, unread, steady)
             self.seats[name] = seat
         return seat
 
@@ -253,11 +267,21 @@ class _Plan:
 
     def _wants(self, name: str) -> bool:
         """Whether the worker, if it has a hand free, needs another adapter yet."""
-        return not self.calm or self.roster.loads[name] <= self._prices(self.roster.workers[name].costs).lead
+        return not self.calm or self._steady(name) <= self._prices(self.roster.workers[name].costs).lead
+
+    def _steady(self, name: str) -> int:
+        """How many jobs it was given; beside a flood, of tenants that do not flood: the others leave room for these."""
+        if not self.beside:
+            return self.roster.loads[name]
+        floods = self.groups.floods
+        held = self.roster.workers[name].held
+        return sum([h.jobs for h in held if not h.tenants or any(tenant not in floods for tenant in h.tenants)])
 
     def _free(self) -> Iterator[str]:
         """Workers that may begin another adapter, those that would end it first first."""
-        most = max(((self._prices(c).lead + 1) * c.pace for c in self.roster.kinds), default=0.0) if self.calm else math.inf
+        most = math.inf
+        if self.calm and not self.beside:
+            most = max(((self._prices(c).lead + 1) * c.pace for c in self.roster.kinds), default=0.0)
         for ends, name in self.roster.free:
             if ends > most:
                 return
@@ -285,9 +309,11 @@ class _Plan:
         best, chosen, reason = self._joining(seat, floods)
         left, left_best = None, math.inf
         hands = self.roster.adapters_at_once
-        if floods and not self.alone and seat.worker.costs.measured:
+        full = self.calm and (seat.load if floods else seat.steady) > seat.prices.lead
+        if self._held_back(seat, floods):
             hands = max(1, hands - 1)  # the other is for who does not flood
-        full = len(hand) >= hands or (self.calm and seat.load > seat.prices.lead)
+            full = full or min(self._rows(seat, floods), self._to_read(seat)) <= 0
+        full = full or len(hand) >= hands
         contended, changed = bool(self.groups.floods), self.left
         first, number, before = queue.first, 0, 0
         while number < self.policy.groups_most and (number < len(first) or queue.reach()):
@@ -322,8 +348,11 @@ class _Plan:
     def _joining(self, seat: _Seat, floods: bool) -> tuple[float, Group | None, str]:
         """The best of the groups whose adapter the worker has in hand, and the rank it has there."""
         best, chosen, reason = math.inf, None, ""
-        rows = self._rows(seat, floods)
+        rows = seat.prices.rows
         room = rows - seat.load
+        if self._held_back(seat, floods):
+            rows = seat.prices.few
+            room = min(self._rows(seat, floods) - seat.load, self._to_read(seat))
         if room <= 0:
             return best, chosen, reason
         needed = self.calm and seat.load <= seat.prices.lead
@@ -380,8 +409,21 @@ class _Plan:
                 return True
         return False
 
+    def _held_back(self, seat: _Seat, floods: bool) -> bool:
+        """Whether jobs of a flood leave room there for whoever comes."""
+        return floods and self.beside and seat.worker.costs.measured
+
     def _rows(self, seat: _Seat, floods: bool) -> int:
-        return seat.prices.flood_rows if floods and not self.alone else seat.prices.rows
+        """How many jobs it may have at once. Of a flood beside others' jobs few, or, where the flood has workers of its own, none."""
+        if not self._held_back(seat, floods):
+            return seat.prices.rows
+        if not seat.steady or seat.name in self.resorts:
+            return seat.prices.wide
+        return 0 if self.resorts else seat.prices.few
+
+    def _to_read(self, seat: _Seat) -> int:
+        """How many jobs of a flood may be before whoever comes, beside what it reads already."""
+        return max(0, seat.prices.few - math.ceil(seat.unread / seat.prices.own_ms - 1e-6))
 
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
@@ -413,6 +455,8 @@ class _Plan:
         rows = self._rows(seat, choice.floods)
         if adapter in seat.hand:
             rows -= seat.load
+        if self._held_back(seat, choice.floods):
+            rows = min(rows, self._to_read(seat))
         rows = min(rows, self._share(seat, digest, sum([self._jobs(group) for group in able])))
         takes = self._in_turns(able, rows) if choice.floods else self._by_due(able, rows)
         for group in able:
@@ -420,7 +464,9 @@ class _Plan:
                 self._take(group, jobs, jobs * tokens)
         self.limit = self._limit()
         self.idle -= not seat.load
-        seat.load += sum(takes.values())
+        seat.load += (jobs := sum(takes.values()))
+        seat.unread += jobs * seat.prices.own_ms
+        seat.steady += jobs * (not choice.floods)
         seat.given += 1
         seat.hand |= {adapter}
         return Dispatch(seat.name, digest, tuple(sorted(takes.items())), self._why(choice, min([g.due for g in able])))
@@ -483,6 +529,8 @@ _WARMTH: Mapping[Temperature, str] = {
     "remote": "its turn, its adapter to be fetched",
 }
 _JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
+_ENOUGH = 4
+"""So many workers can spare one."""
 _FIRST = TICKS << 45
 """More than any rank."""
 _due = attrgetter("due")

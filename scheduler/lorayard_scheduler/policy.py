@@ -10,7 +10,7 @@ from lorayard_scheduler.costs import TEMPERATURES, Costs, Temperature, Work
 from lorayard_scheduler.groups import TICKS
 
 _FEW = 4
-"""Jobs together cost much less than each alone."""
+"""Jobs together cost much less than each alone, and every batch has its price."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Policy:
     stay_ms: float = 90_000.0
     lead_ms: float = 500.0
     flood_ms: float = 120_000.0
-    flood_reading_ms: float = 200.0  # of prompts in a batch of a flood, beside others
+    flood_reading_ms: float = 150.0  # of prompts of a flood that are before whoever comes
+    flood_width: float = 0.75  # of the width, the rest being for whoever comes
     slack_tokens: float = 20_000.0
     rows_per_width: float = 2.0  # jobs in a batch at most, as a multiple of the width beyond which the worker gains little
     batches: int = 16  # that a worker may have at once
@@ -33,11 +34,12 @@ class Policy:
 
 class Prices:
     """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
-    comes before its jobs. `rows`, `flood_rows`: the most jobs of a batch, as many as pay and no more than there is time for; few of a
-    flood, so that whoever does not flood has not far to go. `lead`: with how many jobs it needs no other yet. `ms`: of a batch, by
-    temperature and number of jobs; `job_ms`: of each beyond these."""
+    comes before its jobs. `rows`: the most jobs of a batch, as many as pay and no more than there is time for. Of a flood beside which
+    others have come: `few` where there are jobs of theirs, `wide` elsewhere, and never more than `few` whose prompts are not read yet.
+    `lead`: with how many jobs it needs no other yet. `ms`: of a batch, by temperature and number of jobs; `job_ms`: of each beyond these;
+    `own_ms`: of reading its prompt."""
 
-    __slots__ = ("dearer", "flood_rows", "job_ms", "lead", "most", "ms", "rows")
+    __slots__ = ("dearer", "few", "job_ms", "lead", "most", "ms", "own_ms", "rows", "wide")
 
     def __init__(self, costs: Costs, work: Work, policy: Policy, busy: bool) -> None:
         self.most, self.job_ms = 2 * costs.width, costs.job_ms(work)
@@ -49,8 +51,9 @@ class Prices:
             self.dearer[temperature] = [0] + [round(TICKS * policy.patience_ms * math.log(factor)) for factor in factors]
         self.rows = rows(costs, work, policy, busy=busy)
         self.lead = policy.lead_ms / self.job_ms if costs.measured else math.inf
-        few = max(_FEW, int(policy.flood_reading_ms / costs.prefill_ms(work.prompt)))
-        self.flood_rows = min(few, self.rows) if costs.measured else self.rows
+        self.own_ms = costs.prefill_ms(work.own)
+        self.few = min(max(_FEW, int(policy.flood_reading_ms / self.own_ms)), self.rows)
+        self.wide = max(self.few, min(self.rows, round(policy.flood_width * costs.knee)))
 
     def batch_ms(self, jobs: int, temperature: Temperature = "hot") -> float:
         more = max(0, jobs - self.most)

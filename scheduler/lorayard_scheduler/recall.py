@@ -1,12 +1,18 @@
-"""Which jobs at workers that have not begun should come back, because something that waits is due before them and would else be late. Pure,
-as `planner.py` is.
+"""Which jobs at workers that have not begun should come back: because something that waits is due before them and would else be late, or
+because their worker has become slow and another has nothing to do. Pure, as `planner.py` is.
 
 When something urgent comes, workers may have jobs with time before them: on deck, or the second half of a batch that runs. What has not
 begun costs nothing to take back; what runs is never interrupted. It pays in one case only: the urgent group cannot begin by its due time
 anywhere as things are, would begin by then on a worker that gives up what it has not begun, and what is given up is due so much later that
 it goes behind the urgent group, and still in time. Late either way, or in time anyway: nothing is recalled.
 
-It costs a look at the first groups by rank, when the first of them is near its due time, and at a few workers for each.
+A worker may slow down (its cores have other work, its chip is hot) with jobs that were given to it when it was fast. What has not begun of
+them comes back when nothing waits, another worker has nothing to do and is faster by a quarter or more, as both measure, and would end it
+in less than half the time in which this one would end all it has. By that same rule the planner leaves it to the faster one, so nothing
+goes back and forth.
+
+It costs a look at the first groups by rank, when the first of them is near its due time, and at a few workers for each; and at a few
+workers, where some are much faster than others.
 """
 
 from __future__ import annotations
@@ -29,7 +35,8 @@ _GROUPS = 4
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """What has not begun of batches of a worker, in favour of a group of this adapter. `why` is for people."""
+    """What has not begun of batches of a worker, in favour of a group of this adapter; or of this adapter, for a faster worker. `why` is
+    for people."""
 
     worker: str
     batches: tuple[str, ...]
@@ -41,6 +48,8 @@ def recalls(view: View, now: float, policy: Policy) -> list[Recall]:
     """At most one: what follows from it is planned before another is thought of."""
     if not view.roster.decks or not (view.groups.news or view.roster.news):
         return []
+    if not view.groups.jobs:
+        return _left_behind(view, policy)
     for group in islice(view.groups.by_rank(False, view.groups.limit(policy.slack_tokens)), _GROUPS):
         left = group.due - now
         if left <= 0 or group.rank > TICKS * (now + policy.reserve_ms):
@@ -52,6 +61,26 @@ def recalls(view: View, now: float, policy: Policy) -> list[Recall]:
             continue
         found = _best(view, group, now, decks)
         return [found] if found else []
+    return []
+
+
+def _left_behind(view: View, policy: Policy) -> list[Recall]:
+    """What the slowest has of an adapter that has not begun, and a faster worker with nothing to do would end in half the time."""
+    roster, work = view.roster, view.groups.scale.work
+    if not roster.idle or not roster.uneven:
+        return []
+    idle = [roster.workers[name] for _, name in islice(roster.free, policy.workers_most) if not roster.loads[name]]
+    slowest = (roster.workers[name] for _, name in reversed(roster.paces) if name in roster.decks)
+    for worker in islice(slowest, policy.workers_most if idle else 0):
+        here = worker.costs.batch_ms(roster.loads[worker.name], work, "hot")
+        for digest in sorted({held.digest for held in worker.held if held.waiting}):
+            waiting = [held for held in worker.held if held.waiting and held.digest == digest]
+            jobs = sum([held.waiting for held in waiting])
+            for other in idle:
+                there = other.costs.batch_ms(jobs, work, other.temperature(digest))
+                if other.costs.much_faster(worker.costs) and there < here / 2:
+                    why = f"{other.name}, which has nothing to do, ends in {there / 1000:.1f} s what takes {here / 1000:.1f} s here by now"
+                    return [Recall(worker.name, tuple([held.batch for held in waiting]), digest, why)]
     return []
 
 

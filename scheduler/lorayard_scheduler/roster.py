@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,19 +10,20 @@ from dataclasses import dataclass
 from sortedcontainers import SortedList
 
 from lorayard.jobs import adapter_of
-from lorayard_scheduler.costs import MUCH, Costs, Temperature
+from lorayard_scheduler.costs import MUCH, Costs, Temperature, Work
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """A batch that a worker has been given, with so many jobs of an adapter that have not ended. `waiting` of them have
-    not begun and could be recalled; the most due was due at `due`, ms."""
+    not begun and could be recalled; the most due was due at `due`, ms. `tenants`, whose they are, is empty where that is not known."""
 
     batch: str
     digest: str  # the adapter's, without a lane: to a worker, all lanes are alike
     jobs: int
     waiting: int = 0
     due: float = 0.0
+    tenants: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -64,9 +66,11 @@ class Roster:
         self.kinds: Counter[Costs] = Counter()  # how many workers have these costs
         self.paces: SortedList = SortedList()  # (ms of a usual job, name), of those that have measured it
         self.idle = 0
+        self.reads: dict[str, float] = {}  # until when a worker reads the prompts it was given, ms, as far as that was told
         self.news: set[str] = set()  # workers put, or gone, since the last plan
         self._costs: dict[str, Costs] = {}
         self._warm: dict[str, tuple[Collection[str], Collection[str]]] = {}
+        self._reading: list[tuple[float, str]] = []  # the same, a heap
         for worker in workers:
             self.put(worker)
 
@@ -97,8 +101,23 @@ class Roster:
             self._cost(name, None)
             self._warm_up(name, _COLD)
             self._warm.pop(name, None)
+            self.reads.pop(name, None)
             self.news.add(name)
             del self.workers[name], self.loads[name], self.hands[name]
+
+    def gave(self, name: str, jobs: int, work: Work, now: float) -> None:
+        """It got so many jobs now, whose prompts it reads after what it reads already. Once it has, that is news."""
+        costs = self._costs[name]
+        self.reads[name] = max(now, self.reads.get(name, 0.0)) + jobs * costs.prefill_ms(work.own)
+        heapq.heappush(self._reading, (self.reads[name], name))
+
+    def wake(self, now: float) -> None:
+        """Whoever has read all it was given by now has room again."""
+        while self._reading and self._reading[0][0] <= now:
+            until, name = heapq.heappop(self._reading)
+            if self.reads.get(name) == until:
+                del self.reads[name]
+                self.news.add(name)
 
     def _leave(self, name: str) -> None:
         """The indexes by load and by what it has in hand."""

@@ -56,7 +56,9 @@ class Lorayard:
             self.roster.drop(view.name)
             self.bound[machine.index] = -1
             return
-        view.held = tuple([Held(str(b.number), names[b.adapter], b.left, len(b.jobs) - b.started, b.due) for b in machine.batches])
+        view.held = tuple(
+            [Held(str(b.number), names[b.adapter], b.left, len(b.jobs) - b.started, b.due, b.tenants) for b in machine.batches]
+        )
         if self.bound[machine.index] != machine.switches:  # what is in memory changes with a switch only
             self.bound[machine.index] = machine.switches
             view.hot = tuple([names[a] for a in machine.bound])
@@ -91,7 +93,9 @@ class Lorayard:
             self.groups.rescale(self._scale())
 
     def turn(self) -> None:
-        if not self.groups.jobs or not self.news:
+        if self.groups.floods:
+            self.roster.wake(self.fleet.now)
+        if not (self.news or self.roster.news) or not (self.groups.jobs or (self.roster.uneven and self.roster.decks)):
             return
         self.news = False
         for machine in self.touched.values():
@@ -141,6 +145,10 @@ class Lorayard:
             self.charged[job] = self.work.tokens
         batch = self.fleet.give(machine, adapter, [job for _, job in jobs])
         batch.due = jobs[0][0]
+        batch.tenants = tuple([name for name, _ in dispatch.takes])
+        if self.groups.floods:
+            self.roster.gave(dispatch.worker, len(jobs), self.work, self.fleet.now)
+            self.fleet.remind(self.roster.reads[dispatch.worker])
         self._see(machine)
 
     def _recall(self) -> None:

@@ -57,13 +57,14 @@ class WorkerSpec:
 class Batch:
     """Jobs of one adapter on their way through a worker."""
 
-    __slots__ = ("adapter", "due", "jobs", "left", "number", "started")
+    __slots__ = ("adapter", "due", "jobs", "left", "number", "started", "tenants")
 
     def __init__(self, number: int, adapter: int, jobs: list[int]) -> None:
         self.number, self.adapter, self.jobs = number, adapter, jobs
         self.left = len(jobs)
         self.started = 0
         self.due = 0.0  # of its most due job, where the scheduler wants to remember it
+        self.tenants: tuple[str, ...] = ()  # the same
 
 
 class Machine:
@@ -363,15 +364,17 @@ class Fleet:
                 if at > until:
                     break
                 _, index = heapq.heappop(events)
-                machine = machines[index]
-                if machine.wakes != at:
-                    continue
+                if index < len(machines):
+                    machine = machines[index]
+                    if machine.wakes != at:
+                        continue
+                    self.now = at
+                    for done, batch in machine.advance(at):
+                        ended[done] = at
+                        scheduler.ended(done, machine, batch)
+                    if machine.wakes < INFINITY:
+                        heapq.heappush(events, (machine.wakes, index))
                 self.now = at
-                for done, batch in machine.advance(at):
-                    ended[done] = at
-                    scheduler.ended(done, machine, batch)
-                if machine.wakes < INFINITY:
-                    heapq.heappush(events, (machine.wakes, index))
             scheduler.turn()
         return Outcome(
             self.trace, started, ended, sum(m.switches for m in machines), sum(m.loads for m in machines), self._numbers,
@@ -387,6 +390,10 @@ class Fleet:
         if machine.wakes != before:
             heapq.heappush(self._events, (machine.wakes, machine.index))
         return batch
+
+    def remind(self, at: float) -> None:
+        """Give the scheduler a turn then."""
+        heapq.heappush(self._events, (at, len(self.machines)))
 
     def _trouble(self, machine: Machine, back: bool) -> None:
         machine.up = back
