@@ -54,7 +54,7 @@ class View:
     roster: Roster
 
     def busy(self, policy: Policy) -> bool:
-        """Whether nobody could begin a job sooner than who has a batch of its adapter: what waits is work for longer, or there is one worker."""
+        """Whether nobody could begin a job sooner than who has its adapter in hand: what waits is work for longer, or there is one worker."""
         return len(self.roster.workers) == 1 or self.groups.waits_ms >= policy.batch_ms
 
     def planned(self) -> None:
