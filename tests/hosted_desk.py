@@ -13,8 +13,9 @@ from hosted_support import settings_of
 
 from lorayard.hosted import answer_tokens, hosted_body, organisation, price, prompt_tokens
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import open_ledger
 from lorayard_workers.groq.batches import BatchKeeper
 from lorayard_workers.groq.client import ServiceClient

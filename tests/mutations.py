@@ -271,14 +271,20 @@ MEMORY = of(
     suite="messages",
 )
 
-PYTHON = of(
-    "ledger.py",
-    ("a batch is computed in no order", "_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
-    ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
-    ("only the oldest listings are looked at", "forget", "while looked == page:", "for _ in range(1):"),
-    ("a page of a listing has its first job again", "list_ids", "end - 1) if end else []", "end) if end else []"),
-    file="lorayard/ledger/ledger.py",
-)
+PYTHON = [
+    *of(
+        "ledger.py",
+        ("a batch is computed in no order", "read_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
+        file="lorayard/ledger/records.py",
+    ),
+    *of(
+        "ledger.py",
+        ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
+        ("only the oldest listings are looked at", "forget", "while looked == page:", "for _ in range(1):"),
+        ("a page of a listing has its first job again", "list_ids", "end - 1) if end else []", "end) if end else []"),
+        file="lorayard/ledger/ledger.py",
+    ),
+]
 
 CONTROL = of(
     "the worker's control process",

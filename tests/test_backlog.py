@@ -9,7 +9,8 @@ import redis
 from ledger_support import make_entry
 
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import End, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import End
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler import backlog as backlog_module

@@ -19,7 +19,8 @@ from fleet_support import WORDS, answer, until
 from lorayard.celery_app import make_app
 from lorayard.errors import Unavailable
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents

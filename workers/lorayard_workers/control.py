@@ -27,7 +27,8 @@ import structlog
 from lorayard.errors import LorayardError, SetupError, Unavailable
 from lorayard.jobs import BASE_DIGEST, ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import End, Taken, TakenJob
 from lorayard.ledger.registry import Planned, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
