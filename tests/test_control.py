@@ -95,7 +95,7 @@ def test_a_cancelled_sequence_stops_within_a_decode_step(bench: Callable[..., Be
     one.until("gone", "running")
     assert one.ledger.cancel("acme", ["long"]) == ["cancelled"]
     assert one.ledger.delete("acme", ["gone"]) == ["deleted"]
-    until(lambda: not one.control._held, 10, every_s=0.005)
+    until(lambda: not one.control._leases.held, 10, every_s=0.005)
     one.put(["next"])
     one.dispatch()
     assert one.until("next", "succeeded")["width"] == 1
