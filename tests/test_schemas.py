@@ -6,8 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,6 @@ from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.grammar import Grammar
 
 Fits = Callable[[str, str], bool]
-
-
-@pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    made = Model(demo_gguf)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
