@@ -246,6 +246,7 @@ def test_a_call_that_is_cancelled_before_it_begins_leaves_its_place(
     bench.put(["j1", "j2"])
     bench.dispatch()
     until(lambda: {"j1", "j2"} & {ref.partition("/")[2] for held in bench.control._leases.held.values() for ref in held.begun})
+    assert bench.ledger.cancel("acme", ["j1", "j2"]) == ["cancelled", "cancelled"]  # of which the runner has known for a while
     until(lambda: not runner._running, 3)
     until(lambda: bench.org.spent(bench.org.state(BASE).month).get("acme") == 0, 3)
     monkeypatch.setattr(runner, "begin", begin)
