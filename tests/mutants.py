@@ -32,6 +32,7 @@ import redis
 from ledger_support import serving
 from mutations import MUTANTS, Mutant
 from mutations_hosted import HOSTED_MUTANTS
+from mutations_scheduler import SCHEDULER_MUTANTS
 
 from lorayard.ledger.connection import connect
 
@@ -42,6 +43,10 @@ SUITES = {
     "coalesce": ("tests/test_coalesce.py", "tests/test_ledger_model.py"),
     "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
+    "backlog": ("tests/test_backlog.py",),
+    "recalls": ("tests/test_recall.py",),
+    "planner": ("tests/test_planner.py",),
+    "schemas": ("tests/test_schemas.py",),
     "limits": ("tests/test_hosted_limits.py",),
     "hosted": ("tests/test_hosted_worker.py",),
     "gate": ("tests/test_hosted_gate.py",),
@@ -54,7 +59,7 @@ SUITES = {
 }
 """What may notice a mutant of that kind; each file is run by itself until its first failure."""
 
-ALL = [*MUTANTS, *HOSTED_MUTANTS]
+ALL = [*MUTANTS, *SCHEDULER_MUTANTS, *HOSTED_MUTANTS]
 KEPT = ROOT / "build" / "mutants.json"
 
 

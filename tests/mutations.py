@@ -1,4 +1,5 @@
-"""The list of what is broken on purpose: `mutants.py` runs the tests on each. What is hosted work's is in `mutations_hosted.py`."""
+"""The list of what is broken on purpose: `mutants.py` runs the tests on each. Here are ledger and workers; `mutations_scheduler.py` and
+`mutations_hosted.py` have the rest."""
 
 from __future__ import annotations
 
@@ -223,6 +224,9 @@ RECALL = of(
     ("nobody is told that recalled jobs are queued", "recall", "commit(c)", ""),
     ("a worker that missed the word goes on with what was recalled", "recall", "redis.call('SADD', p .. 'stop:' .. bid, ...)", ""),
     ("what has begun looks as if it could be recalled", "in_flight", "math.max(0, left - begun)", "left"),
+    ("what was cancelled counts as begun", "withdraw", "redis.call('SREM', c.p .. 'begun:' .. batch.id, job.ref)", ""),
+    ("who had begun is known of a batch that is over", "close_if_empty", "bid, c.p .. 'begun:' .. bid)", "bid)"),
+    ("what has begun looks as if it waited for its turn", "show", "batch.submitted and 2 or begun", "batch.submitted and 2 or 0"),
     ("what has ended counts as begun", "finish", "redis.call('SREM', p .. 'begun:' .. bid, ...)", ""),
 )
 
