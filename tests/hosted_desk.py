@@ -71,6 +71,13 @@ class Desk:
         self.keeper.sweep()
         return not self.ledger.client.zcard(f"ly:{{{self.ledger.pool}}}:submitted")
 
+    def use_up_attempts(self) -> None:
+        """All three that a job has, a batch each."""
+        for _ in range(3):
+            until(lambda: self.ledger.reap().woken or self.ledger.counts()["queued"], 5)
+            self.claim()
+            until(self.settled, 10, every_s=0.02)
+
     def sweep_until(self, *statuses: str, tenant: str = "acme", ids: tuple[str, ...] = ("a", "b", "c")) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
 
