@@ -5,7 +5,7 @@ tree is not touched. The tests must pass with an unchanged copy and fail, in a t
 A place that is no longer in the code, or is there twice, is an error.
 
 What came of each mutant is kept in build/mutants.json as soon as it is known, so the whole can be run in parts, and the table is always of
-all that have been run; of each kind it says on which day.
+all that have been run; of each kind it says on which day, and at which revision.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Caught(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of the files of tests that ran on a mutant, and the day of it."""
+    """What came of the files of tests that ran on a mutant, and when that was: the day, and the revision that was mutated."""
 
     mutant: Mutant
     by: dict[str, Caught | None]
-    day: str
+    when: str
 
 
 def mutate(text: str, mutant: Mutant) -> str:
@@ -180,7 +180,7 @@ def hunt(
 
 
 def _try(folder: Path, tell: Callable[[Outcome], None], files: Sequence[str] | None, first: bool, mutant: Mutant) -> Outcome:
-    outcome = Outcome(mutant, {}, datetime.now(UTC).date().isoformat())
+    outcome = Outcome(mutant, {}, _now())
     with tempfile.TemporaryDirectory(dir=folder) as name:
         copy_packages(Path(name), mutant)
         for path in files or SUITES[mutant.suite]:
@@ -194,6 +194,11 @@ def _try(folder: Path, tell: Callable[[Outcome], None], files: Sequence[str] | N
     return outcome
 
 
+def _now() -> str:
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return datetime.now(UTC).date().isoformat() + (f" at {revision}" if revision else "")
+
+
 class Results:
     """Outcomes by mutant, kept in a file; of those only that are still on the list."""
 
@@ -205,7 +210,7 @@ class Results:
         for row in json.loads(file.read_text()) if file.exists() else []:
             if mutant := mutants.get((row["kind"], row["mutant"])):
                 by = {path: caught and Caught(**caught) for path, caught in row["by"].items()}
-                self._known[mutant.kind, mutant.name] = Outcome(mutant, by, row["day"])
+                self._known[mutant.kind, mutant.name] = Outcome(mutant, by, row["when"])
 
     def __contains__(self, mutant: Mutant) -> bool:
         return (mutant.kind, mutant.name) in self._known
@@ -214,7 +219,7 @@ class Results:
         with self._lock:
             self._known[outcome.mutant.kind, outcome.mutant.name] = outcome
             rows = [
-                {"kind": o.mutant.kind, "mutant": o.mutant.name, "day": o.day, "by": {p: c and c._asdict() for p, c in o.by.items()}}
+                {"kind": o.mutant.kind, "mutant": o.mutant.name, "when": o.when, "by": {p: c and c._asdict() for p, c in o.by.items()}}
                 for o in self.outcomes()
             ]
             self._file.parent.mkdir(exist_ok=True)
@@ -243,7 +248,7 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
         files = list(dict.fromkeys(path for row in rows for path in SUITES[row.mutant.suite]))
         lines += [
             f"## {kind.capitalize()}",
-            f"Run on {' and '.join(sorted({row.day for row in rows}))}.",
+            f"Run on {' and '.join(sorted({row.when for row in rows}))}.",
             "",
             "| broken | " + " | ".join(f"`{Path(path).name}`" for path in files) + " |",
             "|---" * (len(files) + 1) + "|",
