@@ -115,6 +115,18 @@ def test_a_worker_that_leaves_a_batch_lying_gets_nothing_new_until_it_is_heard_o
     assert "a" in backlog.roster.workers
 
 
+def test_a_worker_that_was_heard_of_since_has_missed_a_word_at_most(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    ledger.enqueue([make_entry("j")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a", seen_ms=1), info("b", seen_ms=1)])
+    assert carry_out(ledger, backlog) == [("a", "base", 1)]
+    store.hincrby(f"ly:{{main}}:batch:b{backlog.now}-0", "c", -UNTAKEN_MS - 500)
+    backlog.meet([info("a", seen_ms=backlog.now), info("b", seen_ms=1)])
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
+    assert "a" in backlog.roster.workers
+
+
 def test_what_a_silent_worker_has_not_begun_is_for_others_where_there_are_any(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
     ledger.enqueue([make_entry("j"), make_entry("k")], max_queued=99)
     hear(ledger, backlog)
