@@ -233,14 +233,15 @@ class Results:
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """A table a kind, for docs/mutants.md."""
     caught = sum(any(outcome.by.values()) for outcome in outcomes)
-    unknown = f"; {len(ALL) - len(outcomes)} more are on the list and have not been run" if len(outcomes) < len(ALL) else ""
+    unknown = f"; {len(ALL) - len(outcomes)} more are on the list and not in these tables" if len(outcomes) < len(ALL) else ""
     lines = [
         "# Mutants",
         "",
         f"Written by `make mutants`: {len(outcomes)} breakages on purpose, one at a time; {caught} were noticed{unknown}.",
         "",
         "Each file of tests ran by itself, on a copy of the code with one place changed (`tests/mutations.py`), until its first failure;",
-        "the seconds are those of its run, start included. A dash: it noticed nothing. Empty: not run, as a file before it had noticed.",
+        "the seconds are those of its run, start included. A dash: it noticed nothing. Empty: it",
+        "did not run, mostly as a file before it had noticed.",
         "",
     ]
     for kind in dict.fromkeys(outcome.mutant.kind for outcome in outcomes):
