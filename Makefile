@@ -48,7 +48,7 @@ faults: setup ## every fault in full (some 20 minutes, best as root); writes bui
 slow: setup ## the long forms of tests that also have a short one: 10,000 adapters loaded, memory flat (half a minute)
 	@exec $(BIN)/python -m pytest -m slow $(ARGS)
 
-mutants: setup ## break the code on purpose, one place at a time: does a test notice? (some 25 minutes); writes docs/mutants.md and .json
+mutants: setup ## break the code on purpose, one place at a time: does a test notice? (over an hour; ARGS=--rest goes on); writes docs/mutants.md
 	@exec $(BIN)/python tests/mutants.py --report docs/mutants.md $(ARGS)
 
 check: setup ## linters and types, no tests

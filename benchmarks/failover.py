@@ -32,7 +32,8 @@ from benchmarks.ports import free_port
 from benchmarks.sentinels import PASSWORD, Server, Watched, until
 from lorayard.errors import Unavailable
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Entry
 
 MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "as it is": ((), ""),

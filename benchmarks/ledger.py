@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import peers, report
 from benchmarks.yard import PART, TENANTS, Fsync, Yard, job, until
-from lorayard.ledger.ledger import Entry
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import WorkerInfo
 from lorayard_scheduler.backlog import Backlog
 from lorayard_scheduler.planner import Policy, plan

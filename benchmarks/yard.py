@@ -23,7 +23,8 @@ from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.adapters.manifest import PUBLIC
 from lorayard.jobs import new_id
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import Enqueued, Entry, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Enqueued, Entry
 from lorayard.ledger.registry import KeyRing, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.admission import Accepted, Admission

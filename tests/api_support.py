@@ -17,7 +17,8 @@ from benchmarks.ports import free_port
 
 from lorayard.celery_app import make_app
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import End, EndStatus, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import End, EndStatus
 from lorayard.ledger.registry import KeyRing, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.api.app import make_api

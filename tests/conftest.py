@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
@@ -17,6 +19,9 @@ from yard_support import Yard, yard_of
 from lorayard import embedded
 from lorayard.ledger.connection import connect
 from lorayard.settings import Settings
+
+if TYPE_CHECKING:  # llama.cpp is loaded where a test needs it
+    from lorayard_workers.llama.bindings import Model
 
 # How long an example takes is the machine's business.
 settings.register_profile("lorayard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -86,3 +91,12 @@ def exact_gguf(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("exact") / "float16.gguf"
     quantize(demo_gguf, path, "F16")
     return path
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    """The demo model in this process, for the tests of a file; one that needs other weights names their fixture: WEIGHTS = "exact_gguf"."""
+    from lorayard_workers.llama.bindings import Model
+
+    with closing(Model(request.getfixturevalue(getattr(request.module, "WEIGHTS", "demo_gguf")))) as made:
+        yield made

@@ -13,8 +13,9 @@ from hosted_support import settings_of
 
 from lorayard.hosted import answer_tokens, hosted_body, organisation, price, prompt_tokens
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import open_ledger
 from lorayard_workers.groq.batches import BatchKeeper
 from lorayard_workers.groq.client import ServiceClient
@@ -69,6 +70,13 @@ class Desk:
     def settled(self) -> bool:
         self.keeper.sweep()
         return not self.ledger.client.zcard(f"ly:{{{self.ledger.pool}}}:submitted")
+
+    def use_up_attempts(self) -> None:
+        """All three that a job has, a batch each."""
+        for _ in range(3):
+            until(lambda: self.ledger.reap().woken or self.ledger.counts()["queued"], 5)
+            self.claim()
+            until(self.settled, 10, every_s=0.02)
 
     def sweep_until(self, *statuses: str, tenant: str = "acme", ids: tuple[str, ...] = ("a", "b", "c")) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

@@ -21,9 +21,10 @@ from lorayard.adapters.hosting import Publications
 from lorayard.celery_app import make_app
 from lorayard.hosted import organisation
 from lorayard.jobs import laned
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.organisation import Organisation
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import HOSTED, open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents

@@ -15,7 +15,8 @@ import msgspec
 from ledger_support import START_MS, TTL_S, Dump, Value
 
 from lorayard.jobs import Status, adapter_of
-from lorayard.ledger.ledger import REAP_GAP_MS, End, Entry, Reaped, Submitted, Taken, TakenJob
+from lorayard.ledger.ledger import REAP_GAP_MS
+from lorayard.ledger.records import End, Entry, Reaped, Submitted, Taken, TakenJob
 
 CODES = {Status.CANCELLED: "cancelled", Status.EXPIRED: "expired", Status.FAILED: "worker_lost"}
 """The error's code in outcomes that the ledger itself writes."""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import redis
 
 from lorayard import embedded
-from lorayard.ledger.ledger import LIBRARY, Entry, Ledger
+from lorayard.ledger.ledger import LIBRARY, Ledger
+from lorayard.ledger.records import Entry
 from lorayard.settings import Settings
 
 POOL = "t"

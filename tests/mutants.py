@@ -3,6 +3,9 @@
 A mutant is one place of the code that is made wrong, in a copy of the packages that stands first on the path of a test run; the working
 tree is not touched. The tests must pass with an unchanged copy and fail, in a test and not while they are set up, with each changed one.
 A place that is no longer in the code, or is there twice, is an error.
+
+What came of each mutant is kept in build/mutants.json as soon as it is known, so the whole can be run in parts, and the table is always of
+all that have been run; of each kind it says on which day, and at which revision.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +32,7 @@ import redis
 from ledger_support import serving
 from mutations import MUTANTS, Mutant
 from mutations_hosted import HOSTED_MUTANTS
+from mutations_scheduler import SCHEDULER_MUTANTS
 
 from lorayard.ledger.connection import connect
 
@@ -37,6 +43,10 @@ SUITES = {
     "coalesce": ("tests/test_coalesce.py", "tests/test_ledger_model.py"),
     "messages": ("tests/test_ledger.py", "tests/test_ledger_operations.py"),
     "control": ("tests/test_control_leases.py", "tests/test_control_outages.py"),
+    "backlog": ("tests/test_backlog.py",),
+    "recalls": ("tests/test_recall.py",),
+    "planner": ("tests/test_planner.py",),
+    "schemas": ("tests/test_schemas.py",),
     "limits": ("tests/test_hosted_limits.py",),
     "hosted": ("tests/test_hosted_worker.py",),
     "gate": ("tests/test_hosted_gate.py",),
@@ -49,7 +59,8 @@ SUITES = {
 }
 """What may notice a mutant of that kind; each file is run by itself until its first failure."""
 
-ALL = [*MUTANTS, *HOSTED_MUTANTS]
+ALL = [*MUTANTS, *SCHEDULER_MUTANTS, *HOSTED_MUTANTS]
+KEPT = ROOT / "build" / "mutants.json"
 
 
 class Caught(NamedTuple):
@@ -60,8 +71,11 @@ class Caught(NamedTuple):
 
 
 class Outcome(NamedTuple):
+    """What came of the files of tests that ran on a mutant, and when that was: the day, and the revision that was mutated."""
+
     mutant: Mutant
     by: dict[str, Caught | None]
+    when: str
 
 
 def mutate(text: str, mutant: Mutant) -> str:
@@ -166,52 +180,103 @@ def hunt(
 
 
 def _try(folder: Path, tell: Callable[[Outcome], None], files: Sequence[str] | None, first: bool, mutant: Mutant) -> Outcome:
-    outcome = Outcome(mutant, {})
+    outcome = Outcome(mutant, {}, _now())
     with tempfile.TemporaryDirectory(dir=folder) as name:
         copy_packages(Path(name), mutant)
         for path in files or SUITES[mutant.suite]:
-            outcome.by[path] = run_tests(Path(name), path)
+            try:
+                outcome.by[path] = run_tests(Path(name), path)
+            except RuntimeError:  # on a machine with too much to do; of a mutant that cannot even be set up, it comes again
+                outcome.by[path] = run_tests(Path(name), path)
             if first and outcome.by[path]:
                 break
     tell(outcome)
     return outcome
 
 
+def _now() -> str:
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return datetime.now(UTC).date().isoformat() + (f" at {revision}" if revision else "")
+
+
+class Results:
+    """Outcomes by mutant, kept in a file; of those only that are still on the list."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str], Outcome] = {}
+        mutants = {(mutant.kind, mutant.name): mutant for mutant in ALL}
+        for row in json.loads(file.read_text()) if file.exists() else []:
+            if mutant := mutants.get((row["kind"], row["mutant"])):
+                by = {path: caught and Caught(**caught) for path, caught in row["by"].items()}
+                self._known[mutant.kind, mutant.name] = Outcome(mutant, by, row["when"])
+
+    def __contains__(self, mutant: Mutant) -> bool:
+        return (mutant.kind, mutant.name) in self._known
+
+    def add(self, outcome: Outcome) -> None:
+        with self._lock:
+            self._known[outcome.mutant.kind, outcome.mutant.name] = outcome
+            rows = [
+                {"kind": o.mutant.kind, "mutant": o.mutant.name, "when": o.when, "by": {p: c and c._asdict() for p, c in o.by.items()}}
+                for o in self.outcomes()
+            ]
+            self._file.parent.mkdir(exist_ok=True)
+            self._file.write_text(json.dumps(rows, indent=1) + "\n")
+
+    def outcomes(self) -> list[Outcome]:
+        """In the order of the list."""
+        return [self._known[mutant.kind, mutant.name] for mutant in ALL if mutant in self]
+
+
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """A table a kind, for docs/mutants.md."""
     caught = sum(any(outcome.by.values()) for outcome in outcomes)
+    unknown = f"; {len(ALL) - len(outcomes)} more are on the list and not in these tables" if len(outcomes) < len(ALL) else ""
     lines = [
         "# Mutants",
         "",
-        f"Written by `make mutants`: {len(outcomes)} breakages on purpose, one at a time; {caught} were noticed.",
+        f"Written by `make mutants`: {len(outcomes)} breakages on purpose, one at a time; {caught} were noticed{unknown}.",
         "",
         "Each file of tests ran by itself, on a copy of the code with one place changed (`tests/mutations.py`), until its first failure;",
-        "the seconds are those of its run, start included.",
+        "the seconds are those of its run, start included. A dash: it noticed nothing. Empty: it",
+        "did not run, mostly as a file before it had noticed.",
         "",
     ]
     for kind in dict.fromkeys(outcome.mutant.kind for outcome in outcomes):
         rows = [outcome for outcome in outcomes if outcome.mutant.kind == kind]
-        files = SUITES[rows[0].mutant.suite]
+        files = list(dict.fromkeys(path for row in rows for path in SUITES[row.mutant.suite]))
         lines += [
             f"## {kind.capitalize()}",
+            f"Run on {' and '.join(sorted({row.when for row in rows}))}.",
+            "",
             "| broken | " + " | ".join(f"`{Path(path).name}`" for path in files) + " |",
             "|---" * (len(files) + 1) + "|",
         ]
-        for mutant, by in rows:
-            cells = [f"`{hit.test.removeprefix('test_')}` {hit.seconds} s" if (hit := by.get(path)) else "—" for path in files]
-            lines.append(f"| {mutant.name} | " + " | ".join(cells) + " |")
+        lines += [f"| {row.mutant.name} | " + " | ".join(_cell(row, path) for path in files) + " |" for row in rows]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(outcome: Outcome, path: str) -> str:
+    if path not in outcome.by:
+        return ""
+    caught = outcome.by[path]
+    return f"`{caught.test.removeprefix('test_')}` {caught.seconds} s" if caught else "—"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--only", metavar="WORD", help="mutants whose name or kind has it")
-    parser.add_argument("--report", type=Path, metavar="PATH", help="where to write the table; beside it the same as JSON")
+    parser.add_argument("--rest", action="store_true", help="those only of which build/mutants.json knows nothing yet")
+    parser.add_argument("--report", type=Path, metavar="PATH", help="where to write the table, of all that build/mutants.json knows")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     parser.add_argument("--first", action="store_true", help="stop at the first file of tests that notices")
     options = parser.parse_args()
+    results = Results(KEPT)
     chosen = [m for m in ALL if not options.only or options.only in m.name or options.only in m.kind]
+    chosen = [m for m in chosen if not options.rest or m not in results]
 
     def tell(outcome: Outcome) -> None:
         shown = [f"{Path(path).stem}: {hit.test} {hit.seconds} s" for path, hit in outcome.by.items() if hit]
@@ -219,15 +284,11 @@ def main() -> int:
             f"{'caught' if shown else 'MISSED'}  {outcome.mutant.kind}: {outcome.mutant.name}  ({'; '.join(shown) or 'by nothing'})",
             flush=True,
         )
+        results.add(outcome)
 
     outcomes = hunt(chosen, tell, jobs=options.jobs, first=options.first)
     if options.report:
-        rows = [
-            {"kind": o.mutant.kind, "mutant": o.mutant.name, "file": o.mutant.file, "by": {p: c and c._asdict() for p, c in o.by.items()}}
-            for o in outcomes
-        ]
-        options.report.write_text(as_markdown(outcomes))
-        options.report.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        options.report.write_text(as_markdown(results.outcomes()))
     missed = [outcome.mutant.name for outcome in outcomes if not any(outcome.by.values())]
     print(f"{len(outcomes)} mutants, {len(missed)} missed")
     return bool(missed)

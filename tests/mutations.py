@@ -1,4 +1,5 @@
-"""The list of what is broken on purpose: `mutants.py` runs the tests on each. What is hosted work's is in `mutations_hosted.py`."""
+"""The list of what is broken on purpose: `mutants.py` runs the tests on each. Here are ledger and workers; `mutations_scheduler.py` and
+`mutations_hosted.py` have the rest."""
 
 from __future__ import annotations
 
@@ -223,6 +224,9 @@ RECALL = of(
     ("nobody is told that recalled jobs are queued", "recall", "commit(c)", ""),
     ("a worker that missed the word goes on with what was recalled", "recall", "redis.call('SADD', p .. 'stop:' .. bid, ...)", ""),
     ("what has begun looks as if it could be recalled", "in_flight", "math.max(0, left - begun)", "left"),
+    ("what was cancelled counts as begun", "withdraw", "redis.call('SREM', c.p .. 'begun:' .. batch.id, job.ref)", ""),
+    ("who had begun is known of a batch that is over", "close_if_empty", "bid, c.p .. 'begun:' .. bid)", "bid)"),
+    ("what has begun looks as if it waited for its turn", "show", "batch.submitted and 2 or begun", "batch.submitted and 2 or 0"),
     ("what has ended counts as begun", "finish", "redis.call('SREM', p .. 'begun:' .. bid, ...)", ""),
 )
 
@@ -271,57 +275,67 @@ MEMORY = of(
     suite="messages",
 )
 
-PYTHON = of(
-    "ledger.py",
-    ("a batch is computed in no order", "_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
-    ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
-    ("only the oldest listings are looked at", "forget", "while looked == page:", "for _ in range(1):"),
-    ("a page of a listing has its first job again", "list_ids", "end - 1) if end else []", "end) if end else []"),
-    file="lorayard/ledger/ledger.py",
+PYTHON = [
+    *of(
+        "ledger.py",
+        ("a batch is computed in no order", "read_jobs", "jobs.sort(key=lambda job: (job.due, job.ref))", ""),
+        file="lorayard/ledger/records.py",
+    ),
+    *of(
+        "ledger.py",
+        ("a server that lost the library is not given it", "_call", 'if "Function not found" not in str(error):', "if True:"),
+        ("only the oldest listings are looked at", "forget", "while looked == page:", "for _ in range(1):"),
+        ("a page of a listing has its first job again", "list_ids", "end - 1) if end else []", "end) if end else []"),
+        file="lorayard/ledger/ledger.py",
+    ),
+]
+
+LEASES_HELD = of(
+    "the worker's control process",
+    ("leases are not renewed", "renew", "self._ledger.renew([(b.batch, b.fence) for b in held.values()], self._lease_ms)", "[], []"),
+    ("only what has begun is renewed", "renew", "for b in held.values()]", "for b in held.values() if b.begun]"),
+    ("a lost lease is not noticed", "renew", "for name in lost:", "for name in []:"),
+    ("what begins while its worker leaves costs an attempt", "give_back", "for ref in refs if ref in held.begun", "for ref in []"),
+    ("a cancelled job goes on", "stop", "self.drop(held, mine)", "pass"),
+    (
+        "a cancel stops a namesake in another batch",
+        "stop",
+        "held = self.held.get(batch)",
+        "held = next((h for h in self.held.values() if set(refs) & h.jobs.keys()), None)",
+    ),
+    ("leaving costs what is computed an attempt", "put_off", 'End(ref, "later")', 'End(ref, "retry")'),
+    suite="control",
+    file="lorayard_workers/leases.py",
 )
 
-CONTROL = of(
+COMMITS = of(
     "the worker's control process",
-    (
-        "leases are not renewed",
-        "_renew",
-        "self._ledger.renew([(b.batch, b.fence) for b in held.values()], self._settings.lease_ms)",
-        "[], []",
-    ),
-    ("only what has begun is renewed", "_renew", "for b in held.values()]", "for b in held.values() if b.begun]"),
-    ("a lost lease is not noticed", "_renew", "for name in lost:", "for name in []:"),
-    ("a hang is not noticed", "_renew", "if computing and silent > self._settings.hang_s:", "if False:"),
-    ("starts are not told", "_commit_starts", "self._ledger.start(batch, held.fence, running) if running else []", "[]"),
-    ("what starts after its lease was lost goes on", "_commit_starts", "self._runner.cancel(batch, started)", ""),
+    ("starts are not told", "_starts", "self._ledger.start(batch, held.fence, running) if running else []", "[]"),
+    ("what starts after its lease was lost goes on", "_starts", "self._runner.cancel(batch, started)", ""),
     ("every error is final", "_end", "if outcome.retryable:", "if False:"),
     ("every error is tried again", "_end", "if outcome.retryable:", "if True:"),
     ("what was not to blame has used an attempt", "_end", "if outcome.later or (", "if ("),
     ("tokens are not told", "_end", "tokens=_tokens(outcome)", "tokens=0"),
-    ("results are dropped while the ledger is away", "_until_stored", "if self._closing.is_set() and waited > _AWAY_S:", "if True:"),
-    ("a dead process costs all its batch an attempt", "_on_died", "if ref in running]", "]"),
-    (
-        "what a dead process had not begun stays with it",
-        "_on_died",
-        "self._give_back(held, list(held.jobs))",
-        "pass",
-    ),
-    ("a process that dies of loading costs nothing, for ever", "_on_died", "if not running and first is not None:", "if False:"),
+    ("results are dropped while the ledger is away", "_until_stored", "if self._leaving.is_set() and waited > AWAY_S:", "if True:"),
+    ("a dead process costs all its batch an attempt", "died", "if ref in running]", "]"),
+    ("what a dead process had not begun stays with it", "died", "self._leases.give_back(held, list(held.jobs))", "pass"),
+    ("a process that dies of loading costs nothing, for ever", "died", "if not running and first is not None:", "if False:"),
+    ("who runs beside what crashed the reader is to blame", "died", "if event.reading:", "if False:"),
+    suite="control",
+    file="lorayard_workers/commits.py",
+)
+
+CONTROL = of(
+    "the worker's control process",
+    ("a hang is not noticed", "_renew", "if computing and silent > self._settings.hang_s:", "if False:"),
     ("a worker without a model keeps what it is sent", "_take", "if not self.info.ready:", "if False:"),
     ("an adapter out of reach costs an attempt", "_run", "later=isinstance(error, Unavailable)", "later=False"),
-    ("what begins while its worker leaves costs an attempt", "_give_back", "for ref in refs if ref in held.begun", "for ref in []"),
     ("an adapter that is wrong is tried for ever", "_run", "later=isinstance(error, Unavailable)", "later=True"),
     (
         "an adapter not fetched for any other reason holds its batch",
         "_adapter",
         "except Exception as error:",
         "except ZeroDivisionError as error:",
-    ),
-    ("a cancelled job goes on", "_stop", "self._drop(held, mine)", "pass"),
-    (
-        "a cancel stops a namesake in another batch",
-        "_stop",
-        "held = self._held.get(batch)",
-        "held = next((h for h in self._held.values() if set(refs) & h.jobs.keys()), None)",
     ),
     (
         "an earlier process's batches are left to lapse",
@@ -332,15 +346,13 @@ CONTROL = of(
     (
         "leaving keeps what has not begun",
         "close",
-        "self._give_back(batch, [ref for ref in list(batch.jobs) if ref not in batch.begun])",
+        "self._leases.give_back(batch, [ref for ref in list(batch.jobs) if ref not in batch.begun])",
         "pass",
     ),
-    ("who runs beside what crashed the reader is to blame", "_on_died", "if event.reading:", "if False:"),
     ("a wake-up that is lost is waited for", "_beat_loop", "self._take_unheard()", "pass"),
     ("two processes share a name", "start", "self._refuse_twin()", "pass"),
-    ("leaving waits for nothing", "close", "while self._held and time.monotonic() < give_up:", "while False:"),
-    ("leaving costs what is computed an attempt", "_put_off", 'End(ref, "later")', 'End(ref, "retry")'),
-    ("leaving lets what is computed lapse", "close", "self._put_off(batch, list(batch.jobs))", "pass"),
+    ("leaving waits for nothing", "close", "while self._leases.held and time.monotonic() < give_up:", "while False:"),
+    ("leaving lets what is computed lapse", "close", "self._leases.put_off(batch, list(batch.jobs))", "pass"),
     suite="control",
     file="lorayard_workers/control.py",
 )
@@ -372,6 +384,8 @@ MUTANTS = [
     *COALESCE,
     *MEMORY,
     *PYTHON,
+    *LEASES_HELD,
+    *COMMITS,
     *CONTROL,
     *SUBMITTED,
 ]

@@ -18,7 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from lorayard.adapters import BaseModel
+
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE = BaseModel(
+    architecture="llama",
+    n_layer=30,
+    n_embd=576,
+    n_head=9,
+    n_head_kv=3,
+    n_ff=1536,
+    n_vocab=49152,
+    n_ctx_train=8192,
+    name="demo",
+    names=[BASE_NAME],
+    digest="d",
+)
 SHAPES = {  # (outputs, inputs)
     "self_attn.q_proj": (576, 576),
     "self_attn.k_proj": (192, 576),

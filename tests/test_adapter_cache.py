@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -27,13 +26,6 @@ from lorayard_workers.runner import AdapterFile, Event
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFile]:
     folder = tmp_path_factory.mktemp("adapters")
     return [write_adapter(folder / f"a{seed}.gguf", seed, rank=4 + 12 * (seed % 2)) for seed in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    made = Model(demo_gguf)
-    yield made
-    made.close()
 
 
 def until_read(cache: AdapterCache, digest: str) -> None:

@@ -16,7 +16,6 @@ import synthetic_adapters
 from fleet_support import until
 from ledger_support import make_entry
 
-from lorayard.adapters import BaseModel
 from lorayard.adapters import store as store_module
 from lorayard.adapters.peft import PeftAdapter, build_adapter
 from lorayard.adapters.store import ArtifactStore, GgufCache
@@ -26,21 +25,7 @@ from lorayard.settings import Settings
 from lorayard_scheduler.dispatcher import Dispatcher
 from lorayard_workers.llama.files import AdapterFiles
 
-BASE: dict[str, Any] = msgspec.to_builtins(
-    BaseModel(
-        architecture="llama",
-        n_layer=30,
-        n_embd=576,
-        n_head=9,
-        n_head_kv=3,
-        n_ff=1536,
-        n_vocab=49152,
-        n_ctx_train=8192,
-        name="demo",
-        names=[synthetic_adapters.BASE_NAME],
-        digest="d",
-    )
-)
+BASE: dict[str, Any] = msgspec.to_builtins(synthetic_adapters.BASE)
 NOWHERE = "0" * 32
 
 

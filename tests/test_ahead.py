@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
@@ -30,13 +29,6 @@ from lorayard_workers.runner import AdapterFile, Event
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFile]:
     folder = tmp_path_factory.mktemp("adapters")
     return [write_adapter(folder / f"a{seed}.gguf", seed, layers=[0]) for seed in range(6)]
-
-
-@pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    made = Model(demo_gguf)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import redis
 from ledger_support import make_entry
 
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import End, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import End
 from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler import backlog as backlog_module
@@ -111,6 +112,18 @@ def test_a_worker_that_leaves_a_batch_lying_gets_nothing_new_until_it_is_heard_o
     backlog.meet([info("a", seen_ms=1), info("b", seen_ms=backlog.now)])
     assert {worker for worker, _, _ in carry_out(ledger, backlog)} == {"b"}, "b does all of it"
     backlog.meet([info("a", seen_ms=backlog.now + 1), info("b", seen_ms=backlog.now)])
+    assert "a" in backlog.roster.workers
+
+
+def test_a_worker_that_was_heard_of_since_has_missed_a_word_at_most(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    ledger.enqueue([make_entry("j")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info("a", seen_ms=1), info("b", seen_ms=1)])
+    assert carry_out(ledger, backlog) == [("a", "base", 1)]
+    store.hincrby(f"ly:{{main}}:batch:b{backlog.now}-0", "c", -UNTAKEN_MS - 500)
+    backlog.meet([info("a", seen_ms=backlog.now), info("b", seen_ms=1)])
+    hear(ledger, backlog)
+    assert backlog.forsaken == []
     assert "a" in backlog.roster.workers
 
 

@@ -208,16 +208,22 @@ def test_while_the_ledgers_server_is_away_messages_stay_with_the_broker(redis_ur
         client.close()
 
 
-def test_jobs_that_end_while_no_scheduler_runs_are_published_by_the_next(intake: Intake, producer: Celery) -> None:
+@pytest.mark.parametrize("earlier", [False, True], ids=["of this version", "of one that noted all pools' together"])
+def test_jobs_that_end_while_no_scheduler_runs_are_published_by_the_next(intake: Intake, producer: Celery, earlier: bool) -> None:
     intake.start()
     results = [send(producer, **job(str(i))) for i in range(3)]
     until(lambda: intake.ledger.counts().get("queued") == 3)
     intake.stop()
     run(intake.ledger, "default", 3)
     assert [result.state for result in results] == ["PENDING"] * 3
+    client = intake.ledger.client
+    if earlier:
+        client.rename("ly:{celery}:pending:main", "ly:{celery}:pending")
+        client.sadd("ly:{celery}:pending", "another-pools")
     intake.start()
     assert {result.get(timeout=20)["status"] for result in results} == {"succeeded"}
-    until(lambda: not intake.ledger.client.scard("ly:{celery}:pending:main"))
+    until(lambda: not client.scard("ly:{celery}:pending:main"))
+    assert client.smembers("ly:{celery}:pending") == ({b"another-pools"} if earlier else set())
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from fleet_support import WORDS, answer, until
 from lorayard.celery_app import make_app
 from lorayard.errors import Unavailable
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
@@ -94,7 +95,7 @@ def test_a_cancelled_sequence_stops_within_a_decode_step(bench: Callable[..., Be
     one.until("gone", "running")
     assert one.ledger.cancel("acme", ["long"]) == ["cancelled"]
     assert one.ledger.delete("acme", ["gone"]) == ["deleted"]
-    until(lambda: not one.control._held, 10, every_s=0.005)
+    until(lambda: not one.control._leases.held, 10, every_s=0.005)
     one.put(["next"])
     one.dispatch()
     assert one.until("next", "succeeded")["width"] == 1

@@ -107,7 +107,7 @@ class Bench:
         self.runner.emit(Started(batch, list(refs)))
         for ref in refs:
             self.until(ref, "running")
-            until(lambda ref=ref: ref in self.control._held[batch].begun, 10, every_s=0.005)  # type: ignore[misc]
+            until(lambda ref=ref: ref in self.control._leases.held[batch].begun, 10, every_s=0.005)  # type: ignore[misc]
 
     def job(self, ref: str) -> dict[str, Any]:
         document = self.ledger.show("acme", [ref.removeprefix("acme/")])[0]
@@ -177,7 +177,7 @@ def test_a_result_is_stored_once_and_its_tokens_are_charged(one: Bench) -> None:
     document = one.until(a, "succeeded", attempts=1)
     assert (document["worker"], document["batch"], document["width"]) == ("w", batch, 3)
     assert one.ledger.snapshot().served == {"acme": 7}
-    until(lambda: not one.control._held, 10)
+    until(lambda: not one.control._leases.held, 10)
 
 
 def test_a_lost_lease_stops_what_it_covered_and_its_late_result_is_not_stored(one: Bench) -> None:
@@ -257,13 +257,13 @@ def test_a_strange_answer_holds_nothing_up(one: Bench, more: dict[str, Any], tim
     batch = one.dispatch()
     one.begin(batch, strange, plain)
     strange_end = Outcome(batch, strange, response=ANSWER | more, timings_ms=timings)
-    one.control._heard.put(strange_end)  # as neighbours, most likely committed together
+    one.control._commits.hear(strange_end)  # as neighbours, most likely committed together
     one.runner.emit(Outcome(batch, plain, response=ANSWER))
     document = one.until(strange, status, attempts=1)
     assert all(ms >= 0 for ms in document["latencies_ms"].values())
     assert (document["error"] or {}).get("code") == (None if status == "succeeded" else "unstorable_answer")
     assert one.until(plain, "succeeded", attempts=1)
-    until(lambda: not one.control._held, 10)
+    until(lambda: not one.control._leases.held, 10)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_cancelled_job_is_stopped_and_its_namesake_in_another_batch_is_not(one
     assert one.ledger.cancel("acme", ["y"]) == ["cancelled"]
     until(lambda: y in one.runner.cancelled, 10)
     assert one.runner.cancelled == [x, y]
-    assert [*one.control._held] == ["b2"]
+    assert [*one.control._leases.held] == ["b2"]
 
 
 def test_what_is_recalled_is_dropped_at_once_and_comes_again_in_another_batch(bench: Callable[..., Bench]) -> None:
@@ -322,7 +322,7 @@ def test_what_is_recalled_is_dropped_at_once_and_comes_again_in_another_batch(be
     one.begin(running, a)
     assert [one.ledger.recall(epoch=one.epoch, batch=batch) for batch in (running, on_deck)] == [1, 1]
     until(lambda: one.runner.cancelled == [b, c], 10)
-    assert [*one.control._held] == [running]
+    assert [*one.control._leases.held] == [running]
     again = one.dispatch()
     one.begin(again, b, c)
     for batch, ref in ((running, a), (again, b), (again, c)):
@@ -337,7 +337,7 @@ def test_what_begins_as_it_is_recalled_is_stopped(one: Bench) -> None:
     assert one.ledger.recall(epoch=one.epoch, batch=batch) == 1
     one.runner.emit(Started(batch, [a]))
     one.runner.emit(Outcome(batch, a, response=ANSWER))
-    until(lambda: one.job(a)["status"] == "queued" and not one.control._held, 10)
+    until(lambda: one.job(a)["status"] == "queued" and not one.control._leases.held, 10)
     assert one.job(a)["attempts"] == 0
     again = one.dispatch()
     one.runner.emit(Outcome(again, a, response=ANSWER))

@@ -20,9 +20,10 @@ from lorayard.adapters.hosting import Publications
 from lorayard.doctor import Check, examine
 from lorayard.hosted import organisation
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import Entry, Ledger
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.organisation import NANO, Want
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import HOSTED, WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 

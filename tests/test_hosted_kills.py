@@ -24,9 +24,9 @@ from lorayard.adapters.peft import read_adapter
 from lorayard.adapters.store import ArtifactStore
 from lorayard.hosted import organisation
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import Entry
 from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import open_ledger
 from lorayard.settings import Settings
 

@@ -89,7 +89,7 @@ def test_what_never_gets_an_answer_is_a_dead_letter_in_the_end(
     store: redis.Redis, redis_url: str, service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorayard_workers.groq.runner.PATIENCE", 1)
-    monkeypatch.setattr("lorayard_workers.control.backoff_ms", lambda kind, before: 0)
+    monkeypatch.setattr("lorayard_workers.commits.backoff_ms", lambda kind, before: 0)
     service.service.faults = {"reset": 1.0}
     with bench_of(store, redis_url, service) as bench:
         bench.put(["j1"])
@@ -245,7 +245,8 @@ def test_a_call_that_is_cancelled_before_it_begins_leaves_its_place(
     monkeypatch.setattr(runner, "begin", cancelled_at_once)
     bench.put(["j1", "j2"])
     bench.dispatch()
-    until(lambda: {"j1", "j2"} & {ref.partition("/")[2] for held in bench.control._held.values() for ref in held.begun})
+    until(lambda: {"j1", "j2"} & {ref.partition("/")[2] for held in bench.control._leases.held.values() for ref in held.begun})
+    assert bench.ledger.cancel("acme", ["j1", "j2"]) == ["cancelled", "cancelled"]  # of which the runner has known for a while
     until(lambda: not runner._running, 3)
     until(lambda: bench.org.spent(bench.org.state(BASE).month).get("acme") == 0, 3)
     monkeypatch.setattr(runner, "begin", begin)

@@ -11,7 +11,8 @@ import redis
 from ledger_support import START_MS, ClockedLedger, make_entry, outlive
 
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import PART_BYTES, End, EndStatus, Ledger
+from lorayard.ledger.ledger import PART_BYTES, Ledger
+from lorayard.ledger.records import End, EndStatus
 
 
 class Yard:

@@ -23,7 +23,7 @@ from ledger_support import CLOCKED, START_MS, Census, ClockedLedger, Server, dum
 from lorayard.jobs import TERMINAL, Status
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import End, EndStatus, Entry, Taken
+from lorayard.ledger.records import End, EndStatus, Entry, Taken
 
 T = TypeVar("T")
 EXAMPLES = int(os.environ.get("LORAYARD_MODEL_EXAMPLES", "400"))

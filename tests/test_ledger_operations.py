@@ -13,7 +13,7 @@ from ledger_support import PREFIX, START_MS, ClockedLedger, make_entry
 
 from lorayard.errors import Unavailable
 from lorayard.ledger.audit import audit
-from lorayard.ledger.ledger import End, Taken
+from lorayard.ledger.records import End, Taken
 
 OUTCOME = b'{"response":{"choices":[]}}'
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -17,6 +16,8 @@ from lorayard_workers.llama.decoding import Context
 from lorayard_workers.llama.engine import Engine
 from lorayard_workers.llama.prefixes import Prefixes, Strand
 from lorayard_workers.runner import AdapterFile, Event, Outcome, WorkItem
+
+WEIGHTS = "exact_gguf"
 
 SYSTEM = "You answer questions of the passengers of a small railway with three lines, two of them closed in winter. " * 2
 OTHER = "You name the colour that a thing has, in one word and in lower case, and you never explain what you say. " * 2
@@ -93,13 +94,6 @@ def test_the_books_are_those_of_the_cells(actions: list[tuple[str, int, list[int
     prefixes.check_integrity()
     prefixes.make_room(Cells.n_ctx)
     assert prefixes.cells == cells.taken == 0
-
-
-@pytest.fixture(scope="module")
-def model(exact_gguf: Path) -> Iterator[Model]:
-    made = Model(exact_gguf)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from yard_support import SLOW, Yard, eventually, quoted, yard_of
 
 from lorayard.client import Client
 from lorayard.hosted import organisation
-from lorayard.ledger.ledger import End
 from lorayard.ledger.policies import Policies, Policy
+from lorayard.ledger.records import End
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler import traces
 from lorayard_scheduler.costs import Costs, Work

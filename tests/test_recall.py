@@ -18,7 +18,7 @@ from simulation_support import COSTS, simulate
 from lorayard.celery_app import make_app
 from lorayard.ledger.audit import audit
 from lorayard.ledger.connection import connect
-from lorayard.ledger.ledger import Taken
+from lorayard.ledger.records import Taken
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler.costs import Costs, Work

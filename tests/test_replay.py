@@ -14,7 +14,7 @@ from api_support import ANSWER, Api, job
 from test_cli import Cli, fails
 
 from lorayard.errors import BadRequest, NotFound, SetupError
-from lorayard.ledger.ledger import End
+from lorayard.ledger.records import End
 from lorayard_scheduler import charts, recording
 from lorayard_scheduler.recording import Arrival, Recording
 from lorayard_scheduler.traces import Mix

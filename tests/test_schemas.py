@@ -6,8 +6,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,6 @@ from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.grammar import Grammar
 
 Fits = Callable[[str, str], bool]
-
-
-@pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    made = Model(demo_gguf)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +86,12 @@ NAMESAKES = {"$defs": {"item": {"type": "integer"}}} | thing(item={"type": "stri
         ({"type": "string", "format": "date-time"}, ["2026-11-22T10:00:00Z", "2026-11-22T10:00:00.25+01:00"], ["2026-11-22 10:00:00Z"]),
         ({"type": "string", "format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567"]),
         ({"type": "integer", "minimum": 1, "exclusiveMaximum": 6}, [1, 5], [0, 6, 10, 1.5, -1]),
+        ({"type": "integer", "exclusiveMinimum": 2, "maximum": 4.5}, [3, 4], [2, 5]),
+        ({"type": ["integer", "null"], "enum": [True, 1, None]}, [1, None], [True]),
         ({"type": "number", "minimum": 0, "maximum": 1}, [0, 1, 0.5], [1.5, -0.5, 2]),
         ({"type": "number", "exclusiveMinimum": -1, "exclusiveMaximum": 2}, [-0.5, 0, 0.25, 1, 1.75], [-1, 2, -1.5, 2.25]),
+        ({"type": "number", "exclusiveMinimum": 1, "maximum": 3}, [1.5, 1.01, 2, 2.25, 3], [1, 1.0, 3.5, 0.5]),
+        ({"type": "number", "exclusiveMaximum": -1}, [-1.5, -2, -20], [-1, -0.5, 1]),
         ({"type": "number", "maximum": -1}, [-1, -1.5, -20], [-0.5, 0, 1]),
         ({"type": "number"}, [0, -1.5, 1e30, 12], ["1"]),
         (NODE, [{"v": 1}, {"v": 1, "next": {"v": 2}}], [{}, {"v": 1, "next": 2}]),
@@ -195,9 +191,11 @@ def test_patterns_that_cannot_be_say_why(pattern: str, why: str) -> None:
     assert why in str(raised.value)
 
 
-DEEP: dict[str, Any] = {"type": "null"}
-for _ in range(2000):
-    DEEP = {"type": "array", "items": DEEP}
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "null"}
+    for _ in range(levels - 1):
+        schema = {"type": "array", "items": schema}
+    return schema
 
 
 @pytest.mark.parametrize(
@@ -234,7 +232,8 @@ for _ in range(2000):
         ({"$ref": "https://example.org/schema.json"}, "must point into this schema"),
         ({"$ref": "#"}, "refers to itself"),
         ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "refers to itself"),
-        (DEEP, "nested"),
+        (nested(65), "more than 64 deep"),
+        (nested(2000), "nested"),
         ({"enum": ["\ud800"]}, "no valid JSON"),
         ({"enum": [f"{n:0500}" for n in range(300)]}, "bytes, and at most 100,000 are read"),
         ({"type": "string", "pattern": "^" + "a" * 90_000 + "$"}, "at most 10,000"),
@@ -260,7 +259,8 @@ def test_a_job_is_refused_for_its_schema_before_it_is_accepted() -> None:
 
 def test_llama_cpp_takes_what_is_at_the_limits(model: Model) -> None:
     widest: dict[str, Any] = thing([], **{f"p{n}": {"type": ["string", "null"], "maxLength": 1999} for n in range(10)})
-    for schema in (widest, {"type": "string", "pattern": "^([a-z]{43}-?){43}$"}, {"type": "array", "minItems": 1999, "maxItems": 1999}):
+    patterned, longest = {"type": "string", "pattern": "^([a-z]{43}-?){43}$"}, {"type": "array", "minItems": 1999, "maxItems": 1999}
+    for schema in (widest, patterned, longest, nested(64)):
         Grammar(model, schema_grammar(schema))
 
 

@@ -14,7 +14,7 @@ from api_support import Api, job, serving
 from ledger_support import make_entry
 
 from lorayard.celery_app import make_app
-from lorayard.ledger.ledger import End
+from lorayard.ledger.records import End
 from lorayard.ledger.registry import WorkerInfo, WorkerRegistry
 from lorayard_scheduler.dispatcher import Dispatcher
 

@@ -17,8 +17,10 @@ from lorayard.adapters import AdapterRegistry, Manifest
 from lorayard.bodies import asked_tokens, read_body
 from lorayard.errors import BadRequest, Conflict, DeadlineUnmet, LorayardError, NotFound, PromptTooLong, TooLarge, Unavailable
 from lorayard.jobs import BASE_DIGEST, JobSpec, Lane, convert_spec, laned, new_id, parse_spec
+from lorayard.ledger.connection import unavailable
 from lorayard.ledger.documents import meta_line
-from lorayard.ledger.ledger import Entry, Ledger, unavailable
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Entry
 from lorayard.ledger.registry import WorkerRegistry
 from lorayard.settings import NAME_PATTERN, Settings
 from lorayard_scheduler.quoting import SAMPLES, Eta, Quoting, Round

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorayard.jobs import Lane, adapter_of, lane_of
-from lorayard.ledger.ledger import Event, Group, InFlight, Ledger
-from lorayard.ledger.ledger import View as LedgerView
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Event, Group, InFlight
+from lorayard.ledger.records import View as LedgerView
 from lorayard.ledger.registry import WorkerInfo
 from lorayard_scheduler.costs import Costs, Work
 from lorayard_scheduler.groups import Groups, Scale

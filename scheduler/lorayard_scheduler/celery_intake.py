@@ -30,6 +30,7 @@ log = structlog.get_logger()
 _MOST = 500
 SWEEP_S = 5.0
 _PENDING = "ly:{celery}:pending:"  # POOL: SET of the ids of its jobs that came as Celery tasks and whose end is not published yet
+_OF_ALL = "ly:{celery}:pending"  # SET: the same, where an earlier version noted the ids of all pools together
 _POOLS = "lorayard.pools"  # SET of the pools that take tasks from this broker, kept there
 
 
@@ -145,9 +146,12 @@ class CeleryIntake:
     def publish(self) -> None:
         """Store the ends of pending jobs in the result backend; by events at once, by a sweep when an event was lost."""
         client = self._ledger.client
-        after, sweep, swept = "0-0", True, 0.0
+        after, sweep, swept, adopted = "0-0", True, 0.0, False
         while not self._stop.is_set():
             try:
+                if not adopted:
+                    self._adopt()
+                    adopted = True
                 # Also while ends never cease: a job may have ended before it was noted as pending.
                 if sweep or time.monotonic() - swept > SWEEP_S:
                     swept = time.monotonic()
@@ -172,6 +176,17 @@ class CeleryIntake:
                 log.warning("results not published, trying again", reason=str(error))
                 self._stop.wait(1)
                 sweep = True
+
+    def _adopt(self) -> None:
+        """Of the ids that an earlier version noted, those whose jobs are in this ledger are this pool's."""
+        noted: Any = self._ledger.client.sscan_iter(_OF_ALL, count=200)
+        ids = [job_id.decode() for job_id in noted]
+        for start in range(0, len(ids), 200):
+            part = ids[start : start + 200]
+            documents = self._ledger.show(self._tenant, part)
+            if own := [job_id for job_id, document in zip(part, documents, strict=True) if document is not None]:
+                self._ledger.client.sadd(self._set, *own)
+                self._ledger.client.srem(_OF_ALL, *own)
 
     def _publish(self, ids: list[str]) -> None:
         for start in range(0, len(ids), 200):

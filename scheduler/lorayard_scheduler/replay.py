@@ -22,6 +22,7 @@ from lorayard.ledger.connection import connect
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.registry import KeyRing, WorkerRegistry
 from lorayard.settings import Settings
+from lorayard.terminal import print_json
 from lorayard_scheduler import charts, recording
 from lorayard_scheduler.costs import Costs
 from lorayard_scheduler.planner import Policy
@@ -128,7 +129,7 @@ def _tell(found: Recording, results: list[Result], first: Scenario, question: Qu
     out = Console()
     if question.as_json:
         rows = [result.document() | {"name": name} for name, result in zip(names, results, strict=True)]
-        print(msgspec.json.format(msgspec.json.encode({"results": rows, "notes": found.notes}), indent=2).decode())
+        print_json({"results": rows, "notes": found.notes})
     else:
         jobs, minutes = len(found.arrivals), (found.arrivals[-1].at - found.arrivals[0].at) / 60_000
         adapters, tenants = ({getattr(job, what) for job in found.arrivals} for what in ("adapter", "tenant"))

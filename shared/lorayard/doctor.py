@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import redis
 import typer
 from rich.console import Console
@@ -28,6 +27,7 @@ from lorayard.ledger.connection import connect, is_sentinel, shown
 from lorayard.ledger.ledger import MAX_MEMORY, Ledger
 from lorayard.ledger.registry import ALIVE_MS, WorkerRegistry
 from lorayard.settings import Settings
+from lorayard.terminal import AsJson, print_json
 
 _COLOURS = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 _MIB = 1024 * 1024
@@ -380,13 +380,13 @@ _LOOKS: tuple[Callable[[_Patient], Iterable[Check]], ...] = (
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
     repair: Annotated[bool, typer.Option("--repair", help="Put right what is wrong in the ledger, as far as that goes.")] = False,
 ) -> None:
     """Look at the store, the fleet and every job's record; exit code 1 if something is wrong."""
     checks = examine(Settings.load(), repair=repair)
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode([check._asdict() for check in checks]), indent=2).decode())
+        print_json([check._asdict() for check in checks])
     else:
         table = Table("", "", "", show_header=False, box=None)
         for name, level, text in checks:

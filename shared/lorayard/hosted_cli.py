@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import msgspec
 import redis
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lorayard import embedded
@@ -23,13 +22,12 @@ from lorayard.ledger.organisation import NANO
 from lorayard.ledger.policies import Policies
 from lorayard.ledger.registry import KeyRing
 from lorayard.settings import Settings
+from lorayard.terminal import AsJson, out, print_json
 
 tenants_app = typer.Typer(
     no_args_is_help=True,
     help="Whose data may leave for hosted services, for how much money (talks to Redis, so only where the fleet runs).",
 )
-out = Console()
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 OfTenant = Annotated[str | None, typer.Option("--tenant", help="Whose adapter it is, if not yours (the operator's key only).")]
 _WAIT_S = 900.0
 
@@ -79,7 +77,7 @@ def hosted(as_json: AsJson = False) -> None:
     with Client() as client:
         document = client.hosted()
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     costs = document["month_usd_by_adapter"]
     table = Table("adapter", "state", "model", "this month $", "reason")
@@ -179,7 +177,7 @@ def tenants_list(as_json: AsJson = False) -> None:
             for tenant in KeyRing(client).tenants()
         ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table("tenant", "may leave", "$ a day", "spent today", "$ a month", "spent this month")
     for r in rows:
@@ -187,7 +185,3 @@ def tenants_list(as_json: AsJson = False) -> None:
         spent = [dollars(r[name]) for name in ("spent_day_usd", "spent_month_usd")]
         table.add_row(r["tenant"], "yes" if r["hosted"] else "no", caps[0], spent[0], caps[1], spent[1])
     out.print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lorayard.settings import Settings
+from lorayard.terminal import AsJson
 
 
 def replay(
@@ -26,7 +27,7 @@ def replay(
     cold: Annotated[bool, typer.Option("--cold", help="No worker has any adapter on its disk at first.")] = False,
     record: Annotated[Path | None, typer.Option(help="Write the jobs to this CSV: lengths and times, no prompts.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw waits and backlog to this .svg or .png file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What if? Run the fleet's recent jobs through the simulator: with another policy, more workers, a bigger cache, more jobs.
 

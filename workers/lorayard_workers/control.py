@@ -1,22 +1,20 @@
-"""The control process of a worker: takes batches, feeds the runner, renews leases while there is progress, commits ends.
+"""The control process of a worker: takes batches, feeds the runner, beats while there is progress, and leaves in good order.
 
 Computing happens elsewhere (`runner.py`); nothing here blocks on it. Threads: one hears the ledger's words, of batches to take and of jobs
 to stop, and some fetch adapters; Celery's call `run_batch`, should a word be lost; the runner's call `_hear`; one thread commits what was
-heard, in order and many at a time; one beats.
+heard (`commits.py`); one beats, and renews leases (`leases.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import queue
 import secrets
 import socket
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,12 +25,15 @@ import structlog
 from lorayard.errors import LorayardError, SetupError, Unavailable
 from lorayard.jobs import BASE_DIGEST, ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.ledger import End, Ledger, Taken, TakenJob
+from lorayard.ledger.ledger import Ledger
+from lorayard.ledger.records import Taken
 from lorayard.ledger.registry import Planned, WorkerInfo, WorkerRegistry
 from lorayard.settings import Settings
 from lorayard.telemetry import JobEvents
-from lorayard_workers.retries import backoff_ms, company
-from lorayard_workers.runner import AdapterFile, Died, Event, Outcome, Progress, Ready, Runner, Started, Work, WorkItem
+from lorayard_workers.commits import AWAY_S, Commits
+from lorayard_workers.leases import Held, Leases
+from lorayard_workers.retries import company
+from lorayard_workers.runner import AdapterFile, Died, Event, Progress, Ready, Runner, Work, WorkItem
 
 log = structlog.get_logger()
 
@@ -50,18 +51,6 @@ FETCHERS = 4
 DRAIN_S = 10.0
 _FETCHED_MS = 5.0  # what takes less was on disk already
 _FETCH_WEIGHT = 0.2  # of the newest fetch in what fetching is taken to cost
-_AWAY_S = 3.0  # a worker that leaves waits no longer than this for a ledger that is away: leases run out by themselves
-
-
-class _Held:
-    """A batch under our lease: its jobs that have not ended, and those of them that have begun."""
-
-    def __init__(self, taken: Taken) -> None:
-        self.batch = taken.batch
-        self.fence = taken.fence
-        self.digest = taken.digest
-        self.jobs: dict[str, TakenJob] = {job.ref: job for job in taken.jobs}
-        self.begun: dict[str, float] = {}
 
 
 class Control:
@@ -87,15 +76,14 @@ class Control:
         self._expect = expect
         self._events = events
         self._registry = WorkerRegistry(ledger.client)
+        self._leases = Leases(ledger, runner, settings.lease_ms)
+        self._closing = threading.Event()
+        self._commits = Commits(ledger, self._leases, runner, events, self._of_backend, self._closing)
         self._lock = threading.Lock()
-        self._held: dict[str, _Held] = {}
         self._unheard: set[str] = set()  # batches that were ours at the last heartbeat and not taken
         self._told: deque[str] = deque(maxlen=64)  # batches that were told of lately: most are told twice
         self._fetchers = ThreadPoolExecutor(FETCHERS, "fetch")
-        self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._over: set[tuple[str, str]] = set()  # (batch, ref) of what ended among the events being committed
         self._ready = threading.Event()
-        self._closing = threading.Event()
         self._fetching = 0  # adapters on their way here
         self._fetch_ms = 0.0  # what that takes, where they were not here
         self._fetched = {BASE_DIGEST}  # adapters that were here once: most likely they still are
@@ -109,7 +97,7 @@ class Control:
             host=socket.gethostname(),
             pid=os.getpid(),
         )
-        loops = {"commit": self._commit_loop, "beat": self._beat_loop, "words": self._word_loop}
+        loops = {"commit": self._commits.run, "beat": self._beat_loop, "words": self._word_loop}
         self._threads = [threading.Thread(target=loop, name=name, daemon=True) for name, loop in loops.items()]
 
     # -- life ---------------------------------------------------------------------------------------------------------------------------
@@ -149,22 +137,18 @@ class Control:
         self._closing.set()
         self.info.ready = False
         self._beat_once()
-        with self._lock:
-            held = list(self._held.values())
-        for batch in held:
-            self._give_back(batch, [ref for ref in list(batch.jobs) if ref not in batch.begun])
+        for batch in self._leases.batches():
+            self._leases.give_back(batch, [ref for ref in list(batch.jobs) if ref not in batch.begun])
         give_up = time.monotonic() + DRAIN_S
-        while self._held and time.monotonic() < give_up:
+        while self._leases.held and time.monotonic() < give_up:
             time.sleep(0.05)
-        with self._lock:
-            held = list(self._held.values())
-        for batch in held:
-            self._put_off(batch, list(batch.jobs))
-        self._heard.put(None)
+        for batch in self._leases.batches():
+            self._leases.put_off(batch, list(batch.jobs))
+        self._commits.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(_AWAY_S)
+                thread.join(AWAY_S)
         self._runner.close()
         with contextlib.suppress(redis.RedisError, Unavailable):
             self._registry.leave(self.info)
@@ -178,7 +162,7 @@ class Control:
         if held is not None:
             self._run(held)
 
-    def _take(self, batch: str) -> _Held | None:
+    def _take(self, batch: str) -> Held | None:
         with self._lock:
             if self._closing.is_set() or batch in self._told:
                 return None
@@ -192,35 +176,31 @@ class Control:
         if taken is None:
             log.info("batch not current", batch=batch)
             return None
-        held = _Held(taken)
         if not self.info.ready:  # the model is being loaded again, or we are leaving: others may have room
-            self._ledger.give_back(batch, held.fence, list(held.jobs))
+            self._ledger.give_back(batch, taken.fence, [job.ref for job in taken.jobs])
             return None
-        if self._handover is not None:
-            left = self._handover(taken)
-            if left is None:
-                return None
-            taken, held = left, _Held(left)
-        with self._lock:
-            if not self._held:
-                self._moved = time.monotonic()
-            self._held[batch] = held
-        for job in taken.jobs:
+        left = taken if self._handover is None else self._handover(taken)
+        if left is None:
+            return None
+        if not self._leases.held:
+            self._moved = time.monotonic()
+        held = self._leases.hold(left)
+        for job in left.jobs:
             tenant, job_id = split_ref(job.ref)
             self._events.received(job_id, adapter=job.meta.get("adapter"), tenant=tenant, batch=batch, attempt=job.attempts)
         return held
 
-    def _run(self, held: _Held) -> None:
+    def _run(self, held: Held) -> None:
         try:
             self._submit(held, self._adapter(held.digest))
         except LorayardError as error:
             log.warning("adapter not usable", adapter=held.digest[:12], reason=error.message)
-            self._fail(held, error.document(), later=isinstance(error, Unavailable))
+            self._commits.fail(held, error.document(), later=isinstance(error, Unavailable))
         except Exception:  # held for ever otherwise
             log.exception("batch not run", batch=held.batch)
-            self._give_back(held, list(held.jobs))
+            self._leases.give_back(held, list(held.jobs))
         if self._closing.is_set():  # it came while `close` looked at what there is to give back
-            self._give_back(held, [ref for ref in list(held.jobs) if ref not in held.begun])
+            self._leases.give_back(held, [ref for ref in list(held.jobs) if ref not in held.begun])
 
     def _adapter(self, digest: str) -> AdapterFile | None:
         """Its file here. Raises `LorayardError`: `Unavailable` when another time may go better."""
@@ -247,7 +227,7 @@ class Control:
             with self._lock:
                 self._fetching -= 1
 
-    def _submit(self, held: _Held, adapter: AdapterFile | None) -> None:
+    def _submit(self, held: Held, adapter: AdapterFile | None) -> None:
         items = [
             WorkItem(
                 job.ref,
@@ -261,150 +241,22 @@ class Control:
         self._runner.submit(Work(held.batch, adapter, items, lane_of(held.digest)))
         log.info("batch taken", batch=held.batch, adapter=held.digest[:12], jobs=len(items))
 
-    def _fail(self, held: _Held, error: dict[str, Any], *, later: bool) -> None:
-        """End every job of a batch that could not be run, or put it off at no cost of an attempt."""
-        if not later:
-            self._heard.put(Started(held.batch, list(held.jobs)))
-        for ref in list(held.jobs):
-            self._heard.put(Outcome(held.batch, ref, error=error, later=later))
-
     # -- the runner tells -----------------------------------------------------------------------------------------------------------------
 
     def _hear(self, event: Event) -> None:
         self._moved = time.monotonic()
-        self._heard.put(event)
+        self._commits.hear(event)
 
-    def _commit_loop(self) -> None:
-        """Commit what was heard, in order; while the ledger is away, keep it and try again."""
-        while True:
-            events = [self._heard.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(events) < 1000:
-                    events.append(self._heard.get_nowait())
-            self._over = {(event.batch, event.ref) for event in events if isinstance(event, Outcome)}
-            for chunk in _runs(event for event in events if event is not None):
-                self._until_stored(chunk)
-            if None in events:
-                return
-
-    def _until_stored(self, events: list[Event]) -> None:
-        wait, waited = 0.05, 0.0
-        while True:
-            try:
-                return self._handle(events)
-            except (Unavailable, redis.RedisError) as error:
-                log.warning("ledger unavailable, results are kept", waiting=self._heard.qsize() + len(events), reason=str(error))
-                if self._closing.is_set() and waited > _AWAY_S:
-                    return self._abandon({event.batch for event in events if isinstance(event, Started | Outcome)})
-                time.sleep(wait)
-                wait, waited = min(wait * 2, 2.0), waited + wait
-            except Exception:  # one of them is not what it should be: the others must not suffer for it
-                if len(events) == 1:
-                    return self._dismiss(events[0])
-                for event in events:
-                    self._until_stored([event])
-                return None
-
-    def _dismiss(self, event: Event) -> None:
-        """An answer that cannot be stored ends its job with an error; the batches of any other event are held no longer."""
-        if isinstance(event, Outcome) and event.error is None:
-            log.exception("answer cannot be stored", job=split_ref(event.ref)[1])
-            error = {
-                "message": "the answer was not one that can be stored",
-                "type": "server_error",
-                "code": "unstorable_answer",
-                "param": None,
-            }
-            return self._until_stored([Outcome(event.batch, event.ref, error=error)])
-        log.exception("event dropped; the lease of its batch will lapse", kind=type(event).__name__)
-        if isinstance(event, Started | Outcome):
-            self._abandon({event.batch})
-        return None
-
-    def _abandon(self, batches: set[str]) -> None:
-        """Hold them no longer, so that their leases run out."""
-        for held in [self._held[batch] for batch in batches if batch in self._held]:
-            self._drop(held, list(held.jobs))
-
-    def _handle(self, events: list[Event]) -> None:
-        """Events of one kind."""
-        first = events[0]
-        if isinstance(first, Started):
-            self._commit_starts([e for e in events if isinstance(e, Started)])
-        elif isinstance(first, Outcome):
-            self._commit_ends([e for e in events if isinstance(e, Outcome)])
-        for event in events:
-            if isinstance(event, Progress):
-                self.info.hot, self.info.loaded, self.info.counters, self.info.room = event.hot, event.loaded, event.counters, event.room
-                self.info.doubted = event.doubted
-                self._tell_costs(event.costs)
-            elif isinstance(event, Ready):
-                self._on_ready(event)
-            elif isinstance(event, Died):
-                self._on_died(event)
-
-    def _commit_starts(self, events: list[Started]) -> None:
-        refs: dict[str, list[str]] = defaultdict(list)
-        for event in events:
-            refs[event.batch] += event.refs
-        for batch, started in refs.items():
-            held = self._held.get(batch)
-            if held is None:
-                self._runner.cancel(batch, started)
-                continue
-            held.begun |= dict.fromkeys(started, time.monotonic())  # before the ledger knows: `close` gives back what has not begun
-            running = [ref for ref in started if (batch, ref) not in self._over]  # an end says that there was a start
-            stop = self._ledger.start(batch, held.fence, running) if running else []
-            for ref in started:
-                self._events.started(split_ref(ref)[1])
-            if stop:
-                self._drop(held, stop)
-
-    def _commit_ends(self, events: list[Outcome]) -> None:
-        by_batch: dict[str, list[Outcome]] = defaultdict(list)
-        for event in events:
-            by_batch[event.batch].append(event)
-        for batch, outcomes in by_batch.items():
-            held = self._held.get(batch)
-            if held is None:
-                continue
-            ends = [self._end(held, outcome) for outcome in outcomes]
-            answers = self._ledger.finish(batch, held.fence, ends)
-            self.info.ended += sum(answer == "stored" for answer in answers)
-            for outcome, answer in zip(outcomes, answers, strict=True):
-                self._tell(held, outcome, answer)
-            self._forget(held, [outcome.ref for outcome in outcomes])
-
-    def _end(self, held: _Held, outcome: Outcome) -> End:
-        document = {
-            "response": outcome.response,
-            "error": outcome.error,
-            "timings_ms": {name: ms for name, ms in outcome.timings_ms.items() if math.isfinite(ms) and ms >= 0},
-            "temperature": outcome.temperature,
-            "width": outcome.width,
-            **outcome.more,
-        }
-        line = msgspec.json.encode(document)
-        if outcome.error is None:
-            return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome))
-        job = held.jobs.get(outcome.ref)
-        if outcome.later or (job is not None and job.laters < outcome.patience):
-            delay_ms = max(outcome.after_ms, backoff_ms("later", job.laters if job else 0))
-            return End(outcome.ref, "later", line, delay_ms=delay_ms)
-        if outcome.retryable:
-            return End(outcome.ref, "retry", line, delay_ms=backoff_ms(str(outcome.error.get("code")), job.attempts if job else 0))
-        return End(outcome.ref, "failed", line)
-
-    def _tell(self, held: _Held, outcome: Outcome, answer: str) -> None:
-        job_id = split_ref(outcome.ref)[1]
-        if answer == "stale":
-            log.warning("result refused: the lease was lost", job=job_id, batch=held.batch)
-        elif outcome.error is not None:
-            tell = self._events.retried if answer == "retried" else self._events.failed
-            tell(job_id, str(outcome.error.get("code")))
+    def _of_backend(self, event: Progress | Ready | Died) -> None:
+        """In its turn among what is committed."""
+        if isinstance(event, Progress):
+            self.info.hot, self.info.loaded, self.info.counters, self.info.room = event.hot, event.loaded, event.counters, event.room
+            self.info.doubted = event.doubted
+            self._tell_costs(event.costs)
+        elif isinstance(event, Ready):
+            self._on_ready(event)
         else:
-            runtime = time.monotonic() - held.begun.get(outcome.ref, time.monotonic())
-            self._events.succeeded(job_id, runtime_s=runtime, tokens=_tokens(outcome))
+            self._on_died(event)
 
     def _tell_costs(self, costs: dict[str, Any]) -> None:
         """What the runner measured, and what fetching an adapter takes, which only we know."""
@@ -426,29 +278,14 @@ class Control:
         log.info("model ready", pid=event.pid, width=event.width)
 
     def _on_died(self, event: Died) -> None:
-        """The backend's process is gone. What had begun has used an attempt and will run alone next time; the rest goes back unharmed."""
+        """The backend's process is gone, and is being replaced."""
         log.warning("model process died", reason=event.reason, running=len(event.running), waiting=len(event.waiting))
         self.info.ready = False
         self._beat_once()
         self._ledger.hello(self.info.name, self.info.incarnation)  # the scheduler hears of it at once and sends nothing meanwhile
-        error = {"message": f"the model process died: {event.reason}", "type": "server_error", "code": "worker_died", "param": None}
-        running = set(event.running)
-        handed = set(event.waiting)
-        unharmed: set[str] = set()
-        if event.reading:  # what was computed beside it is not to blame, and neither an attempt nor under suspicion
-            running, unharmed, handed = {event.reading}, running - {event.reading}, handed - {event.reading}
-        first = next((held for held in list(self._held.values()) if handed & held.jobs.keys()), None)
-        if not running and first is not None:  # no job had begun: loading what the first batch needs is all it can have died of
-            running = handed & first.jobs.keys()
-            self._commit_starts([Started(first.batch, list(running))])
-        for held in list(self._held.values()):
-            mine = [ref for ref in list(held.jobs) if ref in running]
-            self._commit_starts([Started(held.batch, mine)] if mine else [])
-            self._commit_ends([Outcome(held.batch, ref, error=error, retryable=True) for ref in mine])
-            self._put_off(held, [ref for ref in list(held.jobs) if ref in unharmed])
-            self._give_back(held, list(held.jobs))
+        self._commits.died(event)
 
-    # -- leases ---------------------------------------------------------------------------------------------------------------------------
+    # -- heartbeats, and words from the ledger -------------------------------------------------------------------------------------------
 
     def _beat_loop(self) -> None:
         while not self._closing.wait(self._settings.heartbeat_ms / 1000):
@@ -460,19 +297,18 @@ class Control:
                 log.warning("ledger unavailable, leases not renewed", reason=error.message)
             except Exception:
                 log.exception("heartbeat failed")
-        while self._held:  # draining
+        while self._leases.held:  # draining
             with contextlib.suppress(Unavailable):
                 self._renew()
             time.sleep(self._settings.heartbeat_ms / 1000)
 
     def _renew(self) -> None:
+        """Leases, while the runner tells of progress; one that hangs is killed."""
         now = time.monotonic()
         if now - self._looked > 3 * self._settings.heartbeat_ms / 1000:  # we stood still, or the ledger did: the model may be well
             self._moved = now
         self._looked = now
-        with self._lock:
-            held = dict(self._held)
-        if not held:
+        if not self._leases.held:
             return
         silent = time.monotonic() - self._moved
         computing = self.info.ready and not self._fetching
@@ -480,22 +316,16 @@ class Control:
             self._moved = time.monotonic()
             self._runner.kill(f"no progress for {silent:.0f} s")
             return
-        lost, stop = self._ledger.renew([(b.batch, b.fence) for b in held.values()], self._settings.lease_ms)
-        for name in lost:
-            if held[name].jobs:  # else it has ended meanwhile
-                log.warning("lease lost", batch=name)
-            self._drop(held[name], list(held[name].jobs))
-        for batch, ref in stop:
-            self._stop(batch, [ref])
+        self._leases.renew()
 
     def _take_unheard(self) -> None:
         """Batches of ours whose wake-up has not come by the second heartbeat: lost, or refused by a broker that is full."""
         if not self.info.ready:
             return
         mine = set(self._ledger.outstanding(self.info.name))
-        for batch in (mine & self._unheard) - self._held.keys():
+        for batch in (mine & self._unheard) - self._leases.held.keys():
             self._take_told(batch)
-        self._unheard = mine - self._held.keys()
+        self._unheard = mine - self._leases.held.keys()
 
     def _take_told(self, batch: str) -> None:
         """As `run_batch`, for a thread that must not wait for a file to be fetched."""
@@ -514,53 +344,17 @@ class Control:
                     if word == "take":
                         self._take_told(batch)
                     else:
-                        self._stop(batch, refs)
+                        self._leases.stop(batch, refs)
             except Exception as error:  # this thread must not end: nobody else tells as fast
                 log.warning("word from the ledger may be missed; listening again", reason=str(error))
                 self._closing.wait(1)
 
     def _beat_once(self) -> None:
+        self.info.ended = self._commits.stored
         with contextlib.suppress(redis.RedisError):
             planned = self._registry.beat(self.info)
             if self._expect is not None:
                 self.info.absent = self._expect(planned, self._base)
-
-    def _drop(self, held: _Held, refs: list[str]) -> None:
-        """Stop computing what is no longer ours, or no longer wanted."""
-        self._runner.cancel(held.batch, refs)
-        self._forget(held, refs)
-
-    def _stop(self, batch: str, refs: Iterable[str]) -> None:
-        """What was cancelled, deleted or recalled while we had it."""
-        held = self._held.get(batch)
-        if held is not None and (mine := [ref for ref in refs if ref in held.jobs]):
-            self._drop(held, mine)
-
-    def _give_back(self, held: _Held, refs: list[str]) -> None:
-        if not refs:
-            return
-        self._runner.cancel(held.batch, refs)
-        with contextlib.suppress(Unavailable):
-            if self._ledger.give_back(held.batch, held.fence, refs) < len(refs):  # some began meanwhile
-                self._ledger.finish(held.batch, held.fence, [End(ref, "later") for ref in refs if ref in held.begun])
-        self._forget(held, refs)
-
-    def _put_off(self, held: _Held, refs: list[str]) -> None:
-        """Queue again, at no cost of an attempt, what has begun."""
-        if not refs:
-            return
-        self._runner.cancel(held.batch, refs)
-        with contextlib.suppress(Unavailable):
-            self._ledger.finish(held.batch, held.fence, [End(ref, "later") for ref in refs])
-        self._forget(held, refs)
-
-    def _forget(self, held: _Held, refs: Iterable[str]) -> None:
-        with self._lock:
-            for ref in refs:
-                held.jobs.pop(ref, None)
-                held.begun.pop(ref, None)
-            if not held.jobs:
-                self._held.pop(held.batch, None)
 
 
 def _exists(pid: int) -> bool:
@@ -571,21 +365,3 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _tokens(outcome: Outcome) -> int:
-    usage = (outcome.response or {}).get("usage")
-    total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return total if isinstance(total, int) and 0 <= total < 1 << 31 else 0
-
-
-def _runs(events: Iterable[Event]) -> Iterable[list[Event]]:
-    """Neighbours of one kind together, so that many are committed in one call and order is kept."""
-    run: list[Event] = []
-    for event in events:
-        if run and type(run[0]) is not type(event):
-            yield run
-            run = []
-        run.append(event)
-    if run:
-        yield run

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from lorayard.errors import BadRequest, LorayardError, NotFound, TooLarge, Unavailable
-from lorayard.ledger.ledger import unavailable
+from lorayard.ledger.connection import unavailable
 from lorayard.ledger.registry import Caller, KeyRing
 
 log = structlog.get_logger("lorayard.api")

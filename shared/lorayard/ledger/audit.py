@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import redis
 
 from lorayard.ledger import keys
-from lorayard.ledger.ledger import Audited, Ledger, unavailable
+from lorayard.ledger.connection import unavailable
+from lorayard.ledger.ledger import Audited, Ledger
 
 PAGE = 500
 _WORDS = {

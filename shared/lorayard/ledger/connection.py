@@ -1,4 +1,5 @@
-"""The way to the ledger's server: one that is named, or the one that Sentinels name; after a fail-over, to the new one.
+"""The way to the ledger's server: one that is named, or the one that Sentinels name; after a fail-over, to the new one. And what a
+caller is told where the server does not answer.
 
     redis://[[USER]:PASSWORD@]HOST[:6379][/DB]          rediss:// the same with TLS
     sentinel://[[USER]:PASSWORD@]HOST[:26379],HOST2[:26379],.../DB?service=NAME
@@ -20,7 +21,7 @@ from redis.connection import Connection, SSLConnection
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
 
-from lorayard.errors import SetupError
+from lorayard.errors import SetupError, Unavailable
 
 SENTINEL = "sentinel://"
 _FORM = "write redis://HOST:PORT/0, or sentinel://HOST:26379,HOST2:26379/0?service=NAME"
@@ -217,3 +218,11 @@ class _Pool(SentinelConnectionPool):
         super().disconnect(inuse_connections)
         if inuse_connections:
             self.sentinel_manager.close()
+
+
+def unavailable(error: redis.RedisError) -> Unavailable:
+    """What a caller is told of the server's error: not where the server is, which is the operator's business."""
+    text = str(error)
+    if text.startswith("OOM") or "MISCONF" in text or "maxmemory" in text:
+        return Unavailable("the ledger's Redis is out of memory or cannot write; nothing was stored, try again later", code="ledger_full")
+    return Unavailable(f"the ledger's Redis does not answer ({type(error).__name__}); try again")

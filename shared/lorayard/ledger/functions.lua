@@ -231,19 +231,15 @@ end
 
 -- The batches that have jobs which are neither queued nor delayed, by ref: {batch, 1 where the job has begun}. They are looked for among
 -- the few there are, in each once for all jobs.
-local MOST_UNPACKED = 4000 -- arguments of one command: Lua has no room for more than some 8,000
 local function batches_of(p, refs)
   local found = {}
   for _, bid in ipairs(all_batches(p)) do
     if #refs == 0 then break end
     local batch
-    for start = 1, #refs, MOST_UNPACKED do
-      local part = redis.call('SMISMEMBER', p .. 'members:' .. bid, unpack(refs, start, math.min(start + MOST_UNPACKED - 1, #refs)))
-      for i = 1, #part do
-        if part[i] == 1 then
-          batch = batch or read_batch(p, bid)
-          found[refs[start + i - 1]] = { batch, redis.call('SISMEMBER', p .. 'begun:' .. bid, refs[start + i - 1]) }
-        end
+    for i, inside in ipairs(gather('SMISMEMBER', p .. 'members:' .. bid, refs)) do
+      if inside == 1 then
+        batch = batch or read_batch(p, bid)
+        found[refs[i]] = { batch, redis.call('SISMEMBER', p .. 'begun:' .. bid, refs[i]) }
       end
     end
     if batch then

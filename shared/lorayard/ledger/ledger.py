@@ -6,26 +6,28 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import msgspec
 import redis
 
 from lorayard.errors import BadRequest, Unavailable
 from lorayard.ledger import documents, keys
+from lorayard.ledger.connection import unavailable
+from lorayard.ledger.records import (
+    End,
+    Enqueued,
+    Entry,
+    Event,
+    Reaped,
+    Submitted,
+    Taken,
+    TakenJob,
+    View,
+    read_jobs,
+    read_view,
+)
 
 LIBRARY = files("lorayard.ledger").joinpath("functions.lua").read_text()
-
-EndStatus = Literal["succeeded", "failed", "retry", "later"]
-EnqueueStatus = Literal["queued", "delayed", "exists", "conflict", "full", "memory", "succeeded"]
-_ENQUEUE: dict[str, EnqueueStatus] = {
-    "d": "delayed",
-    "e": "exists",
-    "c": "conflict",
-    "f": "full",
-    "m": "memory",
-    "s": "succeeded",
-}
 Audited = Literal["jobs", "entries", "batches", "worker", "groups", "totals"]
 PART_JOBS = 1_000
 PART_BYTES = 4 << 20
@@ -33,126 +35,6 @@ PART_BYTES = 4 << 20
 REAP_GAP_MS = 2_000
 MAX_MEMORY = 0.85
 """The part of the server's maxmemory beyond which jobs are refused: results, and the broker's messages, need the rest."""
-
-
-class Entry(NamedTuple):
-    """A job about to be enqueued, all checks done. Times are milliseconds from now; 0 means none.
-
-    `meta` and `request` are one line of JSON each: what stays public of a job, and the OpenAI body. With an idempotency key, `body_hash`
-    is what the key must come with again. `once`: hex digits; jobs of a tenant with the same are computed once, and it stands in `meta` too.
-    """
-
-    id: str
-    tenant: str
-    digest: str
-    wait_ms: int
-    deadline_ms: int
-    not_before_ms: int
-    max_attempts: int
-    via: str
-    idem: str
-    body_hash: str
-    meta: bytes
-    request: bytes
-    once: str = ""
-
-
-class Enqueued(NamedTuple):
-    id: str
-    status: EnqueueStatus
-
-
-class TakenJob(NamedTuple):
-    """`attempts` counts those before this one, of at most `most`; `laters` how often it was put off at no cost. `due` is in ms."""
-
-    ref: str
-    attempts: int
-    most: int
-    laters: int
-    meta: dict[str, Any]
-    request: bytes
-    due: int = 0
-
-
-class Taken(NamedTuple):
-    """A batch under a lease, the most due job first. Times are the ledger's, in milliseconds."""
-
-    batch: str
-    fence: int
-    digest: str
-    claimed: int
-    taken: int
-    jobs: list[TakenJob]
-
-
-class End(NamedTuple):
-    """What became of one job. `outcome` is JSON; `tokens` are charged to the tenant; `delay_ms` goes with retry and later."""
-
-    ref: str
-    status: EndStatus
-    outcome: bytes = b"{}"
-    tokens: int = 0
-    delay_ms: int = 0
-
-
-class Submitted(NamedTuple):
-    """A batch at a hosted batch service, to be looked after now. `note` is what its last keeper wrote; `submitted` is in ms."""
-
-    batch: str
-    fence: int
-    digest: str
-    submitted: int
-    note: bytes
-    refs: list[str]
-
-
-class Group(NamedTuple):
-    """The queued jobs of one adapter digest and tenant."""
-
-    digest: str
-    tenant: str
-    jobs: int
-    due: int
-
-
-class InFlight(NamedTuple):
-    """A batch that a worker was given. `by` is jobs by tenant; `taken` is 0 until the worker has it; `left` is jobs that have not ended,
-    of which `waiting` have not begun."""
-
-    batch: str
-    worker: str
-    digest: str
-    by: dict[str, int]
-    claimed: int
-    taken: int
-    left: int
-    waiting: int = 0
-
-
-class View(NamedTuple):
-    """What the planner needs of the ledger, read at one moment (`now`, ms)."""
-
-    now: int
-    groups: list[Group]
-    in_flight: list[InFlight]
-    served: dict[str, int]
-    last_event: str
-
-
-class Event(NamedTuple):
-    """A hint that something changed: queued (groups), ended (refs), batch (id of one that is over), worker (name)."""
-
-    kind: str
-    values: list[str]
-
-
-class Reaped(NamedTuple):
-    """What was put right: batches never taken, batches whose lease ran out, delayed jobs now queued, jobs expired."""
-
-    undelivered: int
-    lapsed: int
-    woken: int
-    expired: int
 
 
 class Ledger:
@@ -212,24 +94,11 @@ class Ledger:
     def _enqueue(self, entries: Sequence[Entry], max_queued: int, max_memory: float) -> list[Enqueued]:
         args: list[Any] = [max_queued, max_memory]
         for e in entries:
-            same = (
-                e.tenant,
-                e.digest,
-                str(e.wait_ms),
-                str(e.deadline_ms),
-                str(e.not_before_ms),
-                str(e.max_attempts),
-                e.via,
-                e.idem,
-                e.body_hash,
-                e.once,
-            )
-            args += (e.id, "\t".join(same), b"%b\n%b" % (e.meta, e.request))
+            args += e.written()
         out = [Enqueued(entry.id, "queued") for entry in entries]
         answers = self._call("ly_enqueue", *args)
         for index, answer in zip(answers[::2], answers[1::2], strict=True):
-            code = answer.decode()
-            out[index] = Enqueued(code[1:] or entries[index].id, _ENQUEUE[code[0]])
+            out[index] = entries[index].answered(answer)
         return out
 
     def show(self, tenant: str, ids: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -290,11 +159,11 @@ class Ledger:
 
     def snapshot(self) -> View:
         reply = self._call("ly_snapshot")
-        return _view(reply, reply[4].decode())
+        return read_view(reply, reply[4].decode())
 
     def read_groups(self, names: Iterable[tuple[str, str]]) -> View:
         """As `snapshot`, of the named (digest, tenant) groups only; `jobs` is 0 for an empty one."""
-        return _view(self._call("ly_groups", *(f"{digest}:{tenant}" for digest, tenant in names)), "")
+        return read_view(self._call("ly_groups", *(f"{digest}:{tenant}" for digest, tenant in names)), "")
 
     def claim(
         self, *, epoch: int, worker: str, most: int, batch: str, digest: str, delivery_ms: int, why: str, takes: Iterable[tuple[str, int]]
@@ -379,7 +248,7 @@ class Ledger:
         if not reply:
             return None
         fence, digest, claimed, taken = reply[:4]
-        return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), _jobs(reply[4:]))
+        return Taken(batch, int(fence), digest.decode(), int(claimed), int(taken), read_jobs(reply[4:]))
 
     def outstanding(self, worker: str) -> list[str]:
         """The batches a worker has been given, taken or not."""
@@ -452,7 +321,7 @@ class Ledger:
 
     def contents(self, batch: str, token: str) -> list[TakenJob]:
         """The jobs of a submitted batch that have not ended, the most due first; none where another looks after it by now."""
-        return _jobs(self._call("ly_contents", batch, token))
+        return read_jobs(self._call("ly_contents", batch, token))
 
     def settle(self, batch: str, token: str) -> bool:
         """Close a submitted batch of which nothing is left; False while jobs of it have not ended, or where another looks after it."""
@@ -486,24 +355,6 @@ class Ledger:
         return str(rows[0][0].decode()) if rows else "0-0"
 
 
-def _jobs(reply: list[Any]) -> list[TakenJob]:
-    """Of what `contents` in functions.lua says."""
-    if not reply:
-        return []
-    jobs, again = [], reply[0]
-    tries = {ref: (int(attempts), int(laters)) for ref, attempts, laters in zip(again[::3], again[1::3], again[2::3], strict=True)}
-    metas: dict[bytes, dict[str, Any]] = {}  # mostly the same of a whole batch
-    for ref, value in zip(reply[1::2], reply[2::2], strict=True):
-        head, _, meta, request = value.split(b"\n", 3)
-        _, due, _, _, _, most, _ = head.split(b"\t", 6)
-        if meta not in metas:
-            metas[meta] = msgspec.json.decode(meta)
-        attempts, laters = tries.get(ref, (0, 0))
-        jobs.append(TakenJob(ref.decode(), attempts, int(most), laters, metas[meta], request, int(due)))
-    jobs.sort(key=lambda job: (job.due, job.ref))
-    return jobs
-
-
 def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
     """At most so many jobs and so many bytes of them together."""
     start = size = 0
@@ -514,26 +365,3 @@ def _parts(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
             start, size = i, len(entry.request) + len(entry.meta)
     if start < len(entries):
         yield entries[start:]
-
-
-def _view(reply: list[Any], last_event: str) -> View:
-    groups = []
-    for name, jobs, due in reply[1]:
-        digest, _, tenant = name.decode().partition(":")
-        groups.append(Group(digest, tenant, int(jobs), int(float(due))))
-    flights = []
-    for batch, worker, digest, by, claimed, taken, left, waiting in reply[2]:
-        words = by.decode().split()
-        shares = {t: int(n) for t, n in zip(words[::2], words[1::2], strict=True)}
-        when = int(claimed), int(taken)
-        flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, *when, int(left), int(waiting)))
-    served = {t.decode(): int(n) for t, n in zip(reply[3][::2], reply[3][1::2], strict=True)}
-    return View(int(reply[0]), groups, flights, served, last_event)
-
-
-def unavailable(error: redis.RedisError) -> Unavailable:
-    """What a caller is told of the server's error: not where the server is, which is the operator's business."""
-    text = str(error)
-    if text.startswith("OOM") or "MISCONF" in text or "maxmemory" in text:
-        return Unavailable("the ledger's Redis is out of memory or cannot write; nothing was stored, try again later", code="ledger_full")
-    return Unavailable(f"the ledger's Redis does not answer ({type(error).__name__}); try again")

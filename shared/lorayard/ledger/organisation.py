@@ -11,7 +11,7 @@ import redis
 
 from lorayard.errors import LorayardError
 from lorayard.ledger import keys
-from lorayard.ledger.ledger import unavailable
+from lorayard.ledger.connection import unavailable
 from lorayard.ledger.loop import LoopCaller
 
 LIBRARY = files("lorayard.ledger").joinpath("limits.lua").read_text()

@@ -19,9 +19,10 @@ from lorayard.errors import BadRequest, LorayardError, NotFound, Unavailable
 from lorayard.hosted import hosted_body, no_money, prompt_tokens
 from lorayard.jobs import ENDPOINT, adapter_of, lane_of
 from lorayard.ledger.keys import split_ref
-from lorayard.ledger.ledger import End, EndStatus, Ledger, Submitted, Taken, TakenJob
+from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.organisation import Organisation, Spent
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
+from lorayard.ledger.records import End, EndStatus, Submitted, Taken, TakenJob
 from lorayard.settings import Settings
 from lorayard_workers.groq.client import ServiceClient, ServiceError
 from lorayard_workers.groq.keeping import holding

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lorayard.errors import Unavailable
-from lorayard.ledger.ledger import End, EndStatus
 from lorayard.ledger.organisation import NANO
+from lorayard.ledger.records import End, EndStatus
 from lorayard_workers.groq.answers import PATIENCE, Failure, complete, document, failure, tidy
 from lorayard_workers.retries import backoff_ms
 
