@@ -34,7 +34,7 @@ class Policy:
 
 class Prices:
     """What batches cost on workers of one kind. `dearer`: by temperature and number of jobs, how much later a group ranks because of what
-    comes before its jobs. `rows`: the most jobs of a batch, as many as pay and no more than there is time for. Of a flood beside which
+    comes before its jobs. `rows`: the most jobs of a batch (`rows` below). Of a flood beside which
     others have come: `few` where there are jobs of theirs, `wide` elsewhere, and never more than `few` whose prompts are not read yet.
     `lead`: with how many jobs it needs no other yet. `ms`: of a batch, by temperature and number of jobs; `job_ms`: of each beyond these;
     `own_ms`: of reading its prompt."""
