@@ -16,9 +16,10 @@ The rule (docs/scheduling.md has the reasons, and the bound on waiting that foll
 4. The worker and the group that make the least rank come first; workers with nothing to do before any others, and of these the fastest.
    What a worker that is faster by a quarter would end in half the time, after what it has, is left to it.
 
-A batch is as large as pays on the worker, or twice its width while all are busy, and is meant to take no longer than `batch_ms`. A worker has jobs of at most two adapters at once:
-so it never idles, and the second is fetched and loaded while the first still runs. While nothing is nearly due it gets the second no sooner
-than `lead_ms` before it would run dry: what is not given away yet can go to whoever is free first.
+A batch is as large as pays on the worker, or twice its width while all are busy, and is meant to take no longer than `batch_ms`. A worker
+has jobs of at most two adapters at once: so it never idles, and the second is fetched and loaded while the first still runs. While nothing
+is nearly due it gets the second no sooner than `lead_ms` before it would run dry: what is not given away yet can go to whoever is free
+first.
 
 A plan ends where it would go on by a due time that is not known: that of what is left of a group, where others wait too. Who carries the
 plan out reads these groups again and asks for the next.
