@@ -12,7 +12,10 @@ import random
 from array import array
 from dataclasses import dataclass
 
-from ortools.sat.python import cp_model
+try:
+    from ortools.sat.python import cp_model
+except ImportError:
+    raise SystemExit("the exact optimum needs ortools: .venv/bin/pip install -c constraints.txt -e '.[bench]'") from None
 
 from lorayard_scheduler.costs import Costs
 from lorayard_scheduler.planner import Policy

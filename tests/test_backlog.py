@@ -257,6 +257,25 @@ def test_when_a_flood_begins_everyone_begins_level(ledger: Ledger, backlog: Back
     assert store.hget("ly:{main}:served", "zeta") == b"70000"
 
 
+def test_a_flood_begins_level_also_with_who_is_away_or_has_all_its_jobs_at_workers(
+    ledger: Ledger, backlog: Backlog, store: redis.Redis
+) -> None:
+    """Else a flood of somebody new would be served all that these have ever been served, before they are served anything again."""
+    ledger.enqueue([make_entry("flying", tenant="zeta")], max_queued=9_999)
+    hear(ledger, backlog)
+    backlog.meet([info()])
+    carry_out(ledger, backlog)
+    store.hset("ly:{main}:served", mapping={"away": 900_000, "zeta": 70_000})
+    hear(ledger, backlog)
+    ledger.enqueue([make_entry(f"f{n}") for n in range(500)], max_queued=9_999)
+    hear(ledger, backlog)
+    assert list(backlog.groups.floods) == ["acme"]
+    ledger.enqueue([make_entry("back", tenant="away"), make_entry("more", tenant="zeta")], max_queued=9_999)
+    hear(ledger, backlog)
+    limit = backlog.groups.limit(20_000)
+    assert {group.tenant.name for group in backlog.groups.by_rank(False, limit)} == {"away", "zeta"}
+
+
 def test_lanes_are_seen_by_those_who_may_claim_them(ledger: Ledger, backlog: Backlog) -> None:
     ledger.enqueue([make_entry(lane, digest=f"d{lane}") for lane in ("", "@auto", "@groq", "@batch")], max_queued=99)
     hear(ledger, backlog)

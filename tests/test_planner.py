@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,16 @@ def test_a_flood_leaves_room_for_others_and_does_not_go_with_them() -> None:
     assert [d.jobs for d in plan(beside, NOW + POLICY.flood_ms + 1, POLICY)] == [8, 8], "nobody else has been there for long"
     seen = view([*groups, ("a", "small", 3, 60_000)], [worker("w", ("a", 2), ("b", 2))])
     assert plan(seen, NOW, POLICY)[0].takes == (("small", 3),)
+
+
+@pytest.mark.parametrize("flood_due", [3_600_000, -1_000], ids=["not due for long", "overdue"])
+def test_a_floods_own_jobs_of_other_adapters_get_their_turn_when_they_are_nearly_due(flood_due: int) -> None:
+    """Also where nobody else is there: what floods is joined for as long as nothing of its own waits that is due."""
+    now, since, policy = NOW + POLICY.flood_ms + 1, POLICY.flood_ms + 1, replace(POLICY, lead_ms=4 * COSTS.job_ms(WORK))
+    for due, dispatched in ((60_000, []), (1_000, [("w", "b", 1)])):
+        seen = view([("a", "t", FLOOD, flood_due + since), ("b", "t", 1, due + since)], [worker("w", ("a", 8))])
+        seen.groups.take("a", "t", 1, now)  # it has just had a turn
+        assert chosen(plan(seen, now, policy)) == dispatched
 
 
 def test_who_grows_into_a_flood_keeps_no_room_for_what_it_was_before() -> None:

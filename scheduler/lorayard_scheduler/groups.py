@@ -236,9 +236,9 @@ class Groups:
         if self._active:
             least = min(self.served(name) for name in self._active)
             raised = {name: least for name in self.tenants.keys() - self._active if self.served(name) < least}
-        if contended and not self._contended:
-            most = max(tenant.served for tenant in self.tenants.values())
-            raised |= {name: most for name, tenant in self.tenants.items() if tenant.served < most}
+        if contended and not self._contended:  # level for all, also those who are away: they come back beside this flood
+            most = max(map(self.served, {*self._served, *active}))
+            raised |= {name: most for name in active if self.served(name) < most}
         self._active, self._contended = active, contended
         for name, level in raised.items():
             self.level(name, level)

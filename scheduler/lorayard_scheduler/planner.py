@@ -155,8 +155,8 @@ class _Plan:
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
-        steady = self.queues[False]
-        left_ms = steady.first[0].rank / TICKS - self.now if steady.reach() else math.inf
+        first = next((queue.first[0] for queue in self.queues if queue.reach()), None)  # of floods, where nobody else waits
+        left_ms = first.rank / TICKS - self.now if first is not None else math.inf
         self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
         self.soon = TICKS * (self.now + self.policy.reserve_ms)  # what ranks before this is
         if not (names := self._candidates()):
