@@ -125,11 +125,9 @@ def run(ledger: Ledger, tenant: str, n: int = 1, *, digest: str = "base", finish
 def serving(redis_url: str, state: Path, **settings: Any) -> Iterator[Api]:
     """The API's app under uvicorn in a thread, with these settings beside its own address."""
     made = Settings(redis_url=redis_url, state_dir=state, api_port=free_port(), **settings)
-    with connect(redis_url) as client:
+    with connect(redis_url) as client, make_app(redis_url) as app:
         ledger = open_ledger(client, made)
-        config = uvicorn.Config(
-            make_api(made, ledger, make_app(redis_url)), log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1
-        )
+        config = uvicorn.Config(make_api(made, ledger, app), log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         listener = listen(made.api_host, made.api_port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -107,10 +107,10 @@ def test_deleting_wakes_who_waits(api: Api) -> None:
 def test_what_came_by_celery_leaves_nothing_in_its_result_backend(api: Api, redis_url: str) -> None:
     from lorayard_scheduler.admission import Admission
 
-    app = make_app(redis_url)
     Admission(api.settings, api.ledger).submit("default", [job(id="by-celery")], via="celery")
     api.run("default")
-    app.backend.store_result("by-celery", {"status": "succeeded"}, "SUCCESS")
+    with make_app(redis_url) as app:
+        app.backend.store_result("by-celery", {"status": "succeeded"}, "SUCCESS")
     assert api.call("GET", "/v1/jobs/by-celery", "root").json()["via"] == "celery"
     assert list(api.ledger.client.scan_iter("*by-celery*"))
     assert api.call("DELETE", "/v1/jobs/by-celery", "root").status_code == 200

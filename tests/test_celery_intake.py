@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,10 @@ class Intake:
         self.ledger = ledger
         self.running: CeleryIntake | None = None
         self.threads: list[threading.Thread] = []
+        self.open = contextlib.ExitStack()
 
     def start(self, **settings: Any) -> None:
-        self.running = CeleryIntake(Settings(**settings), self.ledger, make_app(self.url))
+        self.running = CeleryIntake(Settings(**settings), self.ledger, self.open.enter_context(make_app(self.url)))
         self.threads = [threading.Thread(target=loop) for loop in (self.running.run, self.running.publish)]
         for thread in self.threads:
             thread.start()
@@ -63,6 +66,7 @@ class Intake:
             for thread in self.threads:
                 thread.join()
             self.running = None
+        self.open.close()
 
     def show(self, job_id: str, tenant: str = "default") -> dict[str, Any] | None:
         return self.ledger.show(tenant, [job_id])[0]
@@ -82,6 +86,7 @@ def producer(redis_url: str, store: redis.Redis) -> Iterator[Celery]:
         yield app
         gc.collect()  # results of Celery's talk to the server when they are dropped
         app.backend.result_consumer.stop()
+        app.backend.client.connection_pool.disconnect()
 
 
 def send(app: Celery, task_id: str | None = None, **kwargs: Any) -> AsyncResult[Any]:
@@ -283,8 +288,23 @@ def test_a_tenant_whose_jobs_come_as_tasks_alone_is_known_to_the_reconciler(
     client.delete(f"ly:{{main}}:job:acme/{result.id}")  # as its time to live would
     client.zadd("ly:{main}:by_tenant:acme", {result.id: 1})
     assert intake.ledger.list_ids("acme", limit=9) == [result.id]
-    Reconciler(intake.ledger, make_app(intake.url)).sweep()
+    with make_app(intake.url) as app:
+        Reconciler(intake.ledger, app).sweep()
     assert intake.ledger.list_ids("acme", limit=9) == []
+
+
+def test_threads_share_a_result_backend_and_none_of_its_connections_outlives_the_application(redis_url: str, store: redis.Redis) -> None:
+    def connections() -> set[str]:
+        return {client["id"] for client in store.client_list()}
+
+    before = connections()
+    with make_app(redis_url) as app, ThreadPoolExecutor(8) as pool:
+        together = threading.Barrier(8)
+        backends = set(pool.map(lambda n: (together.wait(), id(app.backend), app.backend.store_result(str(n), n, "SUCCESS"))[1], range(8)))
+        assert len(backends) == 1
+        assert app.AsyncResult("3").get(timeout=20) == 3
+        assert connections() - before
+    until(lambda: not connections() - before)
 
 
 def test_the_tenant_is_a_setting(intake: Intake, producer: Celery) -> None:

@@ -230,6 +230,8 @@ def test_plain_celery_is_enough_to_produce(fleet: FleetProcess) -> None:
     with pytest.raises(Exception, match="nobody") as told:
         AsyncResult(refused.id, app=app).get(timeout=60)
     assert not isinstance(told.value, BackendError | TimeoutError)
+    app.backend.result_consumer.stop()
+    app.backend.client.connection_pool.disconnect()
     app.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from urllib.parse import quote
 
@@ -39,10 +40,32 @@ def infer_queue(pool: str) -> str:
     return f"{INFER_QUEUE}.{pool}"
 
 
-def make_app(broker_url: str) -> Celery:
+class App(Celery):  # type: ignore[misc] # Celery has no types
+    """Celery's application, whose threads share one result backend, and which closes that too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._making = threading.RLock()
+        super().__init__(*args, **options)
+
+    @property
+    def backend(self) -> Any:
+        """The result backend; two threads that ask first at the same time get the same one."""
+        with self._making:
+            return super().backend
+
+    def close(self) -> None:
+        """Release what the application holds, as `with make_app(...)` does at its end."""
+        client = vars(self.backend).get("client")
+        if client is not None:  # Celery leaves its sockets to the garbage collector
+            self.backend.result_consumer.stop()
+            client.connection_pool.disconnect()
+        super().close()
+
+
+def make_app(broker_url: str) -> App:
     """The Celery application of every role; only JSON is accepted. Raises `SetupError` for a `sentinel://` address that is none."""
     broker_url, options = _through_sentinel(broker_url) if broker_url.startswith(SENTINEL) else (broker_url, {})
-    app = Celery("lorayard", broker=broker_url, backend=broker_url if broker_url.startswith(("redis", "rediss", "sentinel")) else None)
+    app = App("lorayard", broker=broker_url, backend=broker_url if broker_url.startswith(("redis", "rediss", "sentinel")) else None)
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -58,6 +81,7 @@ def make_app(broker_url: str) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options=_TRANSPORT | options,
         result_backend_transport_options=options,
+        result_backend_thread_safe=True,
         redis_socket_timeout=_TRANSPORT["socket_timeout"],
         redis_socket_connect_timeout=_TRANSPORT["socket_connect_timeout"],
         visibility_timeout=_TRANSPORT["visibility_timeout"],

@@ -91,9 +91,9 @@ def _serve(role: str) -> None:
     serve = entry.load()
     url = embedded.redis_url(settings)
     embedded.wait_until_up(url, _patience(settings))
-    with connect(url) as client:
+    with connect(url) as client, make_app(embedded.broker_url(settings)) as app:
         embedded.check_server(client)
-        serve(settings, open_ledger(client, settings), make_app(embedded.broker_url(settings)))
+        serve(settings, open_ledger(client, settings), app)
 
 
 def _patience(settings: Settings) -> float:
