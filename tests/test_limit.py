@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks import limit
+from benchmarks import limit, workloads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +68,27 @@ def test_costs_follow_what_is_seen() -> None:
     costs.saw_switch("disk", 4.0)
     document = costs.document()
     assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 21.0}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+
+
+def test_a_moment_without_cores_does_not_decide_about_the_width(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed, quiet = {1: 10.0, 2: 12.0, 4: 60.0}, {1: 11.0, 2: 12.0, 4: 16.0}
+    passes = iter([disturbed, {1: 10.0, 2: 13.0, 4: 18.0}, quiet])
+    monkeypatch.setattr("lorayard_workers.llama.costs._pass", lambda *_: next(passes))
+    model = Model(demo_gguf)
+    costs, widths = measure(model, Settings(n_ctx=1024), widest=16)
+    model.close()
+    assert costs.step_ms == {1: 10.0, 2: 12.0, 4: 16.0}
+    assert widths.most == 4
+
+
+def test_what_warms_a_server_up_is_like_a_job_and_teaches_it_only_the_system_prompt() -> None:
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "How far is it?"}
+    for request, other in (
+        ({"messages": [system, asked], "max_tokens": 4}, {"messages": [system, asked | {"content": "it? is far How"}], "max_tokens": 4}),
+        ({"prompt": "one two three"}, {"prompt": "three two one"}),
+    ):
+        job = workloads.Job("a", request)
+        assert job.warm_up == workloads.Job("a", other)
 
 
 def test_costs_are_measured_before_the_first_job(demo_gguf: Path) -> None:
