@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import kombu.pools
 import pytest
 import redis
 from api_support import Api
@@ -37,6 +38,13 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     state: Path = tmp_path_factory.mktemp("store")
     with embedded.running(Settings(state_dir=state)) as url:
         yield url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pooled_connections() -> Iterator[None]:
+    """kombu keeps the brokers' connections of all applications; closed after each file, not when the garbage collector comes by."""
+    yield
+    kombu.pools.reset()
 
 
 @pytest.fixture
