@@ -17,7 +17,7 @@ WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DEPTHS = (16, 128)  # tokens before the ones that are timed, in each sequence
 _PADDED = 256  # llama.cpp's attention passes over so many cells at least, and then over multiples
 _WEIGHT = 0.1  # of the newest observation in what has been learnt
-_KNEE = 0.97  # of the best rate that the narrowest width must reach
+_KNEE = 0.99  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
 _MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is tried for longer than that
 
