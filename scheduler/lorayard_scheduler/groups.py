@@ -139,6 +139,10 @@ class Groups:
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
+    def beyond(self, level: float) -> dict[str, float]:
+        """Tenants, also those that do not wait, that were served more than that: how much more, in tokens."""
+        return {name: served - level for name, served in self._served.items() if served > level}
+
     def limit(self, slack: float) -> float:
         """How much a tenant may have been served and still be: `slack` more than the least served that floods; anything, if nobody does."""
         return min(tenant.served for tenant in self.floods.values()) + slack if self.floods else float("inf")
