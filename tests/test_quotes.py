@@ -107,6 +107,27 @@ def test_who_was_served_more_than_a_flood_waits_for_its_share_and_keeps_nobody_e
     assert forecaster.make(View(groups, Roster()), now + 9_000, Planning(), ended=0).turns == {}, "nobody else waits as long for a hand"
 
 
+def test_what_is_nearly_due_to_planner_and_forecast_is_one_rule() -> None:
+    now, policy = 1e6, Planning(slack_tokens=7_000)
+
+    def left(floods_due: float, due: float | None, served: float = 0.0) -> tuple[float, float, bool]:
+        """In seconds."""
+        groups = Groups(Scale(costs=COSTS, work=Work(50, 0, 20)))
+        groups.level("t", served)
+        groups.put("f", "flood", 9_000, now + floods_due, now)
+        if due is not None:
+            groups.put("a", "t", 9_000 // 30, now + due, now)
+        view = View(groups, Roster([WorkerView("w", COSTS)]))
+        calm = Forecaster().make(view, now, policy, ended=0).calm
+        planner, others = (round(view.left_ms(now, policy, floods=floods) / 1000, 0) for floods in (True, False))
+        return planner, others, calm
+
+    assert left(-5_000, None) == (-5, math.inf, True), "whoever comes is before it"
+    assert left(-5_000, 80_000) == (80, 80, True), "now it is behind somebody"
+    assert left(200_000, 1_000) == (1, 1, False)
+    assert left(200_000, 1_000, served=7_001) == (200, math.inf, True), "held back, it keeps nobody waiting"
+
+
 def test_a_flood_that_was_served_more_than_another_comes_after_it_in_its_quotes() -> None:
     found = {}
     for served in (0, 70_000, 700_000):

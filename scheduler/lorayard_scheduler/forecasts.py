@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from lorayard_scheduler.groups import TICKS, Groups
+from lorayard_scheduler.groups import Groups
 from lorayard_scheduler.histograms import NOTHING, counted
 from lorayard_scheduler.lengths import Lengths
 from lorayard_scheduler.planner import Dispatch, Policy, View
@@ -166,14 +166,13 @@ class Forecaster:
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
         limit = groups.limit(policy.slack_tokens)
         floods, served_more = _levels(groups)
-        first = next(groups.by_rank(False, math.inf), None)
         self._last = Forecast(
             at=now,
             workers=len(roster.workers),
             places=sum(worker.costs.width for worker in roster.workers.values()),
             flying=sum(roster.loads.values()),
             room=sum(max(0, most - roster.loads[name]) for _, name in roster.free),
-            calm=first is None or first.rank > TICKS * (now + policy.reserve_ms),
+            calm=view.left_ms(now, policy, floods=False) > policy.reserve_ms,
             each_ms=job_ms * self._pace,
             flood_jobs=policy.flood_ms / job_ms,
             floods=floods,

@@ -147,6 +147,15 @@ class Groups:
         """How much a tenant may have been served and still be: `slack` more than the least served that floods; anything, if nobody does."""
         return min(tenant.served for tenant in self.floods.values()) + slack if self.floods else float("inf")
 
+    def first(self, limit: float, *, floods: bool) -> Group | None:
+        """The group of least rank of tenants that do not flood and were served no more than the limit; if there is none, of those that do,
+        if they are asked for."""
+        for heads in self._heads[: 1 + floods]:
+            for _, name in heads:
+                if (tenant := self.tenants[name]).served <= limit:
+                    return tenant.order[0]  # type: ignore[no-any-return]
+        return None
+
     def alone(self, since: float) -> bool:
         """Whether those who flood now are the only ones who have had jobs since then: on its way to a flood a tenant does not flood yet."""
         if len(self.floods) < len(self.tenants):

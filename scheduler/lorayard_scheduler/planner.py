@@ -58,6 +58,12 @@ class View:
         """Whether nobody could begin a job sooner than who has its adapter in hand: much waits, or there is one worker."""
         return len(self.roster.workers) == 1 or self.groups.waits_ms >= policy.batch_ms
 
+    def left_ms(self, now: float, policy: Policy, *, floods: bool = True) -> float:
+        """How long until what is served next is due, by its rank: more than `reserve_ms`, and all is calm. Infinite where nothing waits.
+        That is a flood's where nobody else has jobs; without `floods`, nothing then: to whoever does not flood, they are not before it."""
+        first = self.groups.first(self.groups.limit(policy.slack_tokens), floods=floods)
+        return math.inf if first is None else first.rank / TICKS - now
+
     def planned(self) -> None:
         """The plan was carried out and there is no more of it: only what changes from now on is news."""
         self.groups.news.clear()
@@ -139,7 +145,7 @@ class _Plan:
     """One plan in the making: workers fill up, tenants are charged, and what is `left` of groups goes down."""
 
     def __init__(self, view: View, now: float, policy: Policy) -> None:
-        self.groups, self.roster, self.now, self.policy = view.groups, view.roster, now, policy
+        self.view, self.groups, self.roster, self.now, self.policy = view, view.groups, view.roster, now, policy
         self.limit = self.groups.limit(policy.slack_tokens)
         self.waiting = len(self.groups)
         self.left: dict[Group, int] = {}  # of groups of which something is dispatched
@@ -155,8 +161,7 @@ class _Plan:
         self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
 
     def make(self) -> list[Dispatch]:
-        first = next((queue.first[0] for queue in self.queues if queue.reach()), None)  # of floods, where nobody else waits
-        left_ms = first.rank / TICKS - self.now if first is not None else math.inf
+        left_ms = self.view.left_ms(self.now, self.policy)
         self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
         self.soon = TICKS * (self.now + self.policy.reserve_ms)  # what ranks before this is
         if not (names := self._candidates()):

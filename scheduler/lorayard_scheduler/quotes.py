@@ -146,7 +146,7 @@ class Forecast(msgspec.Struct):
     places: int = 0  # sequences that they decode at once
     flying: int = 0  # jobs that they have
     room: int = 0  # jobs that workers with a free hand would take; 0: no hand is free
-    calm: bool = True  # nothing that waits is near its due time
+    calm: bool = True  # nothing that waits, is of no flood and not held back by its tenant's share, is near its due time
     each_ms: float = 0.0  # between two ends, while there is enough to do
     flood_jobs: float = 1e12  # a tenant with more of them floods
     floods: dict[str, float] = {}  # tenants that do: how many mean jobs each was served more than the least served of them
