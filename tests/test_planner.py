@@ -298,6 +298,14 @@ def test_who_grows_into_a_flood_keeps_no_room_for_what_it_was_before() -> None:
     assert index.alone(NOW + 1)
 
 
+def test_who_has_been_there_is_remembered_for_as_long_as_it_counts() -> None:
+    index = Groups(Scale(POLICY.patience_ms, POLICY.flood_ms, COSTS, WORK, 1))
+    for n in range(1_000):
+        index.put("a", f"t{n}", 1, NOW, NOW + n * POLICY.flood_ms / 10)
+        index.put("a", f"t{n}", 0, NOW, NOW + n * POLICY.flood_ms / 10)
+    assert list(index._steady) == [f"t{n}" for n in range(989, 1_000)]
+
+
 def test_nobody_takes_a_flooding_tenants_share() -> None:
     groups = [("a", "flood", FLOOD, 120_000), ("b", "small", 100, 0)]
     ahead = plan(view(groups, [worker()], {"small": POLICY.slack_tokens + 10_000}), NOW, POLICY)
