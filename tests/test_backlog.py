@@ -56,7 +56,7 @@ def carry_out(ledger: Ledger, backlog: Backlog) -> list[tuple[str, str, int]]:
             epoch=epoch, worker=d.worker, most=9, batch=batch, digest=d.digest, delivery_ms=60_000, why=d.why, takes=d.takes
         )
         assert (answer, jobs) == ("ok", d.jobs)
-        backlog.dispatched(batch, d.digest, d.takes)
+        backlog.dispatched(batch, d.digest, d.takes, d.worker)
         batches.append((d.worker, d.digest, jobs))
     backlog.view.planned()
     return batches

@@ -208,7 +208,7 @@ class Backlog:
         self.groups.news.add(adapter_of(digest))
         self.stale = True
 
-    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]], worker: str = "") -> None:
+    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]], worker: str) -> None:
         """A batch was claimed: the groups it came from, which have had a turn, are read again."""
         if self.groups.floods and worker in self.roster.workers:
             self.roster.gave(worker, sum(jobs for _, jobs in takes), self.groups.scale.work, self.now)
