@@ -227,7 +227,7 @@ def _plan_and_claim(yard: Yard, name: str) -> float:
         )
         times.append((time.perf_counter() - begun) * 1000)
         _check(answer == "ok" and jobs > 0, f"not claimed: {answer}")
-        backlog.dispatched(f"{name}-b{i}", dispatch.digest, dispatch.takes)
+        backlog.dispatched(f"{name}-b{i}", dispatch.digest, dispatch.takes, dispatch.worker)
     yard.ledger.resign("benchmark")
     return statistics.median(times)
 

@@ -357,8 +357,9 @@ class Model:
         self._close_empty()
         return Reaped(len(lapsed) - taken, taken, len(woken), expired)
 
-    def lift(self, tenant: str, to: int) -> None:
-        self.served[tenant] = max(self.served[tenant], to)
+    def lift(self, tenant: str, to: int, *, hosted: bool = False) -> None:
+        name = tenant + "@hosted" * hosted
+        self.served[name] = max(self.served[name], to)
 
     def forget(self, tenant: str, *, page: int) -> int:
         """Listings of jobs that are gone, of those enqueued longer ago than results are kept; however many are looked at at once."""
@@ -419,7 +420,7 @@ class Model:
                 return "already"
             self.totals["stale"] += 1
             return "stale"
-        self.served[job.entry.tenant] += end.tokens
+        self.served[job.entry.tenant + "@hosted" * end.hosted] += end.tokens
         if end.status != "later" and job.status is Status.CLAIMED:
             job.attempts += 1  # an end says that there was a start
         if end.status == "later":

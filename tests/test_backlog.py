@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import redis
@@ -15,6 +16,8 @@ from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler import backlog as backlog_module
 from lorayard_scheduler.backlog import UNTAKEN_MS, Backlog
+from lorayard_scheduler.groups import Groups
+from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Policy, plan
 
 POLICY = Policy(flood_ms=10_000)
@@ -33,7 +36,8 @@ def backlog(ledger: Ledger) -> Backlog:
 
 
 def info(name: str = "w", **more: object) -> WorkerInfo:
-    return WorkerInfo(name=name, pool="main", kind="llama", incarnation="i", host="h", pid=1, width=8, ready=True, **more)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"kind": "llama", "width": 8} | more
+    return WorkerInfo(name=name, pool="main", incarnation="i", host="h", pid=1, ready=True, **fields)
 
 
 def hear(ledger: Ledger, backlog: Backlog) -> None:
@@ -56,7 +60,7 @@ def carry_out(ledger: Ledger, backlog: Backlog) -> list[tuple[str, str, int]]:
             epoch=epoch, worker=d.worker, most=9, batch=batch, digest=d.digest, delivery_ms=60_000, why=d.why, takes=d.takes
         )
         assert (answer, jobs) == ("ok", d.jobs)
-        backlog.dispatched(batch, d.digest, d.takes)
+        backlog.dispatched(batch, d.digest, d.takes, d.worker)
         batches.append((d.worker, d.digest, jobs))
     backlog.view.planned()
     return batches
@@ -227,6 +231,19 @@ def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: L
     assert store.hget("ly:{main}:served", "zeta") == b"5000"
 
 
+def test_who_has_all_its_jobs_at_workers_is_no_newcomer() -> None:
+    groups = Groups()
+    for tenant, served in (("acme", 5_000.0), ("zeta", 100.0)):
+        groups.level(tenant, served)
+        groups.put("a", tenant, 1, 0.0, 0.0)
+    assert groups.settle([]) == {}
+    for flying, raised in ((["zeta"], {}), ([], {"zeta": 5_000.0})):
+        groups.put("a", "zeta", 0, 0.0, 0.0)
+        assert groups.settle(flying) == {}
+        groups.put("a", "zeta", 1, 0.0, 0.0)
+        assert groups.settle(flying) == raised
+
+
 def test_what_has_ended_of_a_batch_is_not_counted_twice(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
     """As served, and as still in flight."""
     ledger.enqueue([make_entry(f"j{n}") for n in range(4)], max_queued=99)
@@ -274,6 +291,45 @@ def test_a_flood_begins_level_also_with_who_is_away_or_has_all_its_jobs_at_worke
     hear(ledger, backlog)
     limit = backlog.groups.limit(20_000)
     assert {group.tenant.name for group in backlog.groups.by_rank(False, limit)} == {"away", "zeta"}
+
+
+def test_what_hosted_workers_compute_is_counted_apart(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    """A tenant that has much computed there keeps its share at home, and the other way round."""
+    ledger.enqueue([make_entry("auto", digest="base@auto"), make_entry("there", digest="base@groq"), make_entry("home")], max_queued=99)
+    hear(ledger, backlog)
+    backlog.meet([info(), info("g", kind="hosted")])
+    assert list(backlog.roster.workers) == ["w"]
+    epoch, tokens = ledger.lead("test", 60_000), round(backlog.groups.scale.work.tokens)
+    for worker, digest in (("g", "base@auto"), ("g", "base@groq"), ("w", "base")):
+        claim = {"digest": digest, "delivery_ms": 60_000, "why": "", "takes": [("acme", 1)]}
+        assert ledger.claim(epoch=epoch, worker=worker, most=9, batch=f"b-{digest}", **claim) == ("ok", 1)  # type: ignore[arg-type]
+    hear(ledger, backlog)
+    assert (backlog.groups.served("acme"), backlog.served_there) == (tokens, {"acme": 2 * tokens}), "in flight"
+    for worker, batch, name, charged in (("g", "b-base@auto", "auto", 700), ("g", "b-base@groq", "there", 80), ("w", "b-base", "home", 9)):
+        taken = ledger.take(batch, worker, "i", 60_000)
+        assert taken is not None
+        ledger.finish(batch, taken.fence, [End(f"acme/{name}", "succeeded", tokens=charged, hosted=worker == "g")])
+    hear(ledger, backlog)
+    assert (backlog.groups.served("acme"), backlog.served_there) == (9, {"acme": 780})
+    assert store.hgetall("ly:{main}:served") == {b"acme": b"9", b"acme@hosted": b"780"}
+
+
+def test_who_begins_to_wait_for_hosted_workers_has_no_claim_on_the_past(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:
+    planning = HostedPlanning(Settings(hosted_model="llama-3.1-8b-instant"), ledger)
+    store.hset("ly:{main}:served", mapping={"acme": 5, "acme@hosted": 900_000, "zeta": 8_000_000})
+
+    def planned(room: int) -> list[tuple[str, ...]]:
+        hear(ledger, backlog)
+        there = info("g", kind="hosted", room=room, loaded=["base"])
+        backlog.meet([there])
+        return [tuple(tenant for tenant, _ in dispatch.takes) for dispatch in planning.plan(backlog, [there])]
+
+    ledger.enqueue([make_entry("first", digest="base@groq")], max_queued=99)
+    assert planned(room=0) == []
+    ledger.enqueue([make_entry(f"z{n}", tenant="zeta", digest="base@groq", wait_ms=500_000) for n in range(50)], max_queued=99)
+    assert planned(room=8) == [("acme",), ("zeta",)], "it would have had 900,000 tokens before the other's job"
+    assert store.hget("ly:{main}:served", "zeta@hosted") == b"900000"
+    assert backlog.served_there["zeta"] == 900_000
 
 
 def test_lanes_are_seen_by_those_who_may_claim_them(ledger: Ledger, backlog: Backlog) -> None:

@@ -39,6 +39,8 @@ def test_jobs_with_time_go_through_one_batch_at_half_the_price(desk: Desk, servi
     usage = other["response"]["usage"]
     assert other["cost_usd"] == pytest.approx(0.5 * (usage["prompt_tokens"] * 0.05 + usage["completion_tokens"] * 0.08) / 1e6)
     assert (other["attempts"], other["hosted_model"]) == (1, BASE)
+    view = desk.ledger.snapshot()
+    assert (view.served, view.hosted["zeta"]) == ({}, usage["total_tokens"])
     month = desk.org.state(BASE).month
     assert desk.org.costs(month)["zeta", "base"] / NANO == pytest.approx(other["cost_usd"], rel=1e-6)
     assert len(service.service.batches) == 1

@@ -13,6 +13,7 @@ from lorayard_scheduler.hosted_planner import (
     GroupView,
     HostedPolicy,
     HostedWorker,
+    Newcomers,
     local_groups,
     overdue_at_home,
     plan_hosted,
@@ -99,6 +100,17 @@ def test_the_least_served_tenant_goes_first_then_who_is_most_due() -> None:
     groups = [group("d@groq", "acme", due=NOW), group("d@groq", "zeta"), group("base@groq", "zeta", due=NOW + 5)]
     order = [(d.digest, d.takes[0][0]) for d in plan(*groups, served={"acme": 50_000.0})]
     assert order == [("base@groq", "zeta"), ("d@groq", "zeta"), ("d@groq", "acme")]
+
+
+def test_who_begins_to_wait_is_level_with_whoever_was_served_least_of_those_who_wait_or_waited_last() -> None:
+    newcomers = Newcomers()
+    served = {"acme": 900.0, "zeta": 500.0, "new": 10.0, "rich": 5_000.0}
+    assert newcomers.settle(["acme", "zeta"], served) == {}, "nobody was there before them"
+    assert newcomers.settle(["acme", "zeta", "new", "rich"], served) == {"new": 500.0}
+    assert newcomers.settle(["acme"], served) == {}
+    served["acme"] = 2_000.0
+    assert newcomers.settle([], served) == {}
+    assert newcomers.settle(["zeta", "acme"], served) == {"zeta": 2_000.0}, "it was away while the other was served"
 
 
 @pytest.mark.parametrize(

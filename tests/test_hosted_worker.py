@@ -40,6 +40,9 @@ def test_a_job_comes_back_with_the_service_s_own_times_and_its_cost(bench: Bench
     spent = bench.org.spent(bench.org.state(BASE).month)
     until(lambda: sum(bench.org.costs(bench.org.state(BASE).month).values()) > 0)
     assert spent["acme"] == spent["*"]
+    view = bench.ledger.snapshot()
+    assert view.hosted["acme"] >= usage["total_tokens"]
+    assert view.served == {}, "it costs nothing of the tenant's share of local workers"
 
 
 def test_what_changes_nothing_is_left_out_and_said(bench: Bench, service: Running) -> None:
@@ -185,7 +188,7 @@ def test_a_usage_that_cannot_be_harms_nothing(bench: Bench, service: Running, us
     assert answer(bench.run("j2"))
     time.sleep(0.3)  # settled by then
     assert 0 <= bench.org.spent(bench.org.state(BASE).month)["*"] < 10**6
-    assert bench.ledger.snapshot().served["acme"] >= 0
+    assert bench.ledger.snapshot().hosted["acme"] >= 0
     assert audit(bench.ledger) == []
 
 

@@ -106,8 +106,8 @@ def granted(draw: st.DrawFn, only_current: bool) -> tuple[Grant, list[str]]:
 def ending(draw: st.DrawFn, only_current: bool) -> tuple[Grant, list[End]]:
     grant, refs = draw(granted(only_current))
     statuses: st.SearchStrategy[EndStatus] = st.sampled_from(["succeeded", "failed", "retry", "retry", "later"])
-    delays, tokens = st.sampled_from([0, 0, 500, 3000]), st.sampled_from([0, 7])
-    return grant, [End(ref, draw(statuses), draw(st.sampled_from(OUTCOMES)), draw(tokens), draw(delays)) for ref in refs]
+    delays, tokens, hosted = st.sampled_from([0, 0, 500, 3000]), st.sampled_from([0, 7]), st.booleans()
+    return grant, [End(ref, draw(statuses), draw(st.sampled_from(OUTCOMES)), draw(tokens), draw(delays), draw(hosted)) for ref in refs]
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -243,10 +243,10 @@ class LedgerMachine(RuleBasedStateMachine):
         """A worker stands still for about as long as its lease."""
         self.wait(max(1, min(b.expiry for b in self.model.batches.values()) - self.model.now + extra), 200)
 
-    @rule(tenant=st.sampled_from(TENANTS), page=st.sampled_from([1, 2, 1000]), served=st.sampled_from([0, 5, 50]))
-    def tidy(self, tenant: str, page: int, served: int) -> None:
+    @rule(tenant=st.sampled_from(TENANTS), page=st.sampled_from([1, 2, 1000]), served=st.sampled_from([0, 5, 50]), hosted=st.booleans())
+    def tidy(self, tenant: str, page: int, served: int, hosted: bool) -> None:
         self.both("forget", tenant, page=page)
-        self.both("lift", tenant, served)
+        self.both("lift", tenant, served, hosted=hosted)
 
     # -- workers -----------------------------------------------------------------------------------------------------------------------
 
@@ -440,7 +440,7 @@ class LedgerMachine(RuleBasedStateMachine):
         left = {b.name: len(self.model.members(b.name)) for b in mine}
         waiting = {b.name: sum(job.status is Status.CLAIMED for job in self.model.members(b.name).values()) for b in mine}
         assert flights == {b.name: (b.worker, b.digest, b.by, b.claimed, b.taken, left[b.name], waiting[b.name]) for b in mine}
-        assert view.served == +self.model.served
+        assert view.served | {f"{tenant}@hosted": tokens for tenant, tokens in view.hosted.items()} == +self.model.served
         named = [(digest, tenant) for digest in DIGESTS for tenant in TENANTS]
         some = {(g.digest, g.tenant): g.jobs for g in self.ledger.read_groups(named).groups}
         assert some == {name: len(ready.get(name, ())) for name in named}

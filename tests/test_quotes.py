@@ -11,7 +11,7 @@ import pytest
 import redis
 from api_support import job
 from benchmarks import eta
-from simulation_support import COSTS
+from simulation_support import COSTS, trace
 from yard_support import SLOW, Yard, eventually, quoted, yard_of
 
 from lorayard.client import Client
@@ -38,13 +38,107 @@ from lorayard_scheduler.simulator import Fleet, WorkerSpec
 def test_four_of_five_simulated_jobs_end_by_their_80th_percentile_and_it_is_not_padded(load: float) -> None:
     rate = load * 3 * 1000 / (60 + 20 * 4.0)  # of three workers at full width
     mix = traces.Mix(adapters=12, tenants=3, targets_ms=((0.2, 10_000.0), (0.8, 60_000.0)))
-    trace = traces.build(traces.poisson(9_000, rate), [(60, 20), (20, 5), (100, 35)], mix)
+    jobs = traces.build(traces.poisson(9_000, rate), [(60, 20), (20, 5), (100, 35)], mix)
     ours = eta.Quoted()
-    outcome = Fleet(trace, [WorkerSpec(COSTS)] * 3, ours).run()
-    judged = eta.judge(eta.rows(ours, outcome, trace.arrivals[-1] / 4))
+    outcome = Fleet(jobs, [WorkerSpec(COSTS)] * 3, ours).run()
+    judged = eta.judge(eta.rows(ours, outcome, jobs.arrivals[-1] / 4))
     assert 0.75 <= judged["eta_coverage"] <= 0.85
     assert 0.45 <= judged["eta_median_coverage"] <= 0.6
     assert judged["eta_sharpness"] <= 1.25
+
+
+class Placed(eta.Quoted):
+    """Remembers what was predicted of each job of the first tenant as it came."""
+
+    def begin(self, fleet: Fleet) -> None:
+        super().begin(fleet)
+        self.placed: dict[int, Situation] = {}
+
+    def arrived(self, job: int) -> None:
+        super().arrived(job)
+        if self.fleet.trace.tenants[job] == 0:
+            since = Since(*[self._by_tenant["t0"]] * 3)
+            self.placed[job] = self.forecast.place("a0", "t0", 60_000.0, now=self.fleet.now, since=since)
+
+
+def test_what_whoever_floods_is_served_before_a_tenants_share_is_in_its_quotes() -> None:
+    jobs = trace([(0.0, 1, 50, 20, 1, 3.6e6)] * 2_000 + [(60_000.0 + 10 * n, 0, 50, 20, 0) for n in range(400)])
+    ours = Placed(Planning(slack_tokens=2_000))
+    outcome = Fleet(jobs, [WorkerSpec(COSTS)], ours).run()
+    for number, place in list(ours.placed.items())[200:]:
+        assert place.kind == "share"
+        assert place.predicted == pytest.approx(outcome.ended[number] - jobs.arrivals[number], rel=0.15)
+
+
+def beside_a_flood(served: dict[str, float], jobs: dict[str, int], adapter: str = "a") -> Groups:
+    """Tenants of 70 tokens a job that have jobs and were served as much; `flood` floods."""
+    groups = Groups(Scale(costs=COSTS, work=Work(50, 0, 20)))
+    for tenant, tokens in served.items():
+        groups.level(tenant, tokens)
+    for tenant, many in {"flood": 9_000, **jobs}.items():
+        groups.put(adapter if tenant != "flood" else "f", tenant, many, 1e6 + 60_000, 1e6)
+    return groups
+
+
+def test_who_was_served_more_than_a_flood_waits_for_its_share_and_keeps_nobody_else_waiting() -> None:
+    now, full = 1e6, (Held("b1", "x", 4), Held("b2", "y", 4))
+
+    def told(served: float, **jobs: int) -> tuple[Forecaster, Groups, Forecast]:
+        groups, forecaster = beside_a_flood({"t": served, "flood": 1_000, "gone": 2_400}, jobs), Forecaster()
+        view = View(groups, Roster([WorkerView("w", COSTS, full)]))
+        return forecaster, groups, forecaster.make(view, now, Planning(slack_tokens=7_000), ended=0)
+
+    def place(of: Forecast, tenant: str = "t", **more: Any) -> Situation:
+        return of.place("a", tenant, 60_000.0, now=now, **more)
+
+    _, _, level = told(1_000, t=5)
+    assert place(level).kind == "turn"
+    assert place(level, since=Since(5, 5, 5)).kind == "turn", "it may have 100 jobs more than the flood"
+    ahead = [place(told(8_000 + 70 * n, t=5)[2]) for n in (0, 100, 500)]
+    assert [(at.kind, at.before) for at in ahead] == [("share", 5 + 5 + n) for n in (0, 100, 500)], "its own, and as many of the flood"
+    forecaster, groups, over = told(15_000, t=5, other=1)
+    assert place(over, before=0).before == pytest.approx(100), "its first job as well"
+    assert place(over, "other").kind == "turn"
+    assert place(over, "other").before <= 1, "what is held back does not go before it"
+    assert over.served == {"t": pytest.approx(200), "gone": pytest.approx(20)}, "also of those that will come back"
+    words = "for its tenant's share, for beside those who flood nobody is served much more than they, and "
+    assert held_up(place(over), over).startswith(words)
+    assert forecaster.dispatched(groups, Dispatch("w", "a", (("t", 1),), ""), now + 9_000, in_hand=False).startswith(words)
+    assert forecaster.make(View(groups, Roster()), now + 9_000, Planning(), ended=0).turns == {}, "nobody else waits as long for a hand"
+
+
+def test_what_is_nearly_due_to_planner_and_forecast_is_one_rule() -> None:
+    now, policy = 1e6, Planning(slack_tokens=7_000)
+
+    def left(floods_due: float, due: float | None, served: float = 0.0) -> tuple[float, float, bool]:
+        """In seconds."""
+        groups = Groups(Scale(costs=COSTS, work=Work(50, 0, 20)))
+        groups.level("t", served)
+        groups.put("f", "flood", 9_000, now + floods_due, now)
+        if due is not None:
+            groups.put("a", "t", 9_000 // 30, now + due, now)
+        view = View(groups, Roster([WorkerView("w", COSTS)]))
+        calm = Forecaster().make(view, now, policy, ended=0).calm
+        planner, others = (round(view.left_ms(now, policy, floods=floods) / 1000, 0) for floods in (True, False))
+        return planner, others, calm
+
+    assert left(-5_000, None) == (-5, math.inf, True), "whoever comes is before it"
+    assert left(-5_000, 80_000) == (80, 80, True), "now it is behind somebody"
+    assert left(200_000, 1_000) == (1, 1, False)
+    assert left(200_000, 1_000, served=7_001) == (200, math.inf, True), "held back, it keeps nobody waiting"
+
+
+def test_a_flood_that_was_served_more_than_another_comes_after_it_in_its_quotes() -> None:
+    found = {}
+    for served in (0, 70_000, 700_000):
+        groups = beside_a_flood({"t": served}, {"t": 10_000})
+        forecast = Forecaster().make(View(groups, Roster([WorkerView("w", COSTS)])), 1e6, Planning(), ended=0)
+        place = forecast.place("a", "t", 60_000.0, now=1e6)
+        found[served] = place.kind, round(place.before)
+    assert found == {0: ("flood", 10_000 + 9_000), 70_000: ("share", 10_000 + 9_000), 700_000: ("share", 10_000 + 9_000)}
+    less = beside_a_flood({"flood": 350_000}, {"t": 10_000})
+    forecast = Forecaster().make(View(less, Roster([WorkerView("w", COSTS)])), 1e6, Planning(), ended=0)
+    assert forecast.place("a", "t", 60_000.0, now=1e6).before == pytest.approx(10_000 + 5_000), "it catches up first"
 
 
 def test_what_was_learnt_is_bounded_and_goes_on_with_the_next_scheduler() -> None:
@@ -286,6 +380,17 @@ def test_who_floods_waits_for_its_share(yard: Yard) -> None:
     yard.hire("w")
     ids = yard.enqueue(1000, "a")
     yard.until(ids[-1], "Waits for its tenant's share, for the tenant has ", " s of work queued")
+
+
+def test_who_was_served_more_than_a_flood_waits_for_its_share(yard: Yard) -> None:
+    yard.hire("w")
+    yard.enqueue(1000, "a", tenant="globex")
+    yard.enqueue(1, "b")
+    eventually(lambda: (found := Quoting(yard.ledger).forecast()) and found.floods)
+    yard.ledger.client.hincrby("ly:{main}:served", "acme", 30_000)
+    (second,) = yard.enqueue(1, "c")
+    found = yard.until(second, "Waits for its tenant's share, for beside those who flood nobody is served much more than they, and ")
+    assert found["eta"]["median_ms"] > found["enqueued_ms"] + 10_000, "some 40 jobs of the flood come first, two at a time"
 
 
 def test_a_job_at_a_worker_and_one_that_ended_say_what_they_waited_for(yard: Yard) -> None:

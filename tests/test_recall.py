@@ -234,17 +234,18 @@ def yard(store: redis.Redis, redis_url: str, tmp_path: Path) -> Iterable[Yard]:
             thread.join()
 
 
+def both_are_known(yard: Yard, other: WorkerInfo) -> bool:
+    """Heartbeats of both workers; whether the scheduler plans with them."""
+    yard.registry.beat(yard.info)
+    yard.registry.beat(other)
+    forecast, _ = Board(yard.ledger).read()
+    return forecast is not None and forecast.workers == 2
+
+
 def test_a_scheduler_sends_elsewhere_what_a_vanished_worker_has_not_taken(yard: Yard) -> None:
     """Long before its delivery lapses."""
-    vanishes, board = msgspec.structs.replace(yard.info, name="v"), Board(yard.ledger)
-
-    def both_are_known() -> bool:
-        yard.registry.beat(yard.info)
-        yard.registry.beat(vanishes)
-        forecast, _ = board.read()
-        return forecast is not None and forecast.workers == 2
-
-    assert until(both_are_known, 10)
+    vanishes = msgspec.structs.replace(yard.info, name="v")
+    assert until(lambda: both_are_known(yard, vanishes), 10)
     yard.put("job", digest="a", wait_ms=40_000)
     assert until(lambda: yard.ledger.outstanding("v"), 10), "it is the first of two that have nothing to do"
     assert [job.ref for job in yard.take().jobs] == ["acme/job"]
@@ -276,20 +277,13 @@ def test_a_scheduler_sends_elsewhere_what_a_worker_that_slows_down_has_not_begun
     slows = yard.take()
     assert len(slows.jobs) == 8
     assert yard.ledger.start(slows.batch, slows.fence, [job.ref for job in slows.jobs[:4]]) == []
-    other, board = msgspec.structs.replace(yard.info, name="v"), Board(yard.ledger)
-
-    def both_are_known() -> bool:
-        yard.registry.beat(yard.info)
-        yard.registry.beat(other)
-        forecast, _ = board.read()
-        return forecast is not None and forecast.workers == 2
-
-    assert until(both_are_known, 10)
+    other = msgspec.structs.replace(yard.info, name="v")
+    assert until(lambda: both_are_known(yard, other), 10)
     assert yard.ledger.counts().get("recalled", 0) == 0, "both are as fast"
     yard.info.costs = yard.info.costs | {"prefill_tokens_per_s": 100, "step_ms": {"1": 3000, "4": 4000}}
 
     def given() -> list[str]:
-        both_are_known()
+        both_are_known(yard, other)
         return yard.ledger.outstanding("v")
 
     batches = until(given, 10)

@@ -126,6 +126,13 @@ def test_a_trickle_beside_a_flood_begins_soon_and_hardly_slows_it() -> None:
         assert ended[1] < 1.25 * ended[0], workers
 
 
+def test_who_comes_when_nobody_is_there_counts_from_what_it_was_served() -> None:
+    """As in the mirror, which looks at who is there also when nothing waits."""
+    ours = Lorayard()
+    simulate([(0, 0, 50, 20, 0), (0, 0, 50, 20, 0), (10_000, 0, 50, 20, 1)], ours)
+    assert [ours.groups.served(tenant) for tenant in ("t0", "t1")] == [140, 70]
+
+
 def test_costs_are_interpolated_and_nonsense_is_not_believed() -> None:
     assert COSTS.steps == [0, 10, 12, 14, 16]
     assert Costs(8, step_ms={2: 10.0, 4: 14.0}).steps[1:] == [10, 10, 12, 14, 16, 18, 20, 22]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorayard.jobs import Lane, adapter_of, lane_of
@@ -48,7 +48,10 @@ class Backlog:
         self._doubted: dict[str, int] = {}  # workers that left a batch lying, and when that was noticed
         self._heard: dict[str, tuple[int, int]] = {}  # workers heard of again: when last, and after how many heartbeats
         self._gone: set[str] = set()  # workers that were there, and have or may have jobs
-        self._flying: dict[str, float] = {}  # jobs at workers, by tenant
+        self._hosted: set[str] = set()  # hosted workers
+        self._flying: dict[str, float] = {}  # jobs at local workers, by tenant
+        self._flying_there: dict[str, float] = {}  # at hosted ones
+        self.served_there: dict[str, float] = {}  # by hosted workers, tokens by tenant, work in flight included
         self.groups = Groups(Scale(policy.patience_ms, policy.flood_ms))
         self.roster = Roster()
         self.view = View(self.groups, self.roster)
@@ -88,15 +91,20 @@ class Backlog:
     def _read(self, view: LedgerView) -> None:
         self.now, self.in_flight = view.now, view.in_flight
         self._fly(view.in_flight)
-        tokens = self.groups.scale.work.tokens
-        flying = {tenant: round(jobs * tokens) for tenant, jobs in self._flying.items()}
+        flying, there = self._tokens(self._flying), self._tokens(self._flying_there)
         for tenant in {*view.served, *flying}:
             self.groups.level(tenant, float(view.served.get(tenant, 0) + flying.get(tenant, 0)))
+        self.served_there = {tenant: float(view.hosted.get(tenant, 0) + there.get(tenant, 0)) for tenant in {*view.hosted, *there}}
         for g in view.groups:
             self._put(g)
         for tenant, level in sorted(self.groups.settle(self._flying).items()):
             self._ledger.lift(tenant, round(level) - flying.get(tenant, 0))
         self.roster.wake(self.now)
+
+    def _tokens(self, flying: Mapping[str, float]) -> dict[str, int]:
+        """Of so many jobs, about."""
+        tokens = self.groups.scale.work.tokens
+        return {tenant: round(jobs * tokens) for tenant, jobs in flying.items()}
 
     def _put(self, g: Group) -> None:
         lane = lane_of(g.digest)
@@ -111,17 +119,19 @@ class Backlog:
     def _fly(self, flights: Sequence[InFlight]) -> None:
         held: dict[str, list[Held]] = defaultdict(list)
         flying: dict[str, float] = defaultdict(float)
+        flying_there: dict[str, float] = defaultdict(float)
         for flight in sorted(flights, key=lambda f: (f.claimed, f.batch)):
             due = self._dues.get(flight.batch, 0.0)
             waiting = flight.waiting if due else 0
             whose = tuple(sorted(flight.by))
             held[flight.worker].append(Held(flight.batch, adapter_of(flight.digest), flight.left, waiting, due, whose))
             left = flight.left / max(1, sum(flight.by.values()))  # what has ended counts as served already
+            there = lane_of(flight.digest) not in _LOCAL or flight.worker in self._hosted
             for tenant, jobs in flight.by.items():
-                flying[tenant] += left * jobs
+                (flying_there if there else flying)[tenant] += left * jobs
             if not flight.taken and self.now - flight.claimed > UNTAKEN_MS:
                 self._doubt(flight)
-        self._flying = flying
+        self._flying, self._flying_there = flying, flying_there
         if len(self._dues) > 2 * len(flights) + 100:
             current = {flight.batch for flight in flights}
             self._dues = {batch: due for batch, due in self._dues.items() if batch in current}
@@ -135,8 +145,10 @@ class Backlog:
     # -- workers --------------------------------------------------------------------------------------------------------------------------
 
     def meet(self, infos: Iterable[WorkerInfo]) -> None:
-        """These local workers are alive and ready, and there are no others."""
-        alive = {info.name: info for info in infos}
+        """These workers are alive and ready, and there are no others. The planner's are the local ones."""
+        every = list(infos)
+        self._hosted = {info.name for info in every if info.hosted}
+        alive = {info.name: info for info in every if not info.hosted}
         for name in self.roster.workers.keys() - alive:
             self.roster.drop(name)
         self._gone = (self._gone | self._infos.keys()) - alive.keys()  # also with a batch that was claimed a moment ago and not read yet
@@ -208,7 +220,7 @@ class Backlog:
         self.groups.news.add(adapter_of(digest))
         self.stale = True
 
-    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]], worker: str = "") -> None:
+    def dispatched(self, batch: str, digest: str, takes: Sequence[tuple[str, int]], worker: str) -> None:
         """A batch was claimed: the groups it came from, which have had a turn, are read again."""
         if self.groups.floods and worker in self.roster.workers:
             self.roster.gave(worker, sum(jobs for _, jobs in takes), self.groups.scale.work, self.now)
@@ -231,6 +243,13 @@ class Backlog:
         """All groups, by name."""
         local = [GroupView(g.digest, g.tenant.name, g.jobs, round(g.due), self.now) for g in self.groups if not lane_of(g.digest)]
         return tuple(sorted([*local, *self._lanes.values()], key=lambda g: (g.digest, g.tenant)))
+
+    def lift_there(self, levels: Mapping[str, float]) -> None:
+        """These tenants count as served so many tokens by hosted workers."""
+        flying = self._tokens(self._flying_there)
+        for tenant, level in sorted(levels.items()):
+            self._ledger.lift(tenant, round(level) - flying.get(tenant, 0), hosted=True)
+            self.served_there[tenant] = level
 
     @property
     def waits(self) -> bool:

@@ -156,7 +156,7 @@ class Dispatcher:
         self._workers_read = time.monotonic()
         seconds, micros = self._ledger.client.time()
         alive = self._registry.alive(self._settings.pool, int(seconds) * 1000 + int(micros) // 1000)
-        self._backlog.meet(worker for worker in alive if not worker.hosted)
+        self._backlog.meet(alive)
         if {(w.name, w.incarnation) for w in alive} != {(w.name, w.incarnation) for w in self._workers}:
             self._backlog.stale = True
             log.info("workers", alive=[w.name for w in alive])

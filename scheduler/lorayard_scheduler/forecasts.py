@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from heapq import nlargest
 from itertools import accumulate
-from typing import TypeVar
+from operator import itemgetter
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from lorayard_scheduler.groups import TICKS, Groups
+from lorayard_scheduler.groups import Groups
 from lorayard_scheduler.histograms import NOTHING, counted
 from lorayard_scheduler.lengths import Lengths
 from lorayard_scheduler.planner import Dispatch, Policy, View
@@ -52,6 +54,14 @@ class Seen(msgspec.Struct, array_like=True):
     decode: float = 0.0
 
 
+class _Wait(NamedTuple):
+    """Of a group: since when it waits, for what at first, in words, and whether that, or what came after it, is its tenant's share."""
+
+    since: float
+    held: str = ""
+    share: bool = False
+
+
 class Forecaster:
     """Keeps means and histograms, a fixed number of them; and of each group that waits, since when and, at first, for what."""
 
@@ -67,7 +77,7 @@ class Forecaster:
         self._ended: tuple[float, int] | None = None  # while there is enough to do: when, and how many jobs had ended
         self._each_there = 0.0
         self._ended_there: tuple[float, int] | None = None
-        self._waiting: dict[str, tuple[float, str]] = {}
+        self._waiting: dict[str, _Wait] = {}
         self._pauses = Pauses()
         self._lengths = Lengths()
         self._last = Forecast(0.0, services=self._services, lengths=self._lengths)
@@ -93,12 +103,12 @@ class Forecaster:
             group = groups.get(dispatch.digest, tenant)
             if group is None:
                 continue
-            since, held = self._waiting.get(f"{dispatch.digest}:{tenant}", (now, ""))
+            wait = self._waiting.get(f"{dispatch.digest}:{tenant}", _Wait(now))
             paused = paused or self._pauses.held_up(dispatch.digest, tenant, now)
-            if now - since > longest:
-                reason, longest = held, now - since
-            if not in_hand and not group.tenant.floods:
-                _follow(self._turns, urgency(group.due - since), now - since, _WEIGHT)
+            if now - wait.since > longest:
+                reason, longest = wait.held, now - wait.since
+            if not in_hand and not group.tenant.floods and not wait.share:
+                _follow(self._turns, urgency(group.due - wait.since), now - wait.since, _WEIGHT)
         return ", ".join(words for words in (paused, reason) if words)
 
     def paused(self, dispatch: Dispatch, now: float) -> str:
@@ -154,17 +164,21 @@ class Forecaster:
         job_ms = groups.job_ms
         most = rows(scale.costs, scale.work, policy, busy=view.busy(policy))
         self._measure(now, ended, job_ms, busy=bool(groups.jobs) and not roster.idle)
-        first = next(groups.by_rank(False, math.inf), None)
+        limit = groups.limit(policy.slack_tokens)
+        floods, served_more = _levels(groups)
         self._last = Forecast(
             at=now,
             workers=len(roster.workers),
             places=sum(worker.costs.width for worker in roster.workers.values()),
             flying=sum(roster.loads.values()),
             room=sum(max(0, most - roster.loads[name]) for _, name in roster.free),
-            calm=first is None or first.rank > TICKS * (now + policy.reserve_ms),
+            calm=view.left_ms(now, policy, floods=False) > policy.reserve_ms,
             each_ms=job_ms * self._pace,
             flood_jobs=policy.flood_ms / job_ms,
-            ahead=_by_due(groups, now),
+            floods=floods,
+            served=served_more,
+            slack_jobs=policy.slack_tokens / scale.work.tokens,
+            ahead=_by_due(groups, now, limit),
             groups=self._waits(groups, now),
             tenants={name: tenant.jobs for name, tenant in groups.tenants.items()},
             hands={adapter: _hand(roster, names, most) for adapter, names in roster.on.items()},
@@ -180,7 +194,7 @@ class Forecaster:
             token_ms=self._lengths.token_ms or scale.costs.steps[scale.costs.width],
             paused=list(paused),
         )
-        self._note_why(groups, now)
+        self._note_why(groups, now, limit)
         return self._last
 
     def _measured(self, there: Hosted, now: float) -> Hosted:
@@ -196,18 +210,19 @@ class Forecaster:
     def _waits(self, groups: Groups, now: float) -> dict[str, Waits]:
         """The groups with the most jobs, where there are too many to name."""
         named = {f"{g.digest}:{g.tenant.name}": g for g in groups}
-        self._waiting = {name: self._waiting.get(name, (now, "")) for name in named}
+        self._waiting = {name: self._waiting.get(name) or _Wait(now) for name in named}
         if len(named) > GROUPS_MOST:
             named = dict(sorted(named.items(), key=lambda item: -item[1].jobs)[:GROUPS_MOST])
-        return {name: Waits(g.jobs, g.due, self._waiting[name][0]) for name, g in named.items()}
+        return {name: Waits(g.jobs, g.due, self._waiting[name].since) for name, g in named.items()}
 
-    def _note_why(self, groups: Groups, now: float) -> None:
-        """Of groups that have just begun to wait: what their first job does."""
+    def _note_why(self, groups: Groups, now: float, limit: float) -> None:
+        """Of groups that have just begun to wait, or whose tenant has just had more than its share: what their first job does."""
         for group in groups:
             name = f"{group.digest}:{group.tenant.name}"
-            if not self._waiting[name][1]:
+            wait = self._waiting[name]
+            if not wait.held or (group.tenant.served > limit and not wait.share):
                 place = self._last.place(group.digest, group.tenant.name, group.due - now, now=now, before=0)
-                self._waiting[name] = (self._waiting[name][0], held_up(place, self._last))
+                self._waiting[name] = _Wait(wait.since, held_up(place, self._last), place.kind == "share")
 
     def _measure(self, now: float, ended: int, job_ms: float, *, busy: bool) -> None:
         """The pool's pace, in means of speeds; only while every worker has something to do."""
@@ -227,11 +242,22 @@ def _hand(roster: Roster, workers: Iterable[str], most: int) -> Hand:
     return Hand(len(loads), sum(max(0, most - load) for load in loads), sum(loads))
 
 
-def _by_due(groups: Groups, now: float) -> list[int]:
-    """Jobs due by `now` and each of `EDGES_MS`, of tenants that do not flood; a group's are taken to be due with its first."""
+def _levels(groups: Groups) -> tuple[dict[str, float], dict[str, float]]:
+    """What tenants were served more than the least served of those who flood, in mean jobs: of these, and of the others that have most."""
+    if not groups.floods:
+        return {}, {}
+    least, tokens = groups.limit(0.0), groups.scale.work.tokens
+    floods = {name: (tenant.served - least) / tokens for name, tenant in groups.floods.items()}
+    others = [(name, more / tokens) for name, more in groups.beyond(least).items() if name not in floods]
+    return floods, dict(nlargest(GROUPS_MOST, others, key=itemgetter(1)))
+
+
+def _by_due(groups: Groups, now: float, limit: float) -> list[int]:
+    """Jobs due by `now` and each of `EDGES_MS`, of tenants that neither flood nor are held back by their share (`limit`, of served
+    tokens); a group's are taken to be due with its first."""
     ahead = [0] * (len(EDGES_MS) + 1)
     for group in groups:
-        if not group.tenant.floods:
+        if not group.tenant.floods and group.tenant.served <= limit:
             ahead[bisect_left(EDGES_MS, group.due - now)] += group.jobs
     return list(accumulate(ahead[:-1]))
 

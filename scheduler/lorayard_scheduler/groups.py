@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
@@ -101,7 +102,7 @@ class Groups:
         self._served: dict[str, float] = {}  # of tenants that do not wait as well
         self._active: set[str] = set()
         self._contended = False
-        self._steady: dict[str, float] = {}  # tenants, by when they were last told to have jobs and not flood, the latest last
+        self._steady: OrderedDict[str, float] = OrderedDict()  # tenants, by when they were last told to have jobs and not flood; of late
         self._measure(scale or Scale())
 
     def __len__(self) -> int:
@@ -139,12 +140,26 @@ class Groups:
     def served(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
+    def beyond(self, level: float) -> dict[str, float]:
+        """Tenants, also those that do not wait, that were served more than that: how much more, in tokens."""
+        return {name: served - level for name, served in self._served.items() if served > level}
+
     def limit(self, slack: float) -> float:
         """How much a tenant may have been served and still be: `slack` more than the least served that floods; anything, if nobody does."""
         return min(tenant.served for tenant in self.floods.values()) + slack if self.floods else float("inf")
 
+    def first(self, limit: float, *, floods: bool) -> Group | None:
+        """The group of least rank of tenants that do not flood and were served no more than the limit; if there is none, of those that do,
+        if they are asked for."""
+        for heads in self._heads[: 1 + floods]:
+            for _, name in heads:
+                if (tenant := self.tenants[name]).served <= limit:
+                    return tenant.order[0]  # type: ignore[no-any-return]
+        return None
+
     def alone(self, since: float) -> bool:
-        """Whether those who flood now are the only ones who have had jobs since then: on its way to a flood a tenant does not flood yet."""
+        """Whether those who flood now are the only ones who have had jobs since then, no more than `flood_ms` ago: on its way to a flood a
+        tenant does not flood yet."""
         if len(self.floods) < len(self.tenants):
             return False
         for name, at in reversed(self._steady.items()):
@@ -199,8 +214,10 @@ class Groups:
             self.news.add(adapter_of(digest))
             self._change(group, jobs, float(due), group.turn)
         if jobs > 0 and not self.tenants[tenant].floods:
-            self._steady.pop(tenant, None)
             self._steady[tenant] = now
+            self._steady.move_to_end(tenant)
+            while next(iter(self._steady.values())) < now - self.scale.flood_ms:
+                self._steady.popitem(last=False)
 
     def take(self, digest: str, tenant: str, jobs: int, now: float) -> None:
         """So many of its jobs go to a worker."""

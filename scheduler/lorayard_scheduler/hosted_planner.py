@@ -95,6 +95,29 @@ def _in_time(group: GroupView, ahead: int, home: AtHome, now: int) -> int:
     return max(0, int(home.rate * max(0, group.due - now) / 1000 - ahead))
 
 
+def wanting(groups: Collection[GroupView], home: AtHome, now: int, *, closed: Collection[str] = ()) -> dict[tuple[str, str], int]:
+    """How many jobs of each group, by digest and tenant, shall go to hosted workers."""
+    found = {(g.digest, g.tenant): g.jobs for g in groups if lane_of(g.digest) in ("groq", "batch")}
+    return found | {key: jobs for key, jobs in overdue_at_home(groups, home, now).items() if key[1] not in closed}
+
+
+class Newcomers:
+    """Who waits for hosted workers. Whoever did not until now has no claim on the past."""
+
+    def __init__(self) -> None:
+        self._waiting: frozenset[str] = frozenset()
+        self._level = 0.0
+
+    def settle(self, waiting: Collection[str], served: Mapping[str, float]) -> dict[str, float]:
+        """These tenants wait now, and all were served so many tokens. Who was not among them before counts as served as much as the least
+        served of those who were, or who were the last: whom that raises, and to what."""
+        if self._waiting:
+            self._level = min(served.get(tenant, 0.0) for tenant in self._waiting)
+        new = frozenset(waiting) - self._waiting
+        self._waiting = frozenset(waiting)
+        return {tenant: self._level for tenant in new if served.get(tenant, 0.0) < self._level}
+
+
 def plan_hosted(
     groups: Collection[GroupView],
     workers: Iterable[HostedWorker],
@@ -106,7 +129,7 @@ def plan_hosted(
     closed: Collection[str] = (),
     pending: Collection[str] = (),
 ) -> list[Dispatch]:
-    """Dispatches for all the room there is.
+    """Dispatches for all the room there is. `served`: tokens, by tenant, by hosted workers.
 
     `closed`: tenants whose `auto` jobs stay at home, for they may not leave or have no money. `pending`: adapters on their way there, whose
     jobs wait. Jobs that can only go there and whose adapter never will are dispatched too: the worker tells them so.
@@ -134,8 +157,7 @@ class _State:
         self.now, self.policy, self.pending = now, policy, pending
         self.served = defaultdict(float, served)
         self.groups = {(g.digest, g.tenant): g for g in groups}
-        self.left = {key: g.jobs for key, g in self.groups.items() if lane_of(g.digest) in ("groq", "batch")}
-        self.left |= {key: jobs for key, jobs in overdue_at_home(groups, home, now).items() if key[1] not in closed}
+        self.left = wanting(groups, home, now, closed=closed)
 
     def fill(self, worker: HostedWorker) -> Iterable[Dispatch]:
         room, outstanding = worker.room - worker.held, worker.outstanding

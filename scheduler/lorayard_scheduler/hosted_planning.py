@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from lorayard.adapters.hosting import Publications
 from lorayard.errors import LorayardError
 from lorayard.hosted import organisation
-from lorayard.jobs import lane_of
+from lorayard.jobs import adapter_of, lane_of
 from lorayard.ledger.ledger import Ledger
 from lorayard.ledger.policies import NOTHING_LEAVES, Policies
 from lorayard.ledger.registry import WorkerInfo
 from lorayard.settings import Settings
 from lorayard_scheduler.backlog import Backlog
-from lorayard_scheduler.hosted_planner import AtHome, HostedPolicy, HostedWorker, plan_hosted
+from lorayard_scheduler.hosted_planner import AtHome, HostedPolicy, HostedWorker, Newcomers, plan_hosted, wanting
 from lorayard_scheduler.planner import Dispatch
 from lorayard_scheduler.quotes import Hosted
 
@@ -66,6 +66,7 @@ class HostedPlanning:
             urgent_ms=(settings.hosted_batch_window_s + HANDOVER_S) * 1000,
         )
         self._rate = LocalRate()
+        self._newcomers = Newcomers()
         self._closed: frozenset[str] = frozenset()
         self._pending: frozenset[str] = frozenset()
         self._names: set[str] = set()
@@ -94,14 +95,19 @@ class HostedPlanning:
         in_flight = sum(held[worker.name] for worker in at_home)
         self._rate.see(time.monotonic(), sum(worker.ended for worker in at_home), in_flight > 0)
         if not backlog.has_lanes:
+            self._newcomers.settle((), backlog.served_there)
             return []
         groups = backlog.waiting()
         self._look({g.tenant for g in groups if lane_of(g.digest) == "auto"})
+        home = AtHome(len(at_home), self._rate.rate, in_flight)
+        wanted = wanting(groups, home, backlog.now, closed=self._closed)
+        waiting = {tenant for (digest, tenant), jobs in wanted.items() if jobs and adapter_of(digest) not in self._pending}
+        backlog.lift_there(self._newcomers.settle(waiting, backlog.served_there))
         return plan_hosted(
             groups,
             [HostedWorker(w.name, w.room, held[w.name], batches[w.name], frozenset(w.loaded), frozenset(w.doubted)) for w in hosted],
-            {g.tenant: backlog.groups.served(g.tenant) for g in groups},
-            AtHome(len(at_home), self._rate.rate, in_flight),
+            backlog.served_there,
+            home,
             backlog.now,
             self._policy,
             closed=self._closed,

@@ -43,10 +43,11 @@ from typing import NamedTuple
 
 from lorayard.jobs import adapter_of
 from lorayard_scheduler.costs import Costs, Temperature
+from lorayard_scheduler.floods import Floods, Seat
 from lorayard_scheduler.groups import TICKS, Group, Groups
 from lorayard_scheduler.policy import Policy as Policy
 from lorayard_scheduler.policy import Prices, prices_of
-from lorayard_scheduler.roster import Roster, WorkerView
+from lorayard_scheduler.roster import Roster
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class View:
     def busy(self, policy: Policy) -> bool:
         """Whether nobody could begin a job sooner than who has its adapter in hand: much waits, or there is one worker."""
         return len(self.roster.workers) == 1 or self.groups.waits_ms >= policy.batch_ms
+
+    def left_ms(self, now: float, policy: Policy, *, floods: bool = True) -> float:
+        """How long until what is served next is due, by its rank: more than `reserve_ms`, and all is calm. Infinite where nothing waits.
+        That is a flood's where nobody else has jobs; without `floods`, nothing then: to whoever does not flood, they are not before it."""
+        first = self.groups.first(self.groups.limit(policy.slack_tokens), floods=floods)
+        return math.inf if first is None else first.rank / TICKS - now
 
     def planned(self) -> None:
         """The plan was carried out and there is no more of it: only what changes from now on is news."""
@@ -92,26 +99,6 @@ class _Choice(NamedTuple):
     floods: bool
 
 
-class _Seat:
-    """A worker as this plan fills it."""
-
-    __slots__ = ("faster", "given", "hand", "load", "name", "prices", "steady", "unread", "worker")
-
-    def __init__(
-        self, worker: WorkerView, load: int, hand: frozenset[str], prices: Prices, faster: Sequence[str], unread: float, steady: int
-    ) -> None:
-        self.worker, self.name, self.load, self.hand, self.prices = worker, worker.name, load, hand, prices
-        self.given = len(worker.held)
-        self.faster = faster  # workers that are much faster, those that have least to do
-        self.unread = unread  # ms of reading prompts that are before what it is given
-        self.steady = steady  # of its load, jobs of tenants that do not flood
-
-    @property
-    def ends(self) -> float:
-        """Milliseconds until one usual job more would have ended here."""
-        return (self.load + 1) * self.worker.costs.pace
-
-
 class _Queue:
     """The groups of tenants that do, or do not, flood, by rank, as far as this plan has looked at them."""
 
@@ -139,24 +126,19 @@ class _Plan:
     """One plan in the making: workers fill up, tenants are charged, and what is `left` of groups goes down."""
 
     def __init__(self, view: View, now: float, policy: Policy) -> None:
-        self.groups, self.roster, self.now, self.policy = view.groups, view.roster, now, policy
-        self.limit = self.groups.limit(policy.slack_tokens)
+        self.view, self.groups, self.roster, self.now, self.policy = view, view.groups, view.roster, now, policy
         self.waiting = len(self.groups)
         self.left: dict[Group, int] = {}  # of groups of which something is dispatched
-        self.charged: dict[str, float] = {}  # tokens dispatched, by tenant
-        self.seats: dict[str, _Seat] = {}
+        self.seats: dict[str, Seat] = {}
         self.known: dict[Costs, Prices] = {}
         self.swift: dict[Costs, Sequence[str]] = {}
         self.idle = view.roster.idle
         self.busy = view.busy(policy)
-        self.alone = view.groups.alone(now - policy.flood_ms)  # those who flood
-        self.beside = bool(view.groups.floods) and not self.alone  # others have come beside a flood
-        self.resorts = self._resorts() if self.beside else frozenset()
-        self.queues = (_Queue(self.groups.by_rank(False, self.limit)), _Queue(self.groups.by_rank(True, self.limit)))
+        self.floods = Floods(view.groups, view.roster, now, policy)
+        self.queues = (_Queue(self.groups.by_rank(False, self.floods.limit)), _Queue(self.groups.by_rank(True, self.floods.limit)))
 
     def make(self) -> list[Dispatch]:
-        first = next((queue.first[0] for queue in self.queues if queue.reach()), None)  # of floods, where nobody else waits
-        left_ms = first.rank / TICKS - self.now if first is not None else math.inf
+        left_ms = self.view.left_ms(self.now, self.policy)
         self.calm = left_ms > self.policy.reserve_ms  # nothing is nearly due
         self.soon = TICKS * (self.now + self.policy.reserve_ms)  # what ranks before this is
         if not (names := self._candidates()):
@@ -192,21 +174,16 @@ class _Plan:
                 break
         return dispatches
 
-    def _resorts(self) -> frozenset[str]:
-        """Where a flood goes on whoever comes: an eighth of the workers, the slowest. The others are enough for jobs of others then."""
-        paces = self.roster.paces
-        return frozenset([name for _, name in paces[-max(1, len(paces) // 8) :]]) if len(paces) >= _ENOUGH else frozenset()
-
     # -- which worker ---------------------------------------------------------------------------------------------------------------------
 
-    def _seat(self, name: str) -> _Seat:
+    def _seat(self, name: str) -> Seat:
         seat = self.seats.get(name)
         if seat is None:
             worker = self.roster.workers[name]
             faster = self._faster(worker.costs) if self.roster.uneven else ()
-            load, prices, steady = self.roster.loads[name], self._prices(worker.costs), self._steady(name)
+            load, prices, steady = self.roster.loads[name], self._prices(worker.costs), self.floods.steady(name)
             unread = max(0.0, self.roster.reads.get(name, 0.0) - self.now) if load else 0.0
-            seat = _Seat(worker, load, self.roster.hands[name], prices, faster, unread, steady)
+            seat = Seat(worker, load, self.roster.hands[name], prices, faster, unread, steady)
             self.seats[name] = seat
         return seat
 
@@ -239,7 +216,7 @@ class _Plan:
             names = self.swift[costs] = tuple([name for _, name in soon])
         return names
 
-    def _consider(self, seat: _Seat, choices: list[tuple[_Choice, int]], made: int) -> None:
+    def _consider(self, seat: Seat, choices: list[tuple[_Choice, int]], made: int) -> None:
         if seat.given < self.policy.batches and (choice := self._choose(seat)) is not None:
             heapq.heappush(choices, (choice, made))
 
@@ -268,20 +245,12 @@ class _Plan:
 
     def _wants(self, name: str) -> bool:
         """Whether the worker, if it has a hand free, needs another adapter yet."""
-        return not self.calm or self._steady(name) <= self._prices(self.roster.workers[name].costs).lead
-
-    def _steady(self, name: str) -> int:
-        """How many jobs it was given; beside a flood, of tenants that do not flood: the others leave room for these."""
-        if not self.beside:
-            return self.roster.loads[name]
-        floods = self.groups.floods
-        held = self.roster.workers[name].held
-        return sum([h.jobs for h in held if not h.tenants or any(tenant not in floods for tenant in h.tenants)])
+        return not self.calm or self.floods.steady(name) <= self._prices(self.roster.workers[name].costs).lead
 
     def _free(self) -> Iterator[str]:
         """Workers that may begin another adapter, those that would end it first first."""
         most = math.inf
-        if self.calm and not self.beside:
+        if self.calm and not self.floods.beside:
             most = max(((self._prices(c).lead + 1) * c.pace for c in self.roster.kinds), default=0.0)
         for ends, name in self.roster.free:
             if ends > most:
@@ -294,7 +263,7 @@ class _Plan:
 
     # -- which group ----------------------------------------------------------------------------------------------------------------------
 
-    def _choose(self, seat: _Seat) -> _Choice | None:
+    def _choose(self, seat: Seat) -> _Choice | None:
         """The group of least rank on this worker, of tenants that do not flood if any of them waits."""
         if len(seat.hand) >= self.roster.adapters_at_once and not any(map(self.groups.has, seat.hand)):
             return None
@@ -303,7 +272,7 @@ class _Plan:
             choice, _ = self._among(seat, floods=True)
         return choice
 
-    def _among(self, seat: _Seat, *, floods: bool) -> tuple[_Choice | None, bool]:
+    def _among(self, seat: Seat, *, floods: bool) -> tuple[_Choice | None, bool]:
         """What it has in hand is looked at first; the others in the order of their ranks, which on a worker are never less: so the first
         that could not win ends it. True: one of them should come next, and an adapter in hand must make room for it."""
         worker, hand, dearer, widest, queue = seat.worker, seat.hand, seat.prices.dearer, seat.prices.most, self.queues[floods]
@@ -311,9 +280,9 @@ class _Plan:
         left, left_best = None, math.inf
         hands = self.roster.adapters_at_once
         full = self.calm and (seat.load if floods else seat.steady) > seat.prices.lead
-        if self._held_back(seat, floods):
+        if self.floods.hold_back(seat, floods):
             hands = max(1, hands - 1)  # the other is for who does not flood
-            full = full or min(self._rows(seat, floods), self._to_read(seat)) <= 0
+            full = full or min(self.floods.rows(seat, floods), self.floods.to_read(seat)) <= 0
         full = full or len(hand) >= hands
         contended, changed = bool(self.groups.floods), self.left
         first, number, before = queue.first, 0, 0
@@ -324,7 +293,7 @@ class _Plan:
                 break
             adapter = adapter_of(group.digest)
             jobs = changed.get(group, group.jobs)
-            if not jobs or adapter in hand or (contended and self._over(group)):
+            if not jobs or adapter in hand or (contended and self.floods.over(group)):
                 continue
             temperature = worker.temperature(adapter)
             rank = group.rank + dearer[temperature][jobs if jobs < widest else widest]
@@ -346,14 +315,14 @@ class _Plan:
             return _Choice(2, int(left_best), seat.ends, seat.name, left.digest, "spread to an idle worker", floods), False
         return None, False
 
-    def _joining(self, seat: _Seat, floods: bool) -> tuple[float, Group | None, str]:
+    def _joining(self, seat: Seat, floods: bool) -> tuple[float, Group | None, str]:
         """The best of the groups whose adapter the worker has in hand, and the rank it has there."""
         best, chosen, reason = math.inf, None, ""
         rows = seat.prices.rows
         room = rows - seat.load
-        if self._held_back(seat, floods):
+        if self.floods.hold_back(seat, floods):
             rows = seat.prices.few
-            room = min(self._rows(seat, floods) - seat.load, self._to_read(seat))
+            room = min(self.floods.rows(seat, floods) - seat.load, self.floods.to_read(seat))
         if room <= 0:
             return best, chosen, reason
         needed = self.calm and seat.load <= seat.prices.lead
@@ -366,7 +335,7 @@ class _Plan:
                 if drabs and (self.late or group.rank > self.soon or jobs > room):
                     continue  # every batch has its price
                 rank = group.rank - self.groups.narrow(jobs) - self.ahead
-                if not jobs or rank >= best or group.tenant.floods != floods or self._over(group):
+                if not jobs or rank >= best or group.tenant.floods != floods or self.floods.over(group):
                     continue
                 if not seat.faster or not self._is_better_off(group, adapter, seat):
                     best, chosen, reason = rank, group, _JOINED[not self.ahead]
@@ -376,18 +345,13 @@ class _Plan:
         """What is left of it."""
         return self.left.get(group, group.jobs)
 
-    def _over(self, group: Group) -> bool:
-        """Whether its tenant has had so much that others come first."""
-        tenant = group.tenant
-        return tenant.served + self.charged.get(tenant.name, 0.0) > self.limit
-
-    def _in_good_hands(self, seat: _Seat, group: Group, adapter: str) -> bool:
+    def _in_good_hands(self, seat: Seat, group: Group, adapter: str) -> bool:
         """Whether another worker, not much slower, has had its adapter in hand before, has room to finish the group, and will."""
         jobs, costs = self._jobs(group), seat.worker.costs
         able = [name for name in self.roster.on[adapter] if name != seat.name and jobs <= self._room(name)]
         return any(not self.roster.uneven or not costs.much_faster(self.roster.workers[name].costs) for name in able)
 
-    def _is_better_off(self, group: Group, adapter: str, seat: _Seat, temperature: Temperature | None = None, before: int = 0) -> bool:
+    def _is_better_off(self, group: Group, adapter: str, seat: Seat, temperature: Temperature | None = None, before: int = 0) -> bool:
         """Whether much faster workers would end all of it, after what they have and their part of so many other jobs, in half the time in
         which this one would end a batch of it: what they have may take longer than it seems. None: it would join here. One that has no hand
         for it counts only where hands end. While something is overdue, nobody waits for anybody."""
@@ -410,25 +374,9 @@ class _Plan:
                 return True
         return False
 
-    def _held_back(self, seat: _Seat, floods: bool) -> bool:
-        """Whether jobs of a flood leave room there for whoever comes."""
-        return floods and self.beside and seat.worker.costs.measured
-
-    def _rows(self, seat: _Seat, floods: bool) -> int:
-        """How many jobs it may have at once. Of a flood beside others' jobs few, or, where the flood has workers of its own, none."""
-        if not self._held_back(seat, floods):
-            return seat.prices.rows
-        if not seat.steady or seat.name in self.resorts:
-            return seat.prices.wide
-        return 0 if self.resorts else seat.prices.few
-
-    def _to_read(self, seat: _Seat) -> int:
-        """How many jobs of a flood may be before whoever comes, beside what it reads already."""
-        return max(0, seat.prices.few - math.ceil(seat.unread / seat.prices.own_ms - 1e-6))
-
     # -- how many -------------------------------------------------------------------------------------------------------------------------
 
-    def _share(self, seat: _Seat, digest: str, jobs: int) -> int:
+    def _share(self, seat: Seat, digest: str, jobs: int) -> int:
         """Of so many jobs, what this worker should take when others have nothing else to do: an even part, where that ends sooner."""
         spare = self.idle - self.waiting + 1
         if seat.load or spare < 2 or jobs < 2:
@@ -442,28 +390,28 @@ class _Plan:
             workers += 1
         return math.ceil(jobs / workers)
 
-    def _dispatch(self, seat: _Seat, choice: _Choice) -> Dispatch | None:
+    def _dispatch(self, seat: Seat, choice: _Choice) -> Dispatch | None:
         """Fill one batch with jobs for this adapter of the eligible tenants: by due times, or by turns of those who flood. None: a part of
         them went already, and when the rest is due is not known, nor whether something else is due sooner."""
         digest, tokens = choice.digest, self.groups.scale.work.tokens
         adapter = adapter_of(digest)
         able = [
             g for g in self.groups.of(adapter)
-            if g.digest == digest and g.tenant.floods == choice.floods and self._jobs(g) and not self._over(g)
+            if g.digest == digest and g.tenant.floods == choice.floods and self._jobs(g) and not self.floods.over(g)
         ]  # fmt: skip
         if self.left and self.waiting > 1 and any(group in self.left for group in able):
             return None
-        rows = self._rows(seat, choice.floods)
+        rows = self.floods.rows(seat, choice.floods)
         if adapter in seat.hand:
             rows -= seat.load
-        if self._held_back(seat, choice.floods):
-            rows = min(rows, self._to_read(seat))
+        if self.floods.hold_back(seat, choice.floods):
+            rows = min(rows, self.floods.to_read(seat))
         rows = min(rows, self._share(seat, digest, sum([self._jobs(group) for group in able])))
         takes = self._in_turns(able, rows) if choice.floods else self._by_due(able, rows)
         for group in able:
             if jobs := takes.get(group.tenant.name, 0):
-                self._take(group, jobs, jobs * tokens)
-        self.limit = self._limit()
+                self._take(group, jobs)
+        self.floods.charge({name: jobs * tokens for name, jobs in takes.items()})
         self.idle -= not seat.load
         seat.load += (jobs := sum(takes.values()))
         seat.unread += jobs * seat.prices.own_ms
@@ -488,7 +436,7 @@ class _Plan:
         """The same by turns: one row at a time, to whoever was served least by then."""
         takes: dict[str, int] = defaultdict(int)
         waiting = {group.tenant.name: self._jobs(group) for group in groups}
-        heap = [(group.tenant.served + self.charged.get(group.tenant.name, 0.0), group.tenant.name) for group in groups]
+        heap = [(self.floods.had(group.tenant), group.tenant.name) for group in groups]
         heapq.heapify(heap)
         for _ in range(min(rows, sum(waiting.values()))):
             level, tenant = heap[0]
@@ -499,21 +447,13 @@ class _Plan:
                 heapq.heapreplace(heap, (level + self.groups.scale.work.tokens, tenant))
         return takes
 
-    def _take(self, group: Group, jobs: int, tokens: float) -> None:
+    def _take(self, group: Group, jobs: int) -> None:
         left = self.left[group] = self._jobs(group) - jobs
-        name = group.tenant.name
-        self.charged[name] = self.charged.get(name, 0.0) + tokens
         if not left:
             self.waiting -= 1
             first = self.queues[group.tenant.floods].first
             if group in first:
                 first.remove(group)
-
-    def _limit(self) -> float:
-        if not self.groups.floods:
-            return math.inf
-        served = (t.served + self.charged.get(t.name, 0.0) for t in self.groups.floods.values())
-        return min(served) + self.policy.slack_tokens
 
     def _why(self, choice: _Choice, due: float) -> str:
         """One sentence."""
@@ -530,8 +470,6 @@ _WARMTH: Mapping[Temperature, str] = {
     "remote": "its turn, its adapter to be fetched",
 }
 _JOINED = ("joined what ran of its adapter", "joined its adapter, nothing else being due sooner")
-_ENOUGH = 4
-"""So many workers can spare one."""
 _FIRST = TICKS << 45
 """More than any rank."""
 _due = attrgetter("due")

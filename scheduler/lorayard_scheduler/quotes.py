@@ -8,7 +8,8 @@ their turn, what jobs of an adapter take. From it and a job's place in its queue
     free          its adapter is in no hand, and a worker has a hand free
     turn          no worker has: it waits as long as groups of its urgency lately did, less what its group has waited already
     late, behind  something that waits is near its due time, so that nothing goes before what is due sooner; behind: its adapter is in hand
-    flood         its tenant floods: it waits for all jobs of such tenants
+    flood         its tenant floods: its tenant's jobs are before it, and other floods' as far as they share evenly
+    share         its tenant has had, or with what is before it will have had, so much more than whoever floods that these come first
     worker        a worker has it
     hosted, called                it is for hosted workers, or one of them has it
     limited, doubted, blocked     such, and others wait there already; calls fail; none is made before a known moment
@@ -145,9 +146,12 @@ class Forecast(msgspec.Struct):
     places: int = 0  # sequences that they decode at once
     flying: int = 0  # jobs that they have
     room: int = 0  # jobs that workers with a free hand would take; 0: no hand is free
-    calm: bool = True  # nothing that waits is near its due time
+    calm: bool = True  # nothing that waits, is of no flood and not held back by its tenant's share, is near its due time
     each_ms: float = 0.0  # between two ends, while there is enough to do
     flood_jobs: float = 1e12  # a tenant with more of them floods
+    floods: dict[str, float] = {}  # tenants that do: how many mean jobs each was served more than the least served of them
+    served: dict[str, float] = {}  # the same of others, while somebody floods: of those that were served more than that one
+    slack_jobs: float = 1e12  # by how many jobs more one may have been served and still be
     ahead: list[int] = []  # jobs due by `at` + each of EDGES_MS, of tenants that do not flood
     groups: dict[str, Waits] = {}
     tenants: dict[str, int] = {}  # jobs that wait
@@ -182,7 +186,7 @@ class Forecast(msgspec.Struct):
         elsewhere = self._hosted(digest, tenant, now, before, since, there)
         if lane not in ("", "auto") or (lane and not self.workers):
             return elsewhere
-        place = self._place(digest, tenant, target, now, before, since, here)
+        place = self._local(digest, tenant, target, now, before, since, here)
         may_leave = lane and self.there.workers and tenant not in self.there.closed
         return elsewhere if may_leave and place.predicted > max(target, elsewhere.predicted) else place
 
@@ -211,14 +215,42 @@ class Forecast(msgspec.Struct):
             return Situation("limited", wait + service, _size(service, wait), 0, ahead)
         return Situation("hosted", service, adapter[:12])
 
+    def _local(self, digest: str, tenant: str, target: float, now: float, before: int | None, since: Since, service: float) -> Situation:
+        queued = self.tenants.get(tenant, 0) + since.tenant
+        if queued > self.flood_jobs:
+            return self._of_floods(tenant, service, queued)
+        place = self._place(digest, tenant, target, now, before, since, service)
+        mine = self._before_it(digest, tenant, queued, before)
+        others = self._before_share(tenant, mine)
+        share = self._after("share", service, mine + others, int(3 * others / (mine + others))) if others else place
+        return share if share.predicted > place.predicted else place
+
+    def _before_it(self, digest: str, tenant: str, queued: int, before: int | None) -> float:
+        """Of so many jobs of its tenant, those that are served before it: the same part as of its group's, and all before one that is
+        only coming."""
+        group = self.groups.get(f"{digest}:{tenant}")
+        if before is None or group is None:
+            return queued if before is None else before
+        return queued * min(1.0, before / group.jobs)
+
+    def _of_floods(self, tenant: str, service: float, queued: int) -> Situation:
+        """Of a job of a flood of so many jobs: which of them are first is not known. Others that flood are served until they have had as
+        much."""
+        had = self.floods.get(tenant, self.served.get(tenant, 0.0))
+        others = {name: had + queued - theirs for name, theirs in self.floods.items() if name != tenant}
+        rivals = [min(self.tenants.get(name, 0), max(0.0, jobs)) for name, jobs in others.items()]
+        return self._after("share" if had > self.slack_jobs else "flood", service, queued + sum(rivals), len(rivals))
+
+    def _before_share(self, tenant: str, mine: float) -> float:
+        """Of one that does not flood: how many jobs of floods come first, until none of them was served too much less."""
+        level = self.served.get(tenant, 0.0) + mine - self.slack_jobs
+        rows = ((self.tenants.get(name, 0) - self.flood_jobs, level - theirs) for name, theirs in self.floods.items())
+        return sum(max(0.0, min(row)) for row in rows)
+
     def _place(self, digest: str, tenant: str, target: float, now: float, before: int | None, since: Since, service: float) -> Situation:
         group, hand = self.groups.get(f"{digest}:{tenant}"), self.hands.get(adapter_of(digest))
         ahead = (group.jobs if group else 0) + since.group if before is None else before
-        queued = self.tenants.get(tenant, 0) + since.tenant
         came = max(since.pool, ahead)  # what its group has before it may have come since the forecast
-        if queued > self.flood_jobs:
-            rivals = [jobs for name, jobs in self.tenants.items() if name != tenant and jobs > self.flood_jobs]
-            return self._after("flood", service, queued + sum(min(jobs, queued) for jobs in rivals), len(rivals))
         sooner = self.due_before(now + target, None if before is None else group) + (before or 0)
         if not self.calm:
             before_it = sooner + since.pool

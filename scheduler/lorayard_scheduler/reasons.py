@@ -33,6 +33,8 @@ def held_up(place: Situation, forecast: Forecast) -> str:
     sooner = f"behind {ahead} that is due sooner" if place.before >= 1 else ""
     if place.kind == "flood":
         return f"for its tenant's share, for the tenant has {ahead} queued, and whoever floods comes after all others"
+    if place.kind == "share":
+        return f"for its tenant's share, for beside those who flood nobody is served much more than they, and {ahead} comes before it"
     if place.kind in ("late", "behind") and sooner:
         return sooner
     if place.kind == "own" and place.before:

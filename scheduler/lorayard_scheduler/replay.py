@@ -131,10 +131,10 @@ def _tell(found: Recording, results: list[Result], first: Scenario, question: Qu
         rows = [result.document() | {"name": name} for name, result in zip(names, results, strict=True)]
         print_json({"results": rows, "notes": found.notes})
     else:
-        jobs, minutes = len(found.arrivals), (found.arrivals[-1].at - found.arrivals[0].at) / 60_000
+        jobs, lasted = len(found.arrivals), _lasted(found.arrivals[-1].at - found.arrivals[0].at)
         adapters, tenants = ({getattr(job, what) for job in found.arrivals} for what in ("adapter", "tenant"))
         kinds = f"{_number(len(adapters), 'adapter')}, {_number(len(tenants), 'tenant')}"
-        out.print(f"{_number(jobs, 'job')} in {minutes:.1f} minutes: {kinds}; {_number(first.workers, 'worker')}", highlight=False)
+        out.print(f"{_number(jobs, 'job')} in {lasted}: {kinds}; {_number(first.workers, 'worker')}", highlight=False)
         for note in found.notes:
             out.print(f"  {note}", highlight=False)
         out.print(_table(names, results))
@@ -142,6 +142,10 @@ def _tell(found: Recording, results: list[Result], first: Scenario, question: Qu
         charts.draw(dict(zip(names, results, strict=True)), question.chart)
         if not question.as_json:
             out.print(f"chart: {question.chart}", highlight=False)
+
+
+def _lasted(ms: float) -> str:
+    return f"{ms / 1000:.1f} seconds" if ms < 120_000 else f"{ms / 60_000:.1f} minutes"
 
 
 def _number(count: int, what: str) -> str:

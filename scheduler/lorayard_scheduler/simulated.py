@@ -93,6 +93,7 @@ class Lorayard:
             self.groups.rescale(self._scale())
 
     def turn(self) -> None:
+        self._settle()
         if self.groups.floods:
             self.roster.wake(self.fleet.now)
         if not (self.news or self.roster.news) or not (self.groups.jobs or (self.roster.uneven and self.roster.decks)):
@@ -102,7 +103,6 @@ class Lorayard:
             self._see(machine)
         self.touched.clear()
         self.plans += 1
-        self.groups.settle([name for name, jobs in zip(self.fleet.trace.tenant_names, self.in_flight, strict=True) if jobs])
         if self.may_recall:
             self._recall()
         more = True
@@ -114,6 +114,10 @@ class Lorayard:
         self.view.planned()
         if self.tells and self.fleet.now >= self.told:
             self._tell()
+
+    def _settle(self) -> None:
+        """At every turn, as the mirror does at every look at the ledger: whoever has nothing left is away then."""
+        self.groups.settle([name for name, jobs in zip(self.fleet.trace.tenant_names, self.in_flight, strict=True) if jobs])
 
     def _tell(self) -> None:
         self.told = self.fleet.now + TELL_EVERY_MS

@@ -338,7 +338,8 @@ class Fleet:
         n = len(self.trace)
         started, ended = array("d", [INFINITY]) * n, array("d", [INFINITY]) * n
         self.machines = [Machine(i, spec, self.trace, started) for i, spec in enumerate(self.specs)]
-        self._events: list[tuple[float, int]] = []
+        self._events: list[tuple[float, int]] = []  # (when a machine has something to say, its index)
+        self._reminders: list[float] = []
         scheduler, machines, events, arrivals = self.scheduler, self.machines, self._events, self.trace.arrivals
         scheduler.begin(self)
         troubles = sorted([(f.at, f.worker, False) for f in self.failures] + [(f.at + f.for_ms, f.worker, True) for f in self.failures])
@@ -346,7 +347,8 @@ class Fleet:
         job = 0
         next_arrival = arrivals[0] if n else INFINITY
         while True:
-            at = events[0][0] if events else INFINITY
+            speaks = events[0][0] if events else INFINITY
+            at = min(speaks, self._reminders[0]) if self._reminders else speaks
             if troubles and troubles[-1][0] <= min(at, next_arrival):
                 self.now, worker, back = troubles.pop()
                 self._trouble(machines[worker], back)
@@ -363,9 +365,10 @@ class Fleet:
             else:
                 if at > until:
                     break
-                _, index = heapq.heappop(events)
-                if index < len(machines):
-                    machine = machines[index]
+                if speaks > at:
+                    self.now = heapq.heappop(self._reminders)
+                else:
+                    machine = machines[heapq.heappop(events)[1]]
                     if machine.wakes != at:
                         continue
                     self.now = at
@@ -373,8 +376,7 @@ class Fleet:
                         ended[done] = at
                         scheduler.ended(done, machine, batch)
                     if machine.wakes < INFINITY:
-                        heapq.heappush(events, (machine.wakes, index))
-                self.now = at
+                        heapq.heappush(events, (machine.wakes, machine.index))
             scheduler.turn()
         return Outcome(
             self.trace, started, ended, sum(m.switches for m in machines), sum(m.loads for m in machines), self._numbers,
@@ -393,7 +395,7 @@ class Fleet:
 
     def remind(self, at: float) -> None:
         """Give the scheduler a turn then."""
-        heapq.heappush(self._events, (at, len(self.machines)))
+        heapq.heappush(self._reminders, at)
 
     def _trouble(self, machine: Machine, back: bool) -> None:
         machine.up = back

@@ -187,7 +187,7 @@ class Commits:
         }
         line = msgspec.json.encode(document)
         if outcome.error is None:
-            return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome))
+            return End(outcome.ref, "succeeded", line, tokens=_tokens(outcome), hosted="hosted_model" in outcome.more)
         job = held.jobs.get(outcome.ref)
         if outcome.later or (job is not None and job.laters < outcome.patience):
             delay_ms = max(outcome.after_ms, backoff_ms("later", job.laters if job else 0))

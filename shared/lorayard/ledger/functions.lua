@@ -31,7 +31,7 @@
 --   dead:TENANT          ZSET    id -> ms; dead letters: failed at the attempt cap
 --   idem:TENANT:KEY      STRING  id \t digest of the body
 --   by_tenant:TENANT     ZSET    id -> enqueued ms
---   served               HASH    tenant -> tokens
+--   served               HASH    tenant, or tenant@hosted -> tokens that local, or hosted workers computed for it
 --   counts               HASH    queued (exact), and totals since the pool was made
 --   leader               HASH    id, epoch, until
 --   fence                STRING  counter
@@ -1006,14 +1006,14 @@ local function come_back(c, job, status, delay, outcome, ttl, fence, batch, trie
 end
 
 -- ly_finish P | batch fence ttl_s, then per job: ref same outcome
--- `same`: status delay_ms tokens, joined by tabs. All but later use an attempt, whether or not `start` was told of it.
+-- `same`: status delay_ms tokens, joined by tabs; '@hosted' behind it if a hosted worker computed it. All but later use an attempt, whether or not `start` was told of it.
 -- -> per job 's' stored, 'r' will be retried, 'a' already stored by this fence, 'x' stale: refused
 local function finish(keys, args)
   local c, bid, fence, ttl = begin(keys), args[1], args[2], args[3]
   local p, refs, names, reply, served, gone, done, sorts = c.p, {}, {}, {}, {}, {}, {}, {}
   for i = 4, #args, 3 do
     local same = args[i + 1]
-    if not sorts[same] then sorts[same] = { string.match(same, '^(%a+)\t(%d+)\t(%d+)$') } end
+    if not sorts[same] then sorts[same] = { string.match(same, '^(%a+)\t(%d+)\t(%d+)(@?%a*)$') } end
     if not sorts[same][1] or not args[i + 2] then error('not an end: ' .. same) end -- before anything is written: nothing undoes a half
     refs[#refs + 1] = args[i]
     names[#names + 1] = p .. 'job:' .. args[i]
@@ -1053,7 +1053,7 @@ local function finish(keys, args)
         reply[k] = come_back(c, job, status, delay, outcome, ttl, fence, batch, tries[k]) and 's' or 'r'
       end
       if tokens > 0 then
-        local tenant = string.match(ref, '^[^/]+')
+        local tenant = string.match(ref, '^[^/]+') .. sorts[same][4]
         served[tenant] = (served[tenant] or 0) + tokens
       end
       done[ref] = reply[k]

@@ -14,6 +14,7 @@ from lorayard.errors import BadRequest, Unavailable
 from lorayard.ledger import documents, keys
 from lorayard.ledger.connection import unavailable
 from lorayard.ledger.records import (
+    HOSTED,
     End,
     Enqueued,
     Entry,
@@ -209,8 +210,9 @@ class Ledger:
             raise unavailable(error) from error
         return sorted(what.decode() for what in raw)
 
-    def lift(self, tenant: str, to: int) -> None:
-        self._call("ly_lift", tenant, to)
+    def lift(self, tenant: str, to: int, *, hosted: bool = False) -> None:
+        """It counts as served so many tokens at least, by local or by hosted workers."""
+        self._call("ly_lift", tenant + HOSTED * hosted, to)
 
     def forget(self, tenant: str, *, page: int = 1000) -> int:
         """Drop listing entries of jobs whose results have expired; how many."""
@@ -292,7 +294,7 @@ class Ledger:
             b"a": "already",
             b"x": "stale",
         }
-        args = [value for e in ends for value in (e.ref, f"{e.status}\t{e.delay_ms}\t{e.tokens}", e.outcome)]
+        args = [value for e in ends for value in (e.ref, f"{e.status}\t{e.delay_ms}\t{e.tokens}{HOSTED * e.hosted}", e.outcome)]
         return [words[code] for code in self._call("ly_finish", batch, fence, self._ttl, *args)]
 
     def give_back(self, batch: str, fence: int, refs: Sequence[str]) -> int:

@@ -16,6 +16,8 @@ _ENQUEUE: dict[str, EnqueueStatus] = {
     "m": "memory",
     "s": "succeeded",
 }
+HOSTED = "@hosted"
+"""Behind a tenant's name: what hosted workers computed for it is counted apart from what local ones did."""
 
 
 class Entry(NamedTuple):
@@ -90,13 +92,15 @@ class Taken(NamedTuple):
 
 
 class End(NamedTuple):
-    """What became of one job. `outcome` is JSON; `tokens` are charged to the tenant; `delay_ms` goes with retry and later."""
+    """What became of one job. `outcome` is JSON; `tokens` are charged to the tenant, apart if a `hosted` worker computed them; `delay_ms`
+    goes with retry and later."""
 
     ref: str
     status: EndStatus
     outcome: bytes = b"{}"
     tokens: int = 0
     delay_ms: int = 0
+    hosted: bool = False
 
 
 class Submitted(NamedTuple):
@@ -134,12 +138,14 @@ class InFlight(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the planner needs of the ledger, read at one moment (`now`, ms)."""
+    """What the planner needs of the ledger, read at one moment (`now`, ms). `served`: by tenant, the tokens that local workers computed for
+    it, and `hosted` those of hosted ones."""
 
     now: int
     groups: list[Group]
     in_flight: list[InFlight]
     served: dict[str, int]
+    hosted: dict[str, int]
     last_event: str
 
 
@@ -189,5 +195,9 @@ def read_view(reply: list[Any], last_event: str) -> View:
         shares = {t: int(n) for t, n in zip(words[::2], words[1::2], strict=True)}
         when = int(claimed), int(taken)
         flights.append(InFlight(batch.decode(), worker.decode(), digest.decode(), shares, *when, int(left), int(waiting)))
-    served = {t.decode(): int(n) for t, n in zip(reply[3][::2], reply[3][1::2], strict=True)}
-    return View(int(reply[0]), groups, flights, served, last_event)
+    served: dict[str, int] = {}
+    hosted: dict[str, int] = {}
+    for name, tokens in zip(reply[3][::2], reply[3][1::2], strict=True):
+        tenant, there, _ = name.decode().partition(HOSTED)
+        (hosted if there else served)[tenant] = int(tokens)
+    return View(int(reply[0]), groups, flights, served, hosted, last_event)

@@ -120,7 +120,7 @@ def end_of(ref: str, row: dict[str, Any], nano: int, model: str, notes: list[str
         answer = {key: value for key, value in body.items() if key not in ("id", "model")}
         done: dict[str, Any] = {"response": answer, "error": None, "timings_ms": timings, "hosted_model": model, "cost_usd": nano / NANO}
         done |= {"notes": notes} if notes else {}
-        return End(ref, "succeeded", msgspec.json.encode(done), tokens=int(usage.get("total_tokens") or 0))
+        return End(ref, "succeeded", msgspec.json.encode(done), tokens=int(usage.get("total_tokens") or 0), hosted=True)
     why = _why(row, body, _status(row))
     more = {"failed_generation": why.failed_generation} if why.failed_generation else {}
     outcome = msgspec.json.encode({"response": None, "error": document(why), **more})
