@@ -1,7 +1,8 @@
 """A real fleet on this machine against the simulator, and quotes against what became of them there.
 
-Jobs arrive at a share of what the worker's own measurements say it can do, one of five of them urgent. Afterwards the same arrivals, with
-the tokens that were counted, are simulated with the costs that the worker has told of itself by then (`lorayard bench costs`). Two kinds:
+Jobs arrive at a share of what the worker's own measurements say it can do, once it has run some like them; one of five is urgent.
+Afterwards the same arrivals, with the tokens that were counted, are simulated with the costs that the worker has told of itself by then
+(`lorayard bench costs`). Two kinds:
 
 words  completions of random words for 12 adapters (Zipf), a Poisson process with one burst: what the simulator was once fitted on
 chats  questions behind a system prompt of each of 6 adapters, in bursts of 6, less of them: what it was never fitted on
@@ -42,6 +43,7 @@ from lorayard_scheduler.simulator import Fleet as SimulatedFleet
 from lorayard_scheduler.simulator import Trace, WorkerSpec
 
 SECONDS, QUICK_SECONDS = 170.0, 25.0
+WARM_UP = 48  # jobs of the same kind, from which the worker learns what such jobs cost it
 URGENT = 0.2
 SEED = 7
 
@@ -85,6 +87,9 @@ def compare(out: Console, *, quick: bool, name: str = "words", seed: int = SEED)
     """Run it, simulate it, judge the quotes. The figures of `words` and the usual seed are the benchmark's; `real_runs` has all."""
     kind = KINDS[name]
     with tempfile.TemporaryDirectory(prefix="lorayard-") as folder, _fleet(Path(folder), kind.adapters) as (settings, client, worker):
+        first = workload(kind, Costs.of(worker.width, worker.costs), SECONDS, seed + 1)[:WARM_UP]
+        list(client.results([row["id"] for row in client.submit([job.spec for job in first])]))
+        worker = until(lambda: _worker(settings), 30)
         costs = Costs.of(worker.width, worker.costs)
         jobs = workload(kind, costs, QUICK_SECONDS if quick else SECONDS, seed)
         out.print(f"{name}, seed {seed}: {len(jobs)} jobs in {jobs[-1].at:.0f} s, width {worker.width}")
