@@ -21,7 +21,7 @@ _SETTLED = 512  # tokens of prompts that count as much as one such observation
 _STALLED = 4.0  # times what is known: the machine stood still for a moment, and by how much longer that was says nothing
 _USUAL = 64  # cells that sequences have of their own, as far as is known before the first job
 _SWITCH = 0.1  # the same of switches
-_LEAST_PROMPT = 64  # tokens: fewer say nothing of how fast prompts are read
+_LEAST_PROMPT = 64  # tokens: fewer by themselves say nothing of how fast prompts are read
 _KNEE = 0.97  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
 _MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is tried for longer than that
@@ -45,10 +45,10 @@ class Costs:
 
     def saw_step(self, rows: int, prefill: int, ms: float) -> None:
         """A decode call of `rows` decoding sequences and `prefill` tokens of prompts took so long."""
-        if prefill >= _LEAST_PROMPT:
-            self._saw_prompt(prefill + rows, ms)
-        elif not prefill:
+        if not prefill:
             self._saw_width(rows, ms)
+        elif self.prefill_tokens_per_s or prefill >= _LEAST_PROMPT:
+            self._saw_prompt(prefill + rows, ms)
 
     def _saw_width(self, rows: int, ms: float) -> None:
         nearest = min(WIDTHS, key=lambda width: abs(width - rows))
