@@ -1,7 +1,9 @@
 """A real fleet on this machine against the simulator, and quotes against what became of them there.
 
-Jobs arrive at a share of what the worker's own measurements say it can do, one of five of them urgent. Afterwards the same arrivals, with
-the tokens that were counted, are simulated with the costs that the worker has told of itself by then (`lorayard bench costs`). Two kinds:
+Jobs arrive at a share of what the worker's own measurements say it can do, once it has run some like them; one of five is urgent.
+Afterwards the same arrivals, with the tokens that were counted, are simulated with the mean of the costs that the worker told of itself
+meanwhile (`lorayard bench costs`), some times, with arrivals that are milliseconds apart from these: where all is busy that alone can make
+a job wait for seconds, so the median counts. Two kinds:
 
 words  completions of random words for 12 adapters (Zipf), a Poisson process with one burst: what the simulator was once fitted on
 chats  questions behind a system prompt of each of 6 adapters, in bursts of 6, less of them: what it was never fitted on
@@ -13,11 +15,13 @@ import os
 import random
 import statistics
 import tempfile
+import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +46,10 @@ from lorayard_scheduler.simulator import Fleet as SimulatedFleet
 from lorayard_scheduler.simulator import Trace, WorkerSpec
 
 SECONDS, QUICK_SECONDS = 170.0, 25.0
+WARM_UP = 48  # jobs of the same kind, from which the worker learns what such jobs cost it
+LISTEN_S = 5.0
+RUNS = 15
+_APART_MS = 50.0
 URGENT = 0.2
 SEED = 7
 
@@ -85,18 +93,18 @@ def compare(out: Console, *, quick: bool, name: str = "words", seed: int = SEED)
     """Run it, simulate it, judge the quotes. The figures of `words` and the usual seed are the benchmark's; `real_runs` has all."""
     kind = KINDS[name]
     with tempfile.TemporaryDirectory(prefix="lorayard-") as folder, _fleet(Path(folder), kind.adapters) as (settings, client, worker):
+        first = workload(kind, Costs.of(worker.width, worker.costs), SECONDS, seed + 1)[:WARM_UP]
+        list(client.results([row["id"] for row in client.submit([job.spec for job in first])]))
+        worker = until(lambda: _worker(settings), 30)
         costs = Costs.of(worker.width, worker.costs)
         jobs = workload(kind, costs, QUICK_SECONDS if quick else SECONDS, seed)
         out.print(f"{name}, seed {seed}: {len(jobs)} jobs in {jobs[-1].at:.0f} s, width {worker.width}")
-        done = list(_submit(client, jobs))
-        told = _worker(settings)
-        assert told is not None
-    trace = recorded(done, kind.adapters)
-    ours = Lorayard()
-    spec = WorkerSpec(Costs.of(told.width, told.costs), settings.contexts, settings.adapters_loaded)
-    outcome = SimulatedFleet(trace, [spec], ours).run()
+        with _listening(settings) as told:
+            done = list(_submit(client, jobs))
+    trace, meant = recorded(done, kind.adapters), mean_costs(told)
+    spec = WorkerSpec(Costs.of(worker.width, meant), settings.contexts, settings.adapters_loaded)
     real = _figures([d.wait for d in done], max(d.document["ended_ms"] for d in done) - done[0].document["enqueued_ms"])
-    simulated = _figures(outcome.waits(), max(outcome.ended) - trace.arrivals[0])
+    simulated = simulate(trace, spec)
     table = Table("real against simulated", *real)
     for which, figures in (("real", real), ("simulated", simulated)):
         table.add_row(which, *(f"{value:.2f}" for value in figures.values()))
@@ -104,8 +112,47 @@ def compare(out: Console, *, quick: bool, name: str = "words", seed: int = SEED)
     judged = {f"real_{figure}": value for figure, value in eta.judge(_quoted(done)).items()}
     out.print(judged)
     metrics: dict[str, Any] = {f"sim_vs_real_{figure}": simulated[figure] / real[figure] for figure in real} | judged
-    metrics |= {"real": real, "simulated": simulated, "costs": told.costs}
+    metrics |= {"real": real, "simulated": simulated, "costs": meant}
     return (metrics if (name, seed) == ("words", SEED) else {}) | {"real_runs": {f"{name}-{seed}": metrics}}
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[list[Mapping[str, Any]]]:
+    """The costs that the worker tells of itself, now and then and at the end."""
+    told: list[Mapping[str, Any]] = []
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.wait(LISTEN_S):
+            if (worker := _worker(settings)) is not None:
+                told.append(worker.costs)
+
+    thread = threading.Thread(target=listen, name="costs")
+    thread.start()
+    try:
+        yield told
+    finally:
+        over.set()
+        thread.join()
+    told.append(until(lambda: _worker(settings), 30).costs)
+
+
+def mean_costs(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of some reports: the mean times, a prompt's token among them; of switches what was said last."""
+    steps = {rows: statistics.fmean(one["step_ms"][rows] for one in told if rows in one["step_ms"]) for rows in told[-1]["step_ms"]}
+    prefill = statistics.harmonic_mean([one["prefill_tokens_per_s"] for one in told])
+    return {"prefill_tokens_per_s": prefill, "step_ms": steps, "switch_ms": told[-1]["switch_ms"]}
+
+
+def simulate(trace: Trace, spec: WorkerSpec) -> dict[str, float]:
+    """The medians of `RUNS` runs, of which all but the first have arrivals later by up to `_APART_MS`."""
+    runs = []
+    for seed in range(RUNS):
+        late, run = random.Random(seed), copy(trace)
+        run.arrivals = array("d", sorted(at + (late.uniform(0, _APART_MS) if seed else 0.0) for at in trace.arrivals))
+        outcome = SimulatedFleet(run, [spec], Lorayard()).run()
+        runs.append(_figures(outcome.waits(), max(outcome.ended) - run.arrivals[0]))
+    return {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
 
 
 def _figures(waits: Sequence[float], took_ms: float) -> dict[str, float]:

@@ -60,14 +60,34 @@ def test_costs_follow_what_is_seen() -> None:
     costs = Costs()
     costs.saw_step(4, 0, 20.0)
     costs.saw_step(4, 0, 30.0)
-    assert costs.step_ms == {4: 21.0}
+    assert costs.step_ms == {4: pytest.approx(20.2)}
     costs.saw_step(1, 8, 99.0)
     assert costs.prefill_tokens_per_s == 0, "a few tokens say nothing of the rate"
     costs.saw_step(2, 198, 1000.0)
-    assert costs.prefill_tokens_per_s == 200
+    assert costs.prefill_tokens_per_s == pytest.approx(200)
     costs.saw_switch("disk", 4.0)
     document = costs.document()
-    assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 21.0}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+    assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 20.2}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+
+
+def test_what_was_measured_of_the_bare_model_gives_way_to_what_is_seen() -> None:
+    costs = Costs(500.0, {1: 10.0, 8: 24.0, 16: 40.0})
+    for _ in range(100):
+        costs.saw_step(10, 0, 56.0)  # twice as long as it would be by these
+    assert costs._step(10) == pytest.approx(56, rel=0.02)
+    assert costs.step_ms[16] == pytest.approx(80, rel=0.05), "whatever makes one width slow makes its neighbours slow"
+    assert 12 < costs.step_ms[1] < 20, "and those that are far from it less"
+    for _ in range(100):
+        costs.saw_step(1, 0, 12.0)
+    assert costs.step_ms[1] == pytest.approx(12, rel=0.05)
+    assert costs._step(10) == pytest.approx(56, rel=0.2), "a step of one says little of one of ten"
+    for _ in range(50):
+        costs.saw_step(0, 512, 1000.0)
+        costs.saw_step(0, 64, 250.0)
+    assert costs.prefill_tokens_per_s == pytest.approx(1000 * 576 / 1250, rel=0.02), "by what all of them took"
+    known = costs.step_ms[1]
+    costs.saw_step(1, 0, 60_000.0)
+    assert costs.step_ms[1] < 1.1 * known, "a machine that stood still is not taken for a slow one"
 
 
 def test_a_moment_without_cores_does_not_decide_about_the_width(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

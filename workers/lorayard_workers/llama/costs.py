@@ -16,7 +16,12 @@ from lorayard_workers.llama.decoding import Batch, Context
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DEPTHS = (16, 128)  # tokens before the ones that are timed, in each sequence
 _PADDED = 256  # llama.cpp's attention passes over so many cells at least, and then over multiples
-_WEIGHT = 0.1  # of the newest observation in what has been learnt
+_WEIGHT = 0.02  # of the newest observation in what has been learnt: other processes make one step in five half as long again
+_SETTLED = 512  # tokens of prompts that count as much as one such observation
+_STALLED = 4.0  # times what is known: the machine stood still for a moment, and by how much longer that was says nothing
+_USUAL = 64  # cells that sequences have of their own, as far as is known before the first job
+_SWITCH = 0.1  # the same of switches
+_LEAST_PROMPT = 64  # tokens: fewer by themselves say nothing of how fast prompts are read
 _KNEE = 0.99  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
 _MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is tried for longer than that
@@ -24,23 +29,52 @@ _MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is trie
 
 @dataclass
 class Costs:
-    """`prefill_tokens_per_s`, and milliseconds of a decode step by width. `switch_ms` by an adapter's temperature: until it can compute."""
+    """`prefill_tokens_per_s`, of calls with prompts, where tokens that are decoded count too; `step_ms`: milliseconds of a decode step by
+    its width, at the depth that sequences have and with the adapters that they use; `switch_ms` by an adapter's temperature: until it can
+    compute.
+
+    What was measured before the first job, of the bare model, gives way to what is seen. A step tells of other widths too, the more the
+    nearer they are: an adapter, the length of sequences and other work on the machine make all of them longer.
+    """
 
     prefill_tokens_per_s: float = 0.0
     step_ms: dict[int, float] = field(default_factory=dict)
     switch_ms: dict[str, float] = field(default_factory=lambda: {"hot": 0.0})
+    _seen: dict[int, float] = field(default_factory=dict, init=False)  # by width: how many steps there were, as far as they count still
+    _read: float = field(default=1.0, init=False)  # the same of prompts
 
     def saw_step(self, rows: int, prefill: int, ms: float) -> None:
         """A decode call of `rows` decoding sequences and `prefill` tokens of prompts took so long."""
         if not prefill:
-            nearest = min(WIDTHS, key=lambda width: abs(width - rows))
-            self.step_ms[nearest] = _learnt(self.step_ms.get(nearest), ms * nearest / rows if rows > 1 else ms)
-        elif prefill >= 64:
-            rate = 1000 * (prefill + rows) / ms
-            self.prefill_tokens_per_s = _learnt(self.prefill_tokens_per_s or None, rate)
+            self._saw_width(rows, ms)
+        elif self.prefill_tokens_per_s or prefill >= _LEAST_PROMPT:
+            self._saw_prompt(prefill + rows, ms)
+
+    def _saw_width(self, rows: int, ms: float) -> None:
+        nearest = min(WIDTHS, key=lambda width: abs(width - rows))
+        if nearest not in self.step_ms:
+            self.step_ms[nearest], self._seen[nearest] = ms * nearest / rows if rows > 1 else ms, 1 / _WEIGHT
+            return
+        longer = min(ms / self._step(rows), _STALLED) - 1
+        for width in self.step_ms:
+            like = min(width, rows) / max(width, rows)
+            seen = self._seen[width] = like + (1 - _WEIGHT * like) * self._seen.get(width, 1.0)
+            self.step_ms[width] *= 1 + longer * like / seen
+
+    def _saw_prompt(self, tokens: int, ms: float) -> None:
+        weight, each = tokens / _SETTLED, ms / tokens
+        self._read = weight + (1 - _WEIGHT * weight) * self._read
+        known = 1000 / self.prefill_tokens_per_s if self.prefill_tokens_per_s else each
+        self.prefill_tokens_per_s = 1000 / (known + (min(each, _STALLED * known) - known) * weight / self._read)
+
+    def _step(self, rows: int) -> float:
+        """Milliseconds of a step of any width, as far as that is known."""
+        widths = sorted(self.step_ms)
+        return float(np.interp(rows, widths, [self.step_ms[width] for width in widths])) * max(1.0, rows / widths[-1])
 
     def saw_switch(self, temperature: str, ms: float) -> None:
-        self.switch_ms[temperature] = _learnt(self.switch_ms.get(temperature), ms)
+        known = self.switch_ms.get(temperature, ms)
+        self.switch_ms[temperature] = known + _SWITCH * (ms - known)
 
     def document(self) -> dict[str, Any]:
         """As the scheduler reads it."""
@@ -49,10 +83,6 @@ class Costs:
             "step_ms": {str(width): round(ms, 2) for width, ms in sorted(self.step_ms.items())},
             "switch_ms": {name: round(ms, 2) for name, ms in self.switch_ms.items()},
         }
-
-
-def _learnt(known: float | None, seen: float) -> float:
-    return seen if known is None else known + _WEIGHT * (seen - known)
 
 
 @dataclass(frozen=True)
@@ -76,10 +106,10 @@ class Widths:
 
 
 def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[], None] = lambda: None) -> tuple[Costs, Widths]:
-    """Time a prompt, and steps of growing width over short sequences, long ones and short ones again, until wider is no faster.
+    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster.
 
-    Twice, and the less of the two counts, because other processes start with this one: what they take of the cores for a moment must not
-    decide about the width. Takes three seconds or so; `alive` is called between any two widths.
+    All of it twice, and the less of the two counts, because other processes start with this one: what they take of the cores for a moment
+    must not decide about the width. Takes three seconds or so; `alive` is called between any two widths.
     """
     n_ctx = settings.n_ctx
     widths = [width for width in WIDTHS if width <= widest and width * (_DEPTHS[-1] + 8) <= n_ctx] or [1]
@@ -96,7 +126,7 @@ def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[]
         rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1], alive)
         longest = context.save(0)
         taken: dict[int, dict[int, float]] = {depth: {} for depth in _DEPTHS}
-        for depth in (*_DEPTHS, _DEPTHS[0]):
+        for depth in (*_DEPTHS, *_DEPTHS):
             context.clear()
             context.restore(0, longest)
             context.cut(0, depth)
@@ -106,7 +136,9 @@ def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[]
         batch.free()
         context.close()
     short, long = (taken[depth] for depth in _DEPTHS)
-    return Costs(rate, dict(short)), Widths(knee(short), short, _cell_ms(short, long))
+    cell_ms = _cell_ms(short, long)
+    usual = {width: ms + cell_ms * width * _more_cells(width, _USUAL) for width, ms in short.items()}
+    return Costs(rate, usual), Widths(knee(short), short, cell_ms)
 
 
 def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: Callable[[], None]) -> dict[int, float]:
@@ -119,11 +151,11 @@ def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: 
         for seq in range(filled, width):
             context.restore(seq, cells)
         filled = width
-        step_ms[width] = 1000 * min(_step_s(context, batch, width, depth) for _ in range(3))
+        step_ms[width] = 1000 * min(_step_s(context, batch, width, depth) for _ in range(2))
         rate = width / step_ms[width]
         worse = 0 if rate > best * 1.02 else worse + 1
         best = max(best, rate)
-        if worse == _PATIENCE or (width >= _LEAST_WIDE and time.perf_counter() - started > _MOST_S):
+        if width >= _LEAST_WIDE and (worse >= _PATIENCE or time.perf_counter() - started > _MOST_S):
             break
     return step_ms
 
@@ -134,8 +166,13 @@ def _cell_ms(short: dict[int, float], long: dict[int, float]) -> float:
     if len(widths) < 2:
         return 0.0
     more = [(long[width] - short[width]) / width for width in widths]
-    cells = [_padded(width * _DEPTHS[1]) - _padded(width * _DEPTHS[0]) for width in widths]
+    cells = [_more_cells(width, _DEPTHS[1]) for width in widths]
     return max(float(np.polyfit(cells, more, 1, w=widths)[0]), 0.0)
+
+
+def _more_cells(width: int, depth: int) -> int:
+    """That a step passes over with sequences of that depth than with short ones."""
+    return _padded(width * depth) - _padded(width * _DEPTHS[0])
 
 
 def _padded(cells: int) -> int:

@@ -154,6 +154,7 @@ class Engine:
             if embedded:
                 self._tell_progress()
             return embedded
+        begun = now_ms()
         steps, chunks = self._compose(slot)
         rows = steps + [sequence for sequence, count in chunks if count == sequence.pending]
         started = now_ms()
@@ -162,15 +163,14 @@ class Engine:
         except LorayardError as error:
             self._isolate(slot, error)
             return True
-        took = now_ms() - started
         self.counters.steps += 1
-        self.counters.decode_ms += took
-        self.costs.saw_step(len(steps), sum(count for _, count in chunks), took)
+        self.counters.decode_ms += now_ms() - started
         for sequence in steps:
             sequence.advance(1)
         for sequence, count in chunks:
             sequence.advance(count)
         self._take(rows, tokens)
+        self.costs.saw_step(len(steps), sum(count for _, count in chunks), now_ms() - begun)
         self._tell_progress()
         return True
 
