@@ -1,4 +1,5 @@
-"""What is broken on purpose in the scheduler's indexes, in what it takes back from workers, and in what turns schemas into grammars."""
+"""What is broken on purpose in the scheduler's indexes, shares and quotes, in what it takes back from workers,
+and in what turns schemas into grammars."""
 
 from __future__ import annotations
 
@@ -57,6 +58,88 @@ FLOODS = of(
     suite="planner",
     file="lorayard_scheduler/groups.py",
 )
+
+_SHARES = "shares beside a flood"
+SHARES = [
+    *of(
+        _SHARES,
+        ("a flood begins with everybody's past", "settle", "if contended and not self._contended:", "if False:"),
+        ("who is away is not looked at when a flood begins", "settle", "{*self._served, *active}", "active"),
+        ("who has all its jobs at workers is away", "settle", "{*self.tenants, *flying}", "{*self.tenants}"),
+        ("a newcomer has a claim on the past", "settle", "if self._active:", "if False:"),
+        suite="backlog",
+        file="lorayard_scheduler/groups.py",
+    ),
+    *of(
+        _SHARES,
+        ("a flood is held back though nobody else is there", "", " and not groups.alone(now - policy.flood_ms)", ""),
+        ("a flood leaves no room", "hold_back", "return floods and self.beside and", "return False and"),
+        ("a flood goes on everywhere beside jobs of others", "rows", "if not seat.steady or", "if True or"),
+        ("a flood's prompts are read as they come", "to_read", "return max(0, ", "return max(seat.prices.rows, "),
+        ("what is held back comes all the same", "over", "> self.limit", "> math.inf"),
+        ("what a plan gives to whom is forgotten", "had", " + self._charged.get(tenant.name, 0.0)", ""),
+        suite="floods",
+        file="lorayard_scheduler/floods.py",
+    ),
+    *of(
+        _SHARES,
+        (
+            "what is held back is nearly due",
+            "first",
+            "if (tenant := self.tenants[name]).served <= limit:",
+            "if tenant := self.tenants[name]:",
+        ),
+        suite="quotes",
+        file="lorayard_scheduler/groups.py",
+    ),
+    *of(
+        _SHARES,
+        ("what a flood is served first is not quoted", "_local", "if others else place", "if False else place"),
+        ("what its tenant had before is not quoted", "_before_share", "self.served.get(tenant, 0.0) + mine", "mine"),
+        ("floods share evenly whatever they had", "_of_floods", "had + queued - theirs", "queued"),
+        suite="quotes",
+        file="lorayard_scheduler/quotes.py",
+    ),
+    *of(
+        _SHARES,
+        ("what is held back counts as due sooner", "_by_due", " and group.tenant.served <= limit:", ":"),
+        ("waits for a share are taken for waits for a hand", "dispatched", " and not wait.share:", ":"),
+        ("whoever comes waits for what floods", "make", "policy, floods=False)", "policy)"),
+        suite="quotes",
+        file="lorayard_scheduler/forecasts.py",
+    ),
+    *of(
+        _SHARES,
+        ("the simulator looks who is there only while something waits", "turn", "self._settle()", "self.groups.jobs and self._settle()"),
+        suite="simulator",
+        file="lorayard_scheduler/simulated.py",
+    ),
+]
+
+_APART = "hosted work counted apart"
+APART = [
+    *of(_APART, ("what hosted workers compute counts at home", "finish", "'^[^/]+') .. sorts[same][4]", "'^[^/]+')")),
+    *of(
+        _APART,
+        (
+            "what hosted workers have counts at home",
+            "_fly",
+            "lane_of(flight.digest) not in _LOCAL or flight.worker in self._hosted",
+            "False",
+        ),
+        ("an auto job at a hosted worker counts at home", "_fly", " or flight.worker in self._hosted", ""),
+        ("who begins to wait there is lifted here", "lift_there", ", hosted=True)", ")"),
+        suite="backlog",
+        file="lorayard_scheduler/backlog.py",
+    ),
+    *of(
+        _APART,
+        ("who begins to wait there has a claim on the past", "settle", "served.get(tenant, 0.0) < self._level}", "False}"),
+        ("who was away has waited all the time", "settle", "self._waiting = frozenset(waiting)", "self._waiting |= frozenset(waiting)"),
+        suite="plans",
+        file="lorayard_scheduler/hosted_planner.py",
+    ),
+]
 
 SCHEMAS = of(
     "schemas",
@@ -118,4 +201,4 @@ AT_SUBMIT = of(
     file="lorayard/bodies.py",
 )
 
-SCHEDULER_MUTANTS = [*SILENT, *RECALLED, *FLOODS, *SCHEMAS, *PATTERNS, *AT_SUBMIT]
+SCHEDULER_MUTANTS = [*SILENT, *RECALLED, *FLOODS, *SHARES, *APART, *SCHEMAS, *PATTERNS, *AT_SUBMIT]

@@ -16,6 +16,7 @@ from lorayard.ledger.registry import WorkerInfo, open_ledger
 from lorayard.settings import Settings
 from lorayard_scheduler import backlog as backlog_module
 from lorayard_scheduler.backlog import UNTAKEN_MS, Backlog
+from lorayard_scheduler.groups import Groups
 from lorayard_scheduler.hosted_planning import HostedPlanning
 from lorayard_scheduler.planner import Policy, plan
 
@@ -228,6 +229,19 @@ def test_a_newcomer_has_no_claim_on_the_past_and_the_ledger_keeps_that(ledger: L
     hear(ledger, backlog)
     assert backlog.groups.served("zeta") == backlog.groups.served("acme") == 5_000
     assert store.hget("ly:{main}:served", "zeta") == b"5000"
+
+
+def test_who_has_all_its_jobs_at_workers_is_no_newcomer() -> None:
+    groups = Groups()
+    for tenant, served in (("acme", 5_000.0), ("zeta", 100.0)):
+        groups.level(tenant, served)
+        groups.put("a", tenant, 1, 0.0, 0.0)
+    assert groups.settle([]) == {}
+    for flying, raised in ((["zeta"], {}), ([], {"zeta": 5_000.0})):
+        groups.put("a", "zeta", 0, 0.0, 0.0)
+        assert groups.settle(flying) == {}
+        groups.put("a", "zeta", 1, 0.0, 0.0)
+        assert groups.settle(flying) == raised
 
 
 def test_what_has_ended_of_a_batch_is_not_counted_twice(ledger: Ledger, backlog: Backlog, store: redis.Redis) -> None:

@@ -314,6 +314,23 @@ def test_nobody_takes_a_flooding_tenants_share() -> None:
     assert near[0].digest == "b"
 
 
+def test_who_has_had_its_share_is_held_back_also_within_a_plan_and_where_it_would_join() -> None:
+    flood, served = ("a", "flood", FLOOD, 120_000), {"small": POLICY.slack_tokens - 1}
+    both = view([flood, ("b", "small", 8, 0), ("c", "small", 8, 1_000)], [worker("w1"), worker("w2")], served)
+    assert [d.digest for d in plan(both, NOW, POLICY)] == ["b", "a"], "with these eight it has had too much"
+    ahead = {"small": POLICY.slack_tokens + 10_000}
+    in_hand = worker("w", ("b", 2))
+    assert plan(view([flood, ("b", "small", 3, 0)], [in_hand], ahead), NOW, POLICY) == []
+    assert chosen(plan(view([flood, ("b", "small", 3, 0)], [in_hand]), NOW, POLICY)) == [("w", "b", 3)]
+
+
+def test_where_others_have_jobs_everywhere_only_the_slowest_of_many_workers_goes_on_with_a_flood() -> None:
+    beside = Held("b0", "b", 1, tenants=("small",)), Held("b1", "a", 1, tenants=("flood",))
+    for many, takes in ((8, [("w7", "a", 4)]), (4, [("w3", "a", 4)]), (2, [("w0", "a", 2), ("w1", "a", 2)])):
+        seen = view([("a", "flood", FLOOD, 0)], [WorkerView(f"w{n}", COSTS, beside) for n in range(many)])
+        assert sorted(chosen(plan(seen, NOW, POLICY))) == takes
+
+
 def test_two_floods_share_by_tokens_and_a_deadline_buys_no_more() -> None:
     served = {"pushy": 0.0, "calm": 0.0}
     for _ in range(400):
