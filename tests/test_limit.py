@@ -92,7 +92,7 @@ def test_what_was_measured_of_the_bare_model_gives_way_to_what_is_seen() -> None
 
 def test_a_moment_without_cores_does_not_decide_about_the_width(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disturbed, quiet = {1: 10.0, 2: 12.0, 4: 60.0}, {1: 11.0, 2: 12.0, 4: 16.0}
-    passes = iter([disturbed, {1: 10.0, 2: 13.0, 4: 18.0}, quiet])
+    passes = iter([disturbed, disturbed, quiet, quiet])
     monkeypatch.setattr("lorayard_workers.llama.costs._pass", lambda *_: next(passes))
     model = Model(demo_gguf)
     costs, widths = measure(model, Settings(n_ctx=1024), widest=16)
