@@ -70,6 +70,13 @@ def test_costs_follow_what_is_seen() -> None:
     assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 20.2}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
 
 
+def test_calls_of_any_number_of_tokens_tell_how_fast_prompts_are_read() -> None:
+    costs = Costs(100.0)
+    for _ in range(5):
+        costs.saw_step(0, 500_000, 100_000.0)
+        assert 100 < costs.prefill_tokens_per_s <= 5_001
+
+
 def test_what_was_measured_of_the_bare_model_gives_way_to_what_is_seen() -> None:
     costs = Costs(500.0, {1: 10.0, 8: 24.0, 16: 40.0})
     for _ in range(100):

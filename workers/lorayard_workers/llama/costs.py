@@ -62,7 +62,7 @@ class Costs:
             self.step_ms[width] *= 1 + longer * like / seen
 
     def _saw_prompt(self, tokens: int, ms: float) -> None:
-        weight, each = tokens / _SETTLED, ms / tokens
+        weight, each = min(tokens / _SETTLED, 1 / _WEIGHT), ms / tokens
         self._read = weight + (1 - _WEIGHT * weight) * self._read
         known = 1000 / self.prefill_tokens_per_s if self.prefill_tokens_per_s else each
         self.prefill_tokens_per_s = 1000 / (known + (min(each, _STALLED * known) - known) * weight / self._read)
