@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 from benchmarks import limit, workloads
@@ -60,14 +61,34 @@ def test_costs_follow_what_is_seen() -> None:
     costs = Costs()
     costs.saw_step(4, 0, 20.0)
     costs.saw_step(4, 0, 30.0)
-    assert costs.step_ms == {4: pytest.approx(20.2)}
+    assert costs.step_ms == {4: pytest.approx(23.4, abs=0.01)}
     costs.saw_step(1, 8, 99.0)
     assert costs.prefill_tokens_per_s == 0, "a few tokens say nothing of the rate"
     costs.saw_step(2, 198, 1000.0)
     assert costs.prefill_tokens_per_s == pytest.approx(200)
     costs.saw_switch("disk", 4.0)
     document = costs.document()
-    assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 20.2}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+    assert document == {"prefill_tokens_per_s": 200.0, "step_ms": {"4": 23.4}, "switch_ms": {"hot": 0.0, "disk": 4.0}}
+
+
+def test_a_stall_at_a_first_step_is_soon_forgotten() -> None:
+    """A worker whose width is set has measured nothing."""
+    for stalls_at in (0, 3):
+        costs, random = Costs(300.0), Random(3)
+        for step in range(300):
+            rows = random.randint(1, 24)
+            costs.saw_step(rows, 0, 3_000.0 if step == stalls_at else 10.0 + 3 * rows)
+        assert len(costs.step_ms) >= 7
+        assert all(ms < 1.5 * (10 + 3 * width) for width, ms in costs.step_ms.items()), costs.step_ms
+        assert all(ms > (10 + 3 * width) / 1.5 for width, ms in costs.step_ms.items()), costs.step_ms
+
+
+def test_a_width_that_was_not_measured_stalls_none_that_was() -> None:
+    costs = Costs(300.0, {width: 10.0 + 3 * width for width in (1, 2, 4, 8, 12, 16, 24)})
+    costs.saw_step(32, 0, 3_000.0)
+    for _ in range(30):
+        costs.saw_step(32, 0, 106.0)
+    assert all(0.7 < ms / (10 + 3 * width) < 1.4 for width, ms in costs.step_ms.items()), costs.step_ms
 
 
 def test_calls_of_any_number_of_tokens_tell_how_fast_prompts_are_read() -> None:

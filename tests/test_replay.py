@@ -67,13 +67,23 @@ def test_what_has_ended_is_as_long_as_it_was_and_what_has_not_as_the_others(api:
     found = recorded(api)
     assert [(a.prompt, a.output, a.cached, a.tenant) for a in found.arrivals[:4]] == [(100, 7, 60, "acme")] * 3 + [(20, 1, 0, "globex")]
     assert [a.target for a in found.arrivals] == [10_000] * 3 + [120_000, 30_000, 19_950]
-    assert [(a.prompt, a.output, a.waited) for a in found.arrivals[4:]] == [(80, 6, None)] * 2, "the mean of the base model's"
+    assert [(a.prompt, a.output, a.waited) for a in found.arrivals[4:]] == [(100, 7, None)] * 2, "as its tenant's others of the base model"
     assert found.arrivals[5].at - found.arrivals[4].at >= 50, "it comes when it may be run"
     assert {a.adapter for a in found.arrivals} == {"base"}
     assert found.notes == ["left out: 1 job that may not begin yet", "not ended yet, and taken to be as long as others of their adapter: 2"]
+    assert recorded(api, most=1).notes[-1].endswith(": 1"), "of those that are replayed"
     for arrival in found.arrivals[:4]:
         assert arrival.total is not None
         assert arrival.waited == pytest.approx(max(0.0, arrival.total - 80), abs=0.01)
+
+
+def test_what_waits_is_as_long_as_what_is_most_like_it() -> None:
+    ended = [
+        Arrival(START, tokens, 1, adapter, tenant, 1.0, total=9.0)
+        for tokens, adapter, tenant in ((500, "a", "t"), (20, "a", "u"), (2, "b", "u"))
+    ]
+    waiting = [Arrival(START, 1, 1, adapter, tenant, 1.0) for adapter, tenant in (("a", "t"), ("a", "new"), ("new", "t"))]
+    assert [job.prompt for job in recording._as_the_others(waiting, ended)] == [500, 260, 174]
 
 
 def test_what_was_not_computed_is_left_out(api: Api) -> None:
@@ -220,7 +230,7 @@ def test_what_is_wrong_is_told_in_a_line(command: Cli, costs: Path, tmp_path: Pa
     recording.write(load(5), tmp_path / "load.csv")
     given = ["--trace", str(tmp_path / "load.csv"), "--costs"]
     fails(command("replay", *given, str(tmp_path / "none.json")), "cannot read")
-    for text in ("{}", "[1]", '{"w": {"width": 4, "costs": {}}}', "nonsense"):
+    for text in ("{}", "[1]", '{"w": {"width": 4, "costs": {}}}', json.dumps({"w": {"width": 0, "costs": COSTS}}), "nonsense"):
         (tmp_path / "bad.json").write_text(text)
         fails(command("replay", *given, str(tmp_path / "bad.json")), "lorayard bench costs")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -231,7 +231,7 @@ class Forecast(msgspec.Struct):
         group = self.groups.get(f"{digest}:{tenant}")
         if before is None or group is None:
             return queued if before is None else before
-        return queued * min(1.0, before / group.jobs)
+        return queued * min(1.0, before / max(1, group.jobs))
 
     def _of_floods(self, tenant: str, service: float, queued: int) -> Situation:
         """Of a job of a flood of so many jobs: which of them are first is not known. Others that flood are served until they have had as

@@ -10,7 +10,7 @@ import csv
 import itertools
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
@@ -78,8 +78,9 @@ class Recording(NamedTuple):
 def of_fleet(ledger: Ledger, tenants: Iterable[str], settings: Settings, *, hours: float, most: int) -> Recording:
     """The newest jobs of these tenants, of the last `hours`. Raises `NotFound` where none of them has ended.
 
-    What has not ended is taken to be as long as its adapter's others. Left out is what may not begin yet, and what did not compute here:
-    jobs that were cancelled, expired or failed, those of hosted services, and those that were computed once with others.
+    What has not ended is taken to be as long as its tenant's others of its adapter, or as all of that. Left out is what may not begin
+    yet, and what did not compute here: jobs that were cancelled, expired or failed, those of hosted services, and those that were
+    computed once with others.
     """
     seconds, micros = ledger.client.time()
     now = 1000 * int(seconds) + int(micros) // 1000
@@ -101,8 +102,8 @@ def of_fleet(ledger: Ledger, tenants: Iterable[str], settings: Settings, *, hour
     notes = [
         f"left out: {number} {reason if number > 1 else reason.replace('jobs', 'job', 1)}" for reason, number in sorted(left_out.items())
     ]
-    if waiting:
-        notes.append(f"not ended yet, and taken to be as long as others of their adapter: {len(waiting)}")
+    if not_ended := sum(job.total is None for job in arrivals):
+        notes.append(f"not ended yet, and taken to be as long as others of their adapter: {not_ended}")
     return Recording(arrivals, notes)
 
 
@@ -152,16 +153,24 @@ def _ended(document: dict[str, Any], tenant: str, settings: Settings) -> Arrival
 
 
 def _as_the_others(waiting: Sequence[Arrival], ended: Sequence[Arrival]) -> list[Arrival]:
-    by_adapter = defaultdict(list)
+    """As long as its tenant's jobs of its adapter are, or, if none has ended, as all of its adapter, or as all."""
+    like = defaultdict(list)
     for job in ended:
-        by_adapter[job.adapter].append(job)
-    found = []
-    for job in waiting:
-        others = by_adapter.get(job.adapter, ended)
-        prompt, output = round(mean(other.prompt for other in others)), round(mean(other.output for other in others))
-        cached = min(prompt - 1, round(median(other.cached for other in others)))
-        found.append(job._replace(prompt=prompt, output=output, cached=cached))
-    return found
+        for kind in _kinds(job):
+            like[kind].append(job)
+    usual = {kind: _usual(jobs) for kind, jobs in like.items()}
+    return [usual[next(kind for kind in _kinds(job) if kind in usual)](job) for job in waiting]
+
+
+def _kinds(job: Arrival) -> tuple[tuple[str, ...], ...]:
+    """The narrowest first."""
+    return (job.adapter, job.tenant), (job.adapter,), ()
+
+
+def _usual(jobs: Sequence[Arrival]) -> Callable[[Arrival], Arrival]:
+    prompt, output = round(mean(job.prompt for job in jobs)), round(mean(job.output for job in jobs))
+    cached = min(prompt - 1, round(median(job.cached for job in jobs)))
+    return lambda job: job._replace(prompt=prompt, output=output, cached=cached)
 
 
 # -- as a file ----------------------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,9 @@ def _measured(settings: Settings) -> dict[str, Any]:
 def _read_costs(path: Path) -> dict[str, Any]:
     try:
         told = msgspec.json.decode(path.read_bytes())
-        if not told or not all(Costs.of(int(worker["width"]), worker["costs"]).measured for worker in told.values()):
+        if not told or not all(
+            worker["width"] >= 1 and Costs.of(int(worker["width"]), worker["costs"]).measured for worker in told.values()
+        ):
             raise ValueError("no worker's costs")
     except OSError as error:
         raise SetupError(f"cannot read {path}: {error.strerror}") from None

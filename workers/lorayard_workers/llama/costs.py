@@ -52,10 +52,15 @@ class Costs:
 
     def _saw_width(self, rows: int, ms: float) -> None:
         nearest = min(WIDTHS, key=lambda width: abs(width - rows))
-        if nearest not in self.step_ms:
-            self.step_ms[nearest], self._seen[nearest] = ms * nearest / rows if rows > 1 else ms, 1 / _WEIGHT
+        if not self.step_ms:
+            self.step_ms[nearest] = ms * nearest / max(rows, 1)
+        elif nearest not in self.step_ms:  # what it takes is known from its neighbours, about
+            self.step_ms[nearest] = self._step(nearest)
+        known = self._step(rows)
+        if ms * _STALLED < known:  # no step is shorter than it is: what was known was the machine standing still, or is of other widths
+            self.step_ms[nearest], self._seen[nearest] = ms * nearest / max(rows, 1), 1.0
             return
-        longer = min(ms / self._step(rows), _STALLED) - 1
+        longer = min(ms / known, _STALLED) - 1
         for width in self.step_ms:
             like = min(width, rows) / max(width, rows)
             seen = self._seen[width] = like + (1 - _WEIGHT * like) * self._seen.get(width, 1.0)
