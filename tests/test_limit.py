@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorayard.settings import Settings
 from lorayard_workers.llama.bindings import Model
-from lorayard_workers.llama.costs import Costs, Widths, knee, measure
+from lorayard_workers.llama.costs import Costs, knee, measure
 
 
 def test_shared_beginnings_count_once_and_last_tokens_each() -> None:
@@ -50,13 +50,6 @@ def test_the_width_is_the_narrowest_that_is_nearly_as_fast_as_any() -> None:
     assert knee({1: 10.0}) == 1
 
 
-def test_long_sequences_are_decoded_in_narrower_steps() -> None:
-    widths = Widths(16, {1: 10.0, 4: 16.0, 16: 40.0}, cell_ms=0.001)
-    assert [widths.best(own) for own in (16, 1000, 100_000)] == [16, 4, 1]
-    assert Widths(8, {1: 10.0, 8: 20.0, 16: 30.0}, cell_ms=0.001).best(16) == 8, "never wider than there are sequences"
-    assert Widths(8).best(100_000) == 8, "what was set is not second-guessed"
-
-
 def test_costs_follow_what_is_seen() -> None:
     costs = Costs()
     costs.saw_step(4, 0, 20.0)
@@ -64,7 +57,7 @@ def test_costs_follow_what_is_seen() -> None:
     assert costs.step_ms == {4: pytest.approx(23.4, abs=0.01)}
     costs.saw_step(1, 8, 99.0)
     assert costs.prefill_tokens_per_s == 0, "a few tokens say nothing of the rate"
-    costs.saw_step(2, 198, 1000.0)
+    costs.saw_step(2, 189, 901.0)
     assert costs.prefill_tokens_per_s == pytest.approx(200)
     costs.saw_switch("disk", 4.0)
     document = costs.document()
@@ -89,6 +82,21 @@ def test_a_width_that_was_not_measured_stalls_none_that_was() -> None:
     for _ in range(30):
         costs.saw_step(32, 0, 106.0)
     assert all(0.7 < ms / (10 + 3 * width) < 1.4 for width, ms in costs.step_ms.items()), costs.step_ms
+
+
+def test_short_prompts_tell_how_fast_prompts_are_read_once_they_are_many() -> None:
+    costs = Costs()
+    for _ in range(5):
+        assert costs.prefill_tokens_per_s == 0
+        costs.saw_step(0, 15, 100.0)
+    assert costs.prefill_tokens_per_s == pytest.approx(150)
+
+
+def test_a_machine_that_stood_still_while_it_switched_is_not_taken_for_a_slow_one() -> None:
+    costs = Costs()
+    costs.saw_switch("disk", 4.0)
+    costs.saw_switch("disk", 40_000.0)
+    assert costs.switch_ms["disk"] == pytest.approx(5.2)
 
 
 def test_calls_of_any_number_of_tokens_tell_how_fast_prompts_are_read() -> None:
@@ -120,13 +128,13 @@ def test_what_was_measured_of_the_bare_model_gives_way_to_what_is_seen() -> None
 
 def test_a_moment_without_cores_does_not_decide_about_the_width(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disturbed, quiet = {1: 10.0, 2: 12.0, 4: 60.0}, {1: 11.0, 2: 12.0, 4: 16.0}
-    passes = iter([disturbed, disturbed, quiet, quiet])
+    passes = iter([disturbed, quiet])
     monkeypatch.setattr("lorayard_workers.llama.costs._pass", lambda *_: next(passes))
     model = Model(demo_gguf)
-    costs, widths = measure(model, Settings(n_ctx=1024), widest=16)
+    costs, width = measure(model, Settings(n_ctx=1024), widest=16)
     model.close()
     assert costs.step_ms == {1: 10.0, 2: 12.0, 4: 16.0}
-    assert widths.most == 4
+    assert width == 4
 
 
 def test_what_warms_a_server_up_is_like_a_job_and_teaches_it_only_the_system_prompt() -> None:
@@ -141,10 +149,9 @@ def test_what_warms_a_server_up_is_like_a_job_and_teaches_it_only_the_system_pro
 
 def test_costs_are_measured_before_the_first_job(demo_gguf: Path) -> None:
     model = Model(demo_gguf)
-    costs, widths = measure(model, Settings(n_ctx=1024), widest=16)
+    costs, width = measure(model, Settings(n_ctx=1024), widest=16)
     model.close()
-    assert widths.most in costs.step_ms
-    assert widths.cell_ms >= 0
-    assert {1, 2, 4} <= costs.step_ms.keys() <= {1, 2, 4}, "as many sequences as the cells hold at the depth that is measured"
+    assert width in costs.step_ms
+    assert {1, 2, 4, 8} <= costs.step_ms.keys() <= {1, 2, 4, 8, 12}, "as many sequences as the cells hold at the depth that is measured"
     assert all(ms > 0 for ms in costs.step_ms.values())
     assert costs.prefill_tokens_per_s > 0

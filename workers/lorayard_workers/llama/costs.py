@@ -14,14 +14,13 @@ from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.decoding import Batch, Context
 
 WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_DEPTHS = (16, 128)  # tokens before the ones that are timed, in each sequence
-_PADDED = 256  # llama.cpp's attention passes over so many cells at least, and then over multiples
+_PROMPT = 128  # tokens of the prompt that is timed
+_DEPTH = 64  # tokens before the steps that are timed, in each sequence: what sequences have of their own, as far as is known before any
 _WEIGHT = 0.02  # of the newest observation in what has been learnt: other processes make one step in five half as long again
 _SETTLED = 512  # tokens of prompts that count as much as one such observation
 _STALLED = 4.0  # times what is known: the machine stood still for a moment, and by how much longer that was says nothing
-_USUAL = 64  # cells that sequences have of their own, as far as is known before the first job
 _SWITCH = 0.1  # the same of switches
-_LEAST_PROMPT = 64  # tokens: fewer by themselves say nothing of how fast prompts are read
+_LEAST_PROMPT = 64  # tokens: fewer say nothing of how fast prompts are read
 _KNEE = 0.99  # of the best rate that the narrowest width must reach
 _PATIENCE = 2  # widths without a new best rate after which no wider one is tried
 _MOST_S, _LEAST_WIDE = 1.5, 8  # where steps are slow, no more than this is tried for longer than that
@@ -42,13 +41,18 @@ class Costs:
     switch_ms: dict[str, float] = field(default_factory=lambda: {"hot": 0.0})
     _seen: dict[int, float] = field(default_factory=dict, init=False)  # by width: how many steps there were, as far as they count still
     _read: float = field(default=1.0, init=False)  # the same of prompts
+    _first: tuple[int, float] = field(default=(0, 0.0), init=False)  # tokens of prompts, and what they took, while they are too few
 
     def saw_step(self, rows: int, prefill: int, ms: float) -> None:
         """A decode call of `rows` decoding sequences and `prefill` tokens of prompts took so long."""
         if not prefill:
             self._saw_width(rows, ms)
-        elif self.prefill_tokens_per_s or prefill >= _LEAST_PROMPT:
+        elif self.prefill_tokens_per_s:
             self._saw_prompt(prefill + rows, ms)
+        else:
+            self._first = (self._first[0] + prefill + rows, self._first[1] + ms)
+            if self._first[0] >= _LEAST_PROMPT:
+                self._saw_prompt(*self._first)
 
     def _saw_width(self, rows: int, ms: float) -> None:
         nearest = min(WIDTHS, key=lambda width: abs(width - rows))
@@ -79,7 +83,7 @@ class Costs:
 
     def saw_switch(self, temperature: str, ms: float) -> None:
         known = self.switch_ms.get(temperature, ms)
-        self.switch_ms[temperature] = known + _SWITCH * (ms - known)
+        self.switch_ms[temperature] = known + _SWITCH * (min(ms, _STALLED * known) - known)
 
     def document(self) -> dict[str, Any]:
         """As the scheduler reads it."""
@@ -90,63 +94,40 @@ class Costs:
         }
 
 
-@dataclass(frozen=True)
-class Widths:
-    """How many sequences to decode at once: up to `most`, and fewer where they are long.
+def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[], None] = lambda: None) -> tuple[Costs, int]:
+    """Time a prompt, and steps of growing width over sequences as long as they usually are, until wider is no faster: costs, and the width.
 
-    A wider step spreads its fixed cost over more tokens, but on a CPU every row's attention passes over the cells of all sequences:
-    `cell_ms` for each, beyond the short ones with which `step_ms` was measured.
-    """
-
-    most: int
-    step_ms: dict[int, float] = field(default_factory=dict)
-    cell_ms: float = 0.0
-
-    def best(self, own: float) -> int:
-        """The width at which a token costs least when each sequence has so many cells of its own."""
-        if not self.cell_ms:
-            return self.most
-        costs = {width: ms / width + self.cell_ms * width * (own - _DEPTHS[0]) for width, ms in self.step_ms.items() if width <= self.most}
-        return min(costs, key=lambda width: costs[width])
-
-
-def measure(model: Model, settings: Settings, *, widest: int, alive: Callable[[], None] = lambda: None) -> tuple[Costs, Widths]:
-    """Time a prompt, and steps of growing width over short sequences and long ones, until wider is no faster.
-
-    All of it twice, and the less of the two counts, because other processes start with this one: what they take of the cores for a moment
-    must not decide about the width. Takes three seconds or so; `alive` is called between any two widths.
+    Steps twice, and the less of the two counts, because other processes start with this one: what they take of the cores for a moment
+    must not decide about the width. Takes two seconds or so; `alive` is called between any two widths.
     """
     n_ctx = settings.n_ctx
-    widths = [width for width in WIDTHS if width <= widest and width * (_DEPTHS[-1] + 8) <= n_ctx] or [1]
+    widths = [width for width in WIDTHS if width <= widest and width * (_DEPTH + 8) <= n_ctx] or [1]
     context = Context(
         model,
         n_ctx=n_ctx,
         n_seq_max=widths[-1],
-        n_batch=max(_DEPTHS[-1], widths[-1]),
+        n_batch=max(_PROMPT, widths[-1]),
         kv_type=settings.kv_type,
         flash_attn=settings.flash_attn,
     )
     batch = Batch(context.n_batch)
     try:
-        rate = _DEPTHS[-1] / _prompt_s(context, batch, _DEPTHS[-1], alive)
-        longest = context.save(0)
-        taken: dict[int, dict[int, float]] = {depth: {} for depth in _DEPTHS}
-        for depth in (*_DEPTHS, *_DEPTHS):
+        rate = _PROMPT / _prompt_s(context, batch, alive)
+        context.cut(0, _DEPTH)
+        usual = context.save(0)
+        step_ms: dict[int, float] = {}
+        for _ in range(2):
             context.clear()
-            context.restore(0, longest)
-            context.cut(0, depth)
-            for width, ms in _pass(context, batch, widths, depth, alive).items():
-                taken[depth][width] = min(ms, taken[depth].get(width, ms))
+            context.restore(0, usual)
+            for width, ms in _pass(context, batch, widths, alive).items():
+                step_ms[width] = min(ms, step_ms.get(width, ms))
     finally:
         batch.free()
         context.close()
-    short, long = (taken[depth] for depth in _DEPTHS)
-    cell_ms = _cell_ms(short, long)
-    usual = {width: ms + cell_ms * width * _more_cells(width, _USUAL) for width, ms in short.items()}
-    return Costs(rate, usual), Widths(knee(short), short, cell_ms)
+    return Costs(rate, step_ms), knee(step_ms)
 
 
-def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: Callable[[], None]) -> dict[int, float]:
+def _pass(context: Context, batch: Batch, widths: list[int], alive: Callable[[], None]) -> dict[int, float]:
     """Milliseconds of a step by width, from the one sequence that the context holds copied into as many as it takes."""
     step_ms: dict[int, float] = {}
     cells, filled = context.save(0), 1
@@ -156,7 +137,7 @@ def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: 
         for seq in range(filled, width):
             context.restore(seq, cells)
         filled = width
-        step_ms[width] = 1000 * min(_step_s(context, batch, width, depth) for _ in range(2))
+        step_ms[width] = 1000 * min(_step_s(context, batch, width) for _ in range(2))
         rate = width / step_ms[width]
         worse = 0 if rate > best * 1.02 else worse + 1
         best = max(best, rate)
@@ -165,50 +146,31 @@ def _pass(context: Context, batch: Batch, widths: list[int], depth: int, alive: 
     return step_ms
 
 
-def _cell_ms(short: dict[int, float], long: dict[int, float]) -> float:
-    """What a row's pass over one cell of another sequence costs: the rest of what the longer steps take more is for the row's own cells."""
-    widths = [width for width in short if width in long]
-    if len(widths) < 2:
-        return 0.0
-    more = [(long[width] - short[width]) / width for width in widths]
-    cells = [_more_cells(width, _DEPTHS[1]) for width in widths]
-    return max(float(np.polyfit(cells, more, 1, w=widths)[0]), 0.0)
-
-
-def _more_cells(width: int, depth: int) -> int:
-    """That a step passes over with sequences of that depth than with short ones."""
-    return _padded(width * depth) - _padded(width * _DEPTHS[0])
-
-
-def _padded(cells: int) -> int:
-    return -(-cells // _PADDED) * _PADDED
-
-
 def knee(step_ms: dict[int, float]) -> int:
     """The narrowest width that is nearly as fast as any: wider ones only make every job wait longer."""
     rates = {width: width / ms for width, ms in step_ms.items()}
     return min(width for width, rate in rates.items() if rate >= _KNEE * max(rates.values()))
 
 
-def _prompt_s(context: Context, batch: Batch, length: int, alive: Callable[[], None]) -> float:
+def _prompt_s(context: Context, batch: Batch, alive: Callable[[], None]) -> float:
     """Seconds of a prompt; the first one, which also warms caches and reserves the graph, is not counted."""
     for _ in range(2):
         alive()
         context.clear()
         batch.clear()
-        batch.add(0, 0, [0] * length, want_logits=True)
+        batch.add(0, 0, [0] * _PROMPT, want_logits=True)
         started = time.perf_counter()
         context.decode(batch)
     return time.perf_counter() - started
 
 
-def _step_s(context: Context, batch: Batch, width: int, depth: int) -> float:
+def _step_s(context: Context, batch: Batch, width: int) -> float:
     """Seconds of one more token in each sequence, which then lets go of it again."""
     batch.clear()
-    batch.add_steps(list(range(width)), [depth] * width, [0] * width)
+    batch.add_steps(list(range(width)), [_DEPTH] * width, [0] * width)
     started = time.perf_counter()
     context.decode(batch)
     took = time.perf_counter() - started
     for seq in range(width):
-        context.cut(seq, depth)
+        context.cut(seq, _DEPTH)
     return took

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from lorayard.settings import Settings
 from lorayard_workers.llama.adapter_cache import AdapterCache
 from lorayard_workers.llama.bindings import Model
 from lorayard_workers.llama.contexts import ContextPool, Slot, Switch
-from lorayard_workers.llama.costs import Costs, Widths, measure
+from lorayard_workers.llama.costs import Costs, measure
 from lorayard_workers.llama.decoding import MOST_SEQUENCES, Batch
 from lorayard_workers.llama.embeddings import Embedder, EmbeddingJob
 from lorayard_workers.llama.probe import probe
@@ -83,10 +82,9 @@ class Engine:
         self._emit = emit
         self._settings = settings
         if settings.width:
-            self.costs, self._widths = Costs(), Widths(settings.width)
+            self.costs, self.width = Costs(), settings.width
         else:
-            self.costs, self._widths = measure(model, settings, widest=_WIDEST, alive=alive)
-        self.width = self._widths.most
+            self.costs, self.width = measure(model, settings, widest=_WIDEST, alive=alive)
         self.cache = AdapterCache(settings.adapters_loaded, settings.adapters_mb << 20)
         step_tokens = max(settings.prefill_tokens, self.width + _LEAST_CHUNK)
         # of the sequences that llama.cpp has in one context, some are kept beginnings', and one is nobody's
@@ -265,13 +263,9 @@ class Engine:
         active = self.active
         beside = [other.company for other in active] + self._embedder.companies
         if not any(beside) and not sequence.company:
-            if not active:
-                return True
             digest = sequence.adapter.digest if sequence.adapter else BASE_DIGEST
-            own = next((slot for slot in self.pool.slots if slot.digest == digest and slot.running), None)
-            if own is not None:
-                return len(own.running) < self._places(own)
-            return len(active) < min(self._places(slot) for slot in self.pool.slots if slot.running)
+            own = next((slot.running for slot in self.pool.slots if slot.digest == digest and slot.running), active)
+            return len(own) < self.width
         return self._suspects_fit(beside, sequence.company)
 
     def _may_embed(self, job: EmbeddingJob) -> bool:
@@ -286,19 +280,11 @@ class Engine:
         """Whether a job may run beside jobs of these companies, where it or one of them is a suspect."""
         return not beside or len(beside) < min(*beside, company, self.width)
 
-    def _places(self, slot: Slot[Sequence]) -> int:
-        """How many sequences of a slot that runs some decode at once."""
-        if not self._widths.cell_ms:
-            return self.width
-        own = (len(other.tokens) - (other.strand.shared if other.strand else 0) for other in slot.running)
-        return self._widths.best(statistics.median(own))
-
     def _may_prepare(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether a prompt may be computed ahead of its place: while that makes prompts cheaper, and no job is a suspect."""
         prompts = sum(len(other.tokens) - other.strand.shared for other in slot.running if other.strand and other.pending > 1)
         company = any(other.company for other in (sequence, *self.active))
-        places = self._places(slot)
-        return len(slot.running) < min(places + places // _AHEAD, self._most) and prompts < _COMPANY and not company
+        return len(slot.running) < self._most and prompts < _COMPANY and not company
 
     def _fits(self, slot: Slot[Sequence], sequence: Sequence) -> bool:
         """Whether the context has cells for one more. Alone, every accepted job has."""
@@ -322,7 +308,7 @@ class Engine:
                 sequence.switch, sequence.started_ms = switch, now_ms()
                 begun.append(sequence)
         for sequence in begun:
-            sequence.width = min(len(slot.running), self._places(slot))
+            sequence.width = min(len(slot.running), self.width)
         if first:
             self._emit(Started(begun[0].batch, first))
 
@@ -362,7 +348,7 @@ class Engine:
 
     def _share_out(self, slot: Slot[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """As `_compose` returns it; nothing when cells are lacking."""
-        steps = [sequence for sequence in slot.running if sequence.pending == 1][: self._places(slot)]
+        steps = [sequence for sequence in slot.running if sequence.pending == 1][: self.width]
         prompts = [s for s in slot.running if s.pending > 1 and s.strand is not None and not s.strand.waits]
         wanted = len(steps) + min(sum(s.pending for s in prompts), self._settings.prefill_tokens)
         slot.prefixes.make_room(wanted)
