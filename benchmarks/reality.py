@@ -196,8 +196,9 @@ def _request(system: str, text: str, tokens: int) -> tuple[dict[str, Any], str]:
 
 @contextmanager
 def _fleet(folder: Path, adapters: int) -> Iterator[tuple[Settings, Client, WorkerInfo]]:
-    """`lorayard up` with its shipped settings, and the adapters."""
-    settings = Settings.load().model_copy(update={"state_dir": folder / "state", "api_port": free_port(), "flower_port": free_port()})
+    """`lorayard up` with one worker, but for that as it ships, and the adapters."""
+    own = {"state_dir": folder / "state", "api_port": free_port(), "flower_port": free_port(), "llama_workers": 1}
+    settings = Settings.load().model_copy(update=own)
     os.environ |= {f"LORAYARD_{name.upper()}": str(getattr(settings, name)) for name in ("state_dir", "api_port", "flower_port")}
     with Fleet(settings) as fleet:
         for _ in fleet.wait_ready():

@@ -94,9 +94,11 @@ def answer(document: dict[str, Any]) -> str:
 
 
 class FleetProcess:
-    """One `lorayard up`. `settings` are LORAYARD_* variables without their prefix, in lower case."""
+    """One `lorayard up`, with one worker unless `llama_workers` says more. `settings` are LORAYARD_* variables without their prefix, in
+    lower case."""
 
     def __init__(self, folder: Path, model: Path, **settings: Any) -> None:
+        settings = {"llama_workers": 1} | settings
         self.settings = Settings(state_dir=folder / "state", api_port=free_port(), flower_port=free_port(), **settings)
         own = {name: getattr(self.settings, name) for name in ("state_dir", "api_port", "flower_port")}
         self.environment = os.environ | {f"LORAYARD_{name.upper()}": str(value) for name, value in (own | settings).items()}

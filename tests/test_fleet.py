@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import random
 import re
 import signal
@@ -24,7 +26,7 @@ from llama_support import text
 
 from lorayard import embedded
 from lorayard.demo import EXAMPLES, STAGES, is_right, switches, switches_made
-from lorayard.fleet import Fleet
+from lorayard.fleet import Fleet, usual_workers
 from lorayard.settings import Settings
 from lorayard_workers.llama.process import LlamaRunner
 from lorayard_workers.runner import AdapterFile, Event, Outcome, Ready, Work, WorkItem
@@ -37,7 +39,7 @@ COUNTS = {"banking77": 32, "snips": 24}
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, demo_gguf: Path) -> Iterator[FleetProcess]:
-    fleet = FleetProcess(tmp_path_factory.mktemp("fleet"), demo_gguf, reserve_s=RESERVE_S)
+    fleet = FleetProcess(tmp_path_factory.mktemp("fleet"), demo_gguf, reserve_s=RESERVE_S, llama_workers=2)
     fleet.environment["FLOWER_UNAUTHENTICATED_API"] = "true"
     try:
         fleet.start()
@@ -126,15 +128,17 @@ def test_fewer_switches_than_first_come_first_served(served: list[dict[str, Any]
 
 
 def test_what_ran_can_be_replayed(fleet: FleetProcess, served: list[dict[str, Any]]) -> None:
-    command = [sys.executable, "-m", "lorayard", "replay", "--json", "--policy", "fcfs"]
+    policies = ["--policy", "lorayard", "--policy", "fcfs", "--workers", "1"]  # two workers have an adapter each, whatever the policy
+    command = [sys.executable, "-m", "lorayard", "replay", "--json", *policies]
     done = subprocess.run(command, env=fleet.environment, capture_output=True, text=True, check=True)
-    ran, simulated, fcfs = json.loads(done.stdout)["results"]
-    assert [row["name"] for row in (ran, simulated, fcfs)] == ["as it ran", "simulated", "first come first served"]
-    assert simulated["jobs"] == fcfs["jobs"] == ran["jobs"] >= len(served)
-    assert simulated["switches"] < fcfs["switches"]
+    ran, simulated, ours, fcfs = json.loads(done.stdout)["results"]
+    assert [row["name"] for row in (ran, simulated)] == ["as it ran", "simulated"]
+    assert [row["name"] for row in (ours, fcfs)] == ["1 worker", "first come first served, 1 worker"]
+    assert simulated["jobs"] == ours["jobs"] == fcfs["jobs"] == ran["jobs"] >= len(served)
+    assert ours["switches"] < fcfs["switches"]
     totals = sorted(document["latencies_ms"]["total"] / 1000 for document in served)
     assert totals[0] <= ran["total_s"]["p50"] <= totals[-1]
-    assert all(row["total_s"]["p95"] > row["wait_s"]["p95"] > 0 for row in (ran, simulated, fcfs))
+    assert all(row["total_s"]["p95"] > row["wait_s"]["p95"] > 0 for row in (ran, simulated, ours, fcfs))
 
 
 def test_answers_equal_those_of_the_adapter_alone(fleet: FleetProcess, served: list[dict[str, Any]], demo_gguf: Path) -> None:
@@ -257,7 +261,7 @@ def test_flower_has_a_row_a_job_and_nothing_shows_a_prompt(fleet: FleetProcess, 
     assert CANARY not in metrics
     assert CANARY not in json.dumps(told)
     logs = sorted((fleet.state / "logs").iterdir())
-    assert {path.stem for path in logs} >= {"api", "scheduler", "worker", "flower", "store"}
+    assert {path.stem for path in logs} >= {"api", "scheduler", "worker-1", "worker-2", "flower", "store"}
     assert not [path.name for path in logs if CANARY in path.read_text(errors="replace")]
 
 
@@ -274,4 +278,29 @@ def test_several_workers_have_names_of_their_own_and_share_the_cores(tmp_path: P
     for number in (1, 2):
         assert f"[program:worker-{number}]" in config
         assert f"LORAYARD_WORKER_NAME=rack-{number},LORAYARD_THREADS=3" in config
-    assert "[program:worker]" in _programs(Settings(state_dir=tmp_path))
+    assert "[program:worker]" in _programs(Settings(state_dir=tmp_path, llama_workers=1))
+
+
+def test_two_workers_are_usual_where_a_small_model_runs_on_several_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, model = tmp_path / "llama_cpp", tmp_path / "model.gguf"
+    (folder / "lib").mkdir(parents=True)
+    for name in ("libggml.so", "libggml-base.so.0", "libggml-cpu.so", "libggml-cpu-zen4.so", "libggml-blas.dylib", "libllama.so"):
+        (folder / "lib" / name).touch()
+    built = importlib.util.spec_from_file_location("llama_cpp", folder / "__init__.py")
+    monkeypatch.setattr("lorayard.fleet.importlib.util.find_spec", lambda _name: built)
+    monkeypatch.setattr("lorayard.fleet._cores", lambda: 4)
+    assert usual_workers(Settings(state_dir=tmp_path)) == 2
+    assert usual_workers(Settings(state_dir=tmp_path, threads=4)) == 1, "two would take eight cores"
+    with model.open("wb") as file:
+        file.truncate(1 << 20)
+        assert usual_workers(Settings(state_dir=tmp_path, model=model)) == 2
+        file.truncate(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 7)
+        assert usual_workers(Settings(state_dir=tmp_path, model=model)) == 1
+    (folder / "lib" / "libggml-cuda.so").touch()
+    assert usual_workers(Settings(state_dir=tmp_path)) == 1
+    assert usual_workers(Settings(state_dir=tmp_path, n_gpu_layers=0)) == 2
+    monkeypatch.setattr("lorayard.fleet._cores", lambda: 1)
+    assert usual_workers(Settings(state_dir=tmp_path, n_gpu_layers=0)) == 1
+    programs = _programs(Settings(state_dir=tmp_path))
+    assert "[program:worker]" in programs
+    assert "LORAYARD_THREADS" not in programs, "all cores are one worker's"

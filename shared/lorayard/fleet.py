@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import importlib.util
 import os
 import shlex
 import signal
@@ -26,12 +27,38 @@ START_S = 900.0
 STOP_S = 25
 _PDEATHSIG = 1  # prctl(PR_SET_PDEATHSIG)
 SUPERVISED = "LORAYARD_SUPERVISED"
+_ROOM = 8  # so many times over the memory must hold a model of which two workers keep a copy each, beside their caches
+_CPU_PARTS = ("base", "cpu", "blas")  # of ggml: any other of its libraries computes on something else
 
 
 def end_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
     """Ask the kernel (Linux) to end this process when its parent ends, however that ends. Must be called from the main thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, how)
+
+
+def usual_workers(settings: Settings) -> int:
+    """How many llama workers are fastest on this machine: two, each with half of the cores.
+
+    Threads wait for each other behind every node of a graph, and for whatever else runs on one of their cores: with half as many in a
+    process they wait less. One where there is one core, where a GPU computes, where `threads` says how many cores to take, and where the
+    model is too large to be held twice.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = settings.model.expanduser() if settings.model else None
+    large = model is not None and model.is_file() and _ROOM * model.stat().st_size > memory
+    return 1 if settings.threads or _cores() < 2 or large or (settings.n_gpu_layers and _has_gpu_backend()) else 2
+
+
+def _has_gpu_backend() -> bool:
+    """Whether llama.cpp was compiled for more than a CPU, by its libraries: nothing is loaded, for that may crash."""
+    spec = importlib.util.find_spec("llama_cpp")
+    found = (Path(spec.origin).parent / "lib").glob("*ggml-*") if spec and spec.origin else ()
+    return any(not path.name.partition("ggml-")[2].startswith(_CPU_PARTS) for path in found)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Fleet:
@@ -43,6 +70,7 @@ class Fleet:
         self._process: subprocess.Popen[bytes] | None = None
         self._run_dir = tempfile.TemporaryDirectory(prefix="lorayard-")  # short: a socket's path may have 107 bytes
         self._lock: int | None = None
+        self._llama_workers = settings.llama_workers or usual_workers(settings)
 
     def __enter__(self) -> Fleet:
         try:
@@ -200,7 +228,7 @@ class Fleet:
 
     @property
     def _workers(self) -> list[str]:
-        count = self.settings.llama_workers
+        count = self._llama_workers
         return ["worker"] if count == 1 else [f"worker-{number}" for number in range(1, count + 1)]
 
     def _environment(self, program: str) -> str:
@@ -209,9 +237,8 @@ class Fleet:
         if program == "hosted" and self.settings.worker_name:
             own["LORAYARD_WORKER_NAME"] = f"{self.settings.worker_name}-hosted"
         elif program.startswith("worker-"):
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             own["LORAYARD_WORKER_NAME"] = f"{self.settings.worker}-{program.removeprefix('worker-')}"
-            own["LORAYARD_THREADS"] = self.settings.threads or max(1, cores // self.settings.llama_workers)
+            own["LORAYARD_THREADS"] = self.settings.threads or max(1, _cores() // self._llama_workers)
         return "\nenvironment=" + ",".join(f"{name}={value}" for name, value in own.items()) if own else ""
 
     def _last_words(self, name: str) -> str:

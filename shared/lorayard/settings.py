@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     adapters_disk_mb: int | None = Field(None, ge=1)  # MiB that adapters' files on a worker's disk may take; None: no limit
     prefill_tokens: int = Field(512, ge=32)  # token budget of one decode call
     threads: int | None = Field(None, ge=1)  # None: all cores, or an equal part of them for each of several workers of `lorayard up`
-    llama_workers: int = Field(1, ge=1, le=64)  # that `lorayard up` starts
+    llama_workers: int | None = Field(None, ge=1, le=64)  # that `lorayard up` starts; None: what is fastest here (`fleet.usual_workers`)
     n_gpu_layers: int = Field(-1, ge=-1)  # all, where the build has a GPU backend
     main_gpu: int = Field(0, ge=0)  # the one that computes, where the split is "none"; CUDA_VISIBLE_DEVICES says which there are
     gpu_split: Literal["none", "layer", "row"] = "layer"  # over several GPUs: whole layers, or rows of each matrix
